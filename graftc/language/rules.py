@@ -1,0 +1,275 @@
+"""What a `.graft` file means: resolved rules, free of syntax.
+
+The resolver makes these from the syntax tree; the rewriter reads them. Names are resolved,
+`set` parameters are substituted, operators and their arguments are checked against their
+specs, block sets are still symbolic (a chain's length is not known without a model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+from graftc.diagnostics import Span
+from graftc.operators.spec import InitSource, OperatorSpec, Value
+
+# -- expressions of `where` and of arguments -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Literal_:
+    """A number, a string, a symbol or a boolean."""
+
+    value: Value
+    span: Span
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A named predicate over a binding: `tokens(a)`, `locality(a, band = 32)`."""
+
+    name: str
+    binding: str
+    options: Mapping[str, Value]
+    span: Span
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`+ - * / % == != < <= > >= and or not min max neg` over expressions."""
+
+    op: str
+    args: tuple[Expr, ...]
+    span: Span
+
+
+Expr = Union[Literal_, Fact, Operation]
+
+# -- which blocks ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """`first..last step n`, both ends in; or one index where first == last."""
+
+    first: int
+    last: int
+    step: int
+    span: Span
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block set of a chain. `chain` is the name after `of`, or None for the only chain.
+
+    `kind`: 'all', 'odd', 'even', 'first' (count), 'last' (count), 'ranges', 'every' (count of every
+    period from start), 'measured' (top or bottom by a measure). `count` is a number of blocks, or a
+    fraction of the chain in 0..1 where `fraction` is set (`half`, `50%`).
+    """
+
+    kind: Literal["all", "odd", "even", "first", "last", "ranges", "every", "measured"]
+    span: Span
+    chain: str | None = None
+    chain_span: Span | None = None
+    ranges: tuple[Range, ...] = ()
+    count: float = 0
+    fraction: bool = False
+    period: int = 1
+    start: int = 0
+    top: bool = True
+    measure: Fact | None = None
+    excluded: tuple[Range, ...] = ()
+
+
+# -- what is matched -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SiteMatch:
+    """`a = ROLE [in ROLE] [in blocks …]`, `a = module "glob"`, `a = class "name"`.
+
+    Exactly one of `role`, `path`, `class_name` is set. `within` is a role the site must lie in
+    (`linear in mlp in blocks all`).
+    """
+
+    binding: str
+    span: Span
+    role: str | None = None
+    path: str | None = None
+    class_name: str | None = None
+    within: tuple[str, ...] = ()
+    blocks: Blocks | None = None
+
+
+@dataclass(frozen=True)
+class GroupMatch:
+    """`a, b = each pair of blocks …`, `a, b, c = each run of 3 blocks …`: neighbours in the data flow."""
+
+    bindings: tuple[str, ...]
+    blocks: Blocks
+    span: Span
+
+
+@dataclass(frozen=True)
+class Unapplied:
+    """A construct that the grammar knows and this version cannot yet apply; `what` names it."""
+
+    what: str
+    span: Span
+
+
+Match = Union[SiteMatch, GroupMatch, Unapplied]
+
+# -- what it becomes -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """An operator with its arguments; an argument not given is filled from the spec at plan time."""
+
+    spec: OperatorSpec
+    arguments: Mapping[str, Expr]
+    span: Span
+
+
+@dataclass(frozen=True)
+class BranchPart:
+    """`b.attention`, `b.mlp`: a site inside a bound block."""
+
+    binding: str
+    part: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class BranchSite:
+    """A bound site as a branch of `parallel`; `copy` for `copy(b)`."""
+
+    binding: str
+    span: Span
+    copy: bool = False
+
+
+Branch = Union[BranchSite, BranchPart, OperatorCall]
+
+
+@dataclass(frozen=True)
+class Replace:
+    """`replace a with op(…)`."""
+
+    binding: str
+    operator: OperatorCall
+    span: Span
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """`replace with parallel(r1, …, rk, merge = sum | linear | lerp)`: all read r1's input."""
+
+    branches: tuple[Branch, ...]
+    merge: str
+    options: Mapping[str, Value]
+    span: Span
+
+
+@dataclass(frozen=True)
+class Remove:
+    """`remove a`: the branch contributes zero."""
+
+    binding: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class Skip:
+    """`skip b`: the block becomes the identity on the residual stream."""
+
+    binding: str
+    span: Span
+
+
+Edit = Union[Replace, Parallel, Remove, Skip, Unapplied]
+
+# -- training words --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Stage 1 of a rule's sites. Counts are plain numbers; None is the engine's default."""
+
+    loss: Literal["l1", "l2", "huber"]
+    span: Span
+    samples: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    weight: float = 1.0
+    delta: float = 1.0
+    train: str | None = None
+    data_fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Stage 2."""
+
+    span: Span
+    data_fraction: float | None = None
+    samples: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    warmup: int | None = None
+    ema: float | None = None
+    clip: float | None = None
+    halve_lr_at: tuple[int, ...] = ()
+    train: Literal["all", "inserted"] | Lora | None = None
+
+
+@dataclass(frozen=True)
+class Init:
+    """`slot = source`; `slot` None where the source fills the whole operator (`keep_top(m, …)`)."""
+
+    slot: str | None
+    source: InitSource
+    span: Span
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule, resolved."""
+
+    name: str
+    span: Span
+    matches: tuple[Match, ...]
+    edit: Edit
+    contract: Literal["exact", "approx", "learned"] = "approx"
+    summary: str = ""
+    where: Expr | None = None
+    inits: tuple[Init, ...] = ()
+    distill: Distill | None = None
+    expect: int | Literal["all"] | None = None
+    expect_span: Span | None = None
+    after: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    train_inserted: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All rules of a file and of what it uses, in order, and stage 2. `digest` hashes every text read."""
+
+    rules: tuple[Rule, ...]
+    finetune: Finetune | None
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    digest: str = ""
