@@ -1,0 +1,238 @@
+"""Capture: an nn.Module with example inputs becomes a Program.
+
+`torch.export` traces the module, `unflatten` gives back its tree of calls; what comes out
+of here are plain `fx.GraphModule`s (an `InterpreterModule` keeps running its old graph
+under `torch.compile` after an edit).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graftc.diagnostics import Diagnostic, GraftError, Note
+from graftc.program.model import Model, user_error
+from graftc.program.normalise import normalise
+from graftc.program.program import Facts, Outputs, Port, Program, size_hint, value
+
+
+def capture(model: Model) -> Program:
+    """The normalised Program of a model, in the mode (train or eval) that its module is in.
+
+    Raises GraftError, with the user's own line, where torch.export cannot trace it.
+
+    >>> p = capture(Model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), {"input": torch.zeros(2, 4)}))
+    >>> [n.target for n in p.root.graph.nodes if n.op == "call_module"]
+    ['0', '1']
+    """
+    inputs = {k: v for k, v in model.inputs.items()}
+    dynamic, notes = _dynamic_dimensions(model)
+    inputs = _at_least_two(inputs, dynamic)
+    exported, fixed = _export(model.module, inputs, dynamic)
+    notes += fixed
+    if fixed:
+        dynamic = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        tree = torch.export.unflatten(exported)
+    root = _plain(tree, {})
+    assert isinstance(root, fx.GraphModule)
+    _bind(root, model.module)
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    names = {str(n.target) for n in root.graph.nodes if n.op == "placeholder"}
+    program = Program(
+        root=root,
+        inputs=tuple(_port(n, root, dynamic, model) for n in tensors if n in names),
+        outputs=_outputs(exported, model.module),
+        facts=Facts(
+            mode="train" if model.module.training else "eval",
+            dtype=str(_model_dtype(model.module)).removeprefix("torch."),
+            dynamic={d: int(tensors[k].shape[i]) for k, dims in dynamic.items() for i, d in dims.items()},
+            absent=tuple(_absent(model)),
+            constants={k: v for k, v in inputs.items() if isinstance(v, (bool, int, float, str))},
+            notes=tuple(notes),
+        ),
+        classes={
+            path: f"{type(m).__module__}.{type(m).__qualname__}"
+            for path, m in model.module.named_modules()
+        },
+    )
+    return replace(program, root=normalise(program.root))
+
+
+def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[str]]:
+    if model.dynamic:
+        return {k: dict(v) for k, v in model.dynamic.items()}, []
+    tensors = {k: v for k, v in model.inputs.items() if isinstance(v, torch.Tensor) and v.ndim}
+    sizes = {int(v.shape[0]) for v in tensors.values()}
+    if len(sizes) != 1:
+        return {}, [f"the batch is fixed: dimension 0 of the inputs is {sorted(sizes)}, not one size"]
+    return {k: {0: "batch"} for k in tensors}, []
+
+
+def _at_least_two(inputs: dict[str, Any], dynamic: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+    """torch.export specialises a dynamic dimension of size 0 or 1; the example is repeated to 2."""
+    out = dict(inputs)
+    for name, dims in dynamic.items():
+        tensor = out[name]
+        for i in dims:
+            if tensor.shape[i] == 1:
+                tensor = torch.cat([tensor, tensor], dim=i)
+        out[name] = tensor
+    return out
+
+
+def _export(
+    module: nn.Module, inputs: dict[str, Any], dynamic: Mapping[str, Mapping[int, str]]
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    dims = {d: torch.export.Dim(d) for by in dynamic.values() for d in by.values()}
+    shapes = {
+        k: {i: dims[d] for i, d in dynamic[k].items()} if k in dynamic else _static(v)
+        for k, v in inputs.items()
+    }
+
+    def run(dynamic_shapes: Any) -> torch.export.ExportedProgram:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                module, (), dict(inputs), dynamic_shapes=dynamic_shapes, strict=False
+            )
+
+    try:
+        return run(shapes), []
+    except Exception as error:
+        if dims and _is_shape_error(error):
+            try:
+                exported = run(None)
+            except Exception as again:
+                raise _cannot_capture(again) from again
+            first = str(error).strip().splitlines()[0]
+            return exported, [f"{', '.join(dims)} fixed at the example's size: {first[:200]}"]
+        raise _cannot_capture(error) from error
+
+
+def _static(value_: Any) -> Any:
+    return pytree.tree_map(lambda _: None, value_)
+
+
+def _is_shape_error(error: BaseException) -> bool:
+    name = type(error).__name__
+    text = str(error)
+    return "Constraint" in name or "onstraints violated" in text or "specialized" in text
+
+
+def _cannot_capture(error: BaseException) -> Exception:
+    wrapped = user_error(error, "MODEL", "torch.export")
+    assert isinstance(wrapped, GraftError)
+    d = wrapped.diagnostics[0]
+    text = str(error)
+    help_ = "make this part static for the example inputs, or move it out of the model's forward"
+    if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
+        help_ = "this line branches on the values of a tensor; use torch.where or torch.cond"
+    return GraftError(
+        Diagnostic(
+            "G210", f"the model cannot be captured: {d.message.removeprefix('MODEL raised ')}",
+            site="torch.export", notes=d.notes or (Note("no line of the user's own is in the trace"),),
+            help=help_,
+        )
+    )
+
+
+def _plain(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """The unflattened tree as plain GraphModules and containers."""
+    if id(module) in memo:
+        return memo[id(module)]
+    graph = getattr(module, "graph", None)
+    has_graph = isinstance(graph, fx.Graph) and any(n.op == "output" for n in graph.nodes)
+    plain = fx.GraphModule(nn.Module(), fx.Graph()) if has_graph else nn.Module()
+    memo[id(module)] = plain
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        plain.register_parameter(name, parameter)
+    persistent = getattr(module, "_non_persistent_buffers_set", set[str]())
+    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        plain.register_buffer(name, buffer, persistent=name not in persistent)
+    for name, child in module._modules.items():
+        if child is not None:
+            plain.add_module(name, _plain(child, memo))
+    if has_graph:
+        assert isinstance(plain, fx.GraphModule) and isinstance(graph, fx.Graph)
+        copied = fx.Graph()
+        output = copied.graph_copy(graph, val_map := {})
+        for node in graph.nodes:
+            if node in val_map:
+                val_map[node].meta = dict(node.meta)
+        copied.output(output)
+        plain.graph = copied
+    return plain
+
+
+def _bind(root: nn.Module, original: nn.Module) -> None:
+    """Put the original's own tensors in place of unflatten's clones, so that ties and values are its."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        try:
+            source = original.get_submodule(path)
+        except AttributeError:
+            continue
+        for name in list(module._parameters):
+            if name in source._parameters:
+                module._parameters[name] = source._parameters[name]
+        for name in list(module._buffers):
+            if name in source._buffers:
+                module._buffers[name] = source._buffers[name]
+
+
+def _port(name: str, root: fx.GraphModule, dynamic: Mapping[str, Mapping[int, str]], model: Model) -> Port:
+    node = next(n for n in root.graph.nodes if n.op == "placeholder" and n.target == name)
+    val = value(node)
+    dims = dynamic.get(name, {})
+    return Port(
+        name,
+        tuple(dims.get(i, size_hint(s)) for i, s in enumerate(val.shape)),
+        str(val.dtype).removeprefix("torch."),
+        model.meanings.get(name, "other"),
+    )
+
+
+def _outputs(exported: torch.export.ExportedProgram, module: nn.Module) -> Outputs:
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    if spec.is_leaf():
+        return Outputs("tensor")
+    context = getattr(spec, "_context", None) or getattr(spec, "context", None)
+    if spec.type in (tuple, list):
+        return Outputs("tuple")
+    names = _field_names(context)
+    return Outputs("named", names) if names else Outputs("tuple")
+
+
+def _field_names(context: Any) -> tuple[str, ...]:
+    """Field names in the context of a dict-like output (dict, ModelOutput)."""
+    if isinstance(context, (list, tuple)):
+        items: list[Any] = list(context)  # pyright: ignore[reportUnknownArgumentType]
+        if items and all(isinstance(c, str) for c in items):
+            return tuple(items)
+        for item in items:
+            found = _field_names(item)
+            if found:
+                return found
+    return ()
+
+
+def _model_dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _absent(model: Model) -> list[str]:
+    parameters = inspect.signature(model.module.forward).parameters
+    return [
+        n for n, p in parameters.items()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and (n not in model.inputs or model.inputs[n] is None)
+    ]

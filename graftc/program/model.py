@@ -1,0 +1,210 @@
+"""A model as its user gives it, and how a `MODEL` word on the command line is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.diagnostics import Note, fail, nearest
+
+MEANINGS = (
+    "noisy_latent",
+    "timestep",
+    "label",
+    "caption_embedding",
+    "caption_mask",
+    "tokens",
+    "attention_mask",
+    "image",
+    "resolution",
+    "aspect_ratio",
+    "other",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A module with example inputs, and what graftc cannot see in it.
+
+    `inputs`: example inputs by the name of forward's parameter. `dynamic`: input → {dimension: name};
+    absent, dimension 0 of every tensor input is `batch` where they agree. `meanings`: input → what it is
+    (one of `MEANINGS`). `task`: what it is trained for, an object with `prepare`, `loss`, `sample`, `metrics`,
+    or the name of one that ships.
+
+    >>> m = Model(nn.Linear(2, 2), {"input": torch.zeros(3, 2)})
+    >>> m.meanings
+    {}
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, Any]
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    task: Any = None
+
+    def __post_init__(self) -> None:
+        for name, meaning in self.meanings.items():
+            if name not in self.inputs:
+                fail("G202", f"`meanings` names `{name}`, which is no input", site="graftc.Model",
+                     wanted=", ".join(self.inputs), found=name)
+            if meaning not in MEANINGS:
+                near = nearest(meaning, MEANINGS)
+                fail("G202", f"`{meaning}` is no meaning of an input", site="graftc.Model",
+                     wanted=", ".join(MEANINGS), found=meaning,
+                     help=f"write `{near}`" if near else "write `other`")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`path/to/file.py:function` or `package.module:function`, as named on the command line."""
+
+    text: str
+    what: str = "MODEL"
+
+    def resolve(self) -> Callable[..., Any]:
+        """The named object. Raises GraftError where there is no such file, module or name."""
+        where, _, name = self.text.rpartition(":")
+        if not where or not name:
+            fail("G200", f"{self.what} is not of the form `file.py:function`", site=self.text,
+                 wanted="path/to/file.py:function or package.module:function", found=self.text)
+        module = self._file_module(where) if where.endswith(".py") else self._package(where)
+        if not hasattr(module, name):
+            near = nearest(name, [n for n in vars(module) if not n.startswith("_")])
+            fail("G201", f"`{where}` has no `{name}`", site=self.text,
+                 help=f"write `{where}:{near}`" if near else None)
+        return getattr(module, name)
+
+    def _file_module(self, where: str) -> Any:
+        path = Path(where)
+        if not path.is_file():
+            fail("G201", f"no such file: {where}", site=self.text)
+        key = f"_graftc_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+        if key in sys.modules:
+            return sys.modules[key]
+        spec = importlib.util.spec_from_file_location(key, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module
+        # A script finds its neighbours; so does a MODEL file.
+        sys.path.insert(0, str(path.resolve().parent))
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[key]
+            raise user_error(error, self.what, self.text) from error
+        finally:
+            sys.path.remove(str(path.resolve().parent))
+        return module
+
+    def _package(self, where: str) -> Any:
+        try:
+            return importlib.import_module(where)
+        except Exception as error:
+            raise user_error(error, self.what, self.text) from error
+
+    def source_hash(self) -> str:
+        """SHA-256 of the file that the reference names ('' where it has none)."""
+        where = self.text.rpartition(":")[0]
+        path = Path(where) if where.endswith(".py") else None
+        if path is None:
+            spec = importlib.util.find_spec(where)
+            path = Path(spec.origin) if spec and spec.origin else None
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
+
+
+def user_error(error: BaseException, what: str, site: str) -> Exception:
+    """A GraftError for an exception in the user's code, with the user's own line in it."""
+    from graftc.diagnostics import Diagnostic, GraftError
+
+    if isinstance(error, GraftError):
+        return error
+    here = str(Path(__file__).parents[1])
+    frames = traceback.extract_tb(error.__traceback__)
+    user = [
+        f for f in frames
+        if not f.filename.startswith(here) and "/torch/" not in f.filename
+        and not f.filename.startswith("<") and "importlib" not in f.filename
+    ]
+    notes = tuple(
+        Note(f"{f.filename}:{f.lineno} in {f.name}: {(f.line or '').strip()}") for f in user[-2:][::-1]
+    )
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return GraftError(
+        Diagnostic("G203", f"{what} raised {type(error).__name__}: {first}", site=site, notes=notes)
+    )
+
+
+def load_model(reference: str, *, on_meta: bool = False) -> Model:
+    """The model that `reference` names; on the meta device where `on_meta` (no memory for weights).
+
+    Raises GraftError if the function raises, or returns something else than
+    `(module, example_inputs)` or a `graftc.Model`.
+    """
+    ref = Reference(reference)
+    function = ref.resolve()
+    try:
+        made = _call_on_meta(function) if on_meta else function()
+    except Exception as error:
+        raise user_error(error, "MODEL", reference) from error
+    return as_model(made, reference)
+
+
+def as_model(made: Any, site: str = "MODEL") -> Model:
+    """`(module, inputs)`, or a `Model`, as a checked `Model` in eval mode as given."""
+    if isinstance(made, tuple) and len(made) == 2:  # pyright: ignore[reportUnknownArgumentType]
+        made = Model(made[0], made[1])  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(made, Model) or not isinstance(made.module, nn.Module):
+        fail("G204", "MODEL returned something else than a model", site=site,
+             wanted="(module, example_inputs) or graftc.Model",
+             found=type(made).__name__,  # pyright: ignore[reportUnknownArgumentType]
+             help="return `(module, {\"x\": example})`")
+    if not isinstance(made.inputs, Mapping) or not made.inputs:
+        fail("G204", "example inputs are not a dict by name", site=site,
+             wanted="a dict from forward's parameter names to example values",
+             found=type(made.inputs).__name__)
+    parameters = inspect.signature(made.module.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in made.inputs:
+        if name not in parameters and not takes_any:
+            near = nearest(name, parameters)
+            fail("G205", f"forward has no parameter `{name}`", site=site,
+                 wanted=", ".join(parameters), found=name,
+                 help=f"write `{near}`" if near else None)
+    missing = [
+        n for n, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and n not in made.inputs
+    ]
+    if missing:
+        fail("G205", f"example inputs lack `{missing[0]}`, which forward requires", site=site,
+             wanted=", ".join(parameters), found=", ".join(made.inputs))
+    return made
+
+
+def _call_on_meta(function: Callable[..., Any]) -> Any:
+    """Build without memory; a function that needs real values while building is called plainly."""
+    try:
+        with torch.device("meta"):
+            made = function()
+    except Exception:  # a second, plain call decides: its error, if any, is the user's
+        made = function()
+    model = as_model(made)
+    inputs = {k: _to_meta(v) for k, v in model.inputs.items()}
+    return replace(model, module=model.module.to("meta"), inputs=inputs)
+
+
+def _to_meta(value: Any) -> Any:
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, value)

@@ -1,0 +1,237 @@
+"""Normalisation: take out of a captured graph what tracing pinned.
+
+After it a graph holds what the model computes and no trace of where it was traced: no
+metadata assertions, no-op casts, dropout that is off, full slices or device constants, no
+sizes threaded from module to module. So the result moves to another dtype and device and
+trains, and patterns meet one form. Patterns go through the same passes as models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graftc.program.program import ATEN, graphs, join, value
+
+_ASSERTIONS = {
+    ATEN._assert_tensor_metadata.default,
+    ATEN._assert_scalar.default,
+    ATEN._assert_async.msg,
+    ATEN.sym_constrain_range_for_size.default,
+    ATEN.sym_constrain_range.default,
+}
+_HUGE = 2**62
+
+
+def normalise(root: fx.GraphModule) -> fx.GraphModule:
+    """Normalise every graph of a freshly captured tree (which is consumed), children first."""
+    tree = list(graphs(root))
+    for _, module in reversed(tree):
+        _positional_outputs(module.graph)
+        for node in list(module.graph.nodes):
+            _drop_assertion(module.graph, node)
+        for node in list(module.graph.nodes):
+            if node.op == "call_function":
+                _forward_no_op(node)
+                _unpin_device(node)
+        module.graph.eliminate_dead_code()
+    _inline_identities(root)
+    _drop_threaded_sizes(root)
+    for _, module in graphs(root):
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+    root.delete_all_unused_submodules() if False else _drop_uncalled(root)
+    return root
+
+
+def _positional_outputs(graph: fx.Graph) -> None:
+    """Outputs of an inner graph are a tensor or a tuple, never a list."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    if isinstance(output.args[0], list):
+        output.args = (tuple(output.args[0]),)
+
+
+def _drop_assertion(graph: fx.Graph, node: fx.Node) -> None:
+    if node.op == "call_function" and node.target in _ASSERTIONS:
+        graph.erase_node(node)
+
+
+def _forward_no_op(node: fx.Node) -> None:
+    """Let the users of a no-op use its input; dead-code elimination takes the no-op away."""
+    rule = _NO_OPS.get(node.target)  # pyright: ignore[reportArgumentType]
+    if rule is not None and rule(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node.replace_all_uses_with(source)
+
+
+def _same_dtype(node: fx.Node, dtype: Any) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    val = value(source)
+    return isinstance(val, torch.Tensor) and (dtype is None or val.dtype == dtype)
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def _is_full_slice(node: fx.Node) -> bool:
+    start, end = _argument(node, 2, "start"), _argument(node, 3, "end")
+    step = _argument(node, 4, "step", 1)
+    if start not in (0, None) or step != 1:
+        return False
+    return end is None or (isinstance(end, int) and end >= _HUGE)
+
+
+def _is_off(node: fx.Node) -> bool:
+    return _argument(node, 1, "p") == 0 or _argument(node, 2, "train") is False
+
+
+def _keeps_kind(node: fx.Node) -> bool:
+    """x / 1 and x * 1 are x, but an integer divided is a float."""
+    source = node.args[0]
+    ours, its = value(node), value(source) if isinstance(source, fx.Node) else None
+    return (
+        isinstance(ours, torch.Tensor) and isinstance(its, torch.Tensor) and ours.dtype == its.dtype
+        and _argument(node, 1, "other") in (1, 1.0)
+    )
+
+
+_NO_OPS: dict[Callable[..., Any], Callable[[fx.Node], bool]] = {
+    ATEN.to.dtype: lambda n: _same_dtype(n, _argument(n, 1, "dtype")),
+    ATEN.to.dtype_layout: lambda n: _same_dtype(n, n.kwargs.get("dtype")),
+    ATEN.to.device: lambda n: _same_dtype(n, _argument(n, 2, "dtype")),
+    ATEN.to.other: lambda n: _same_dtype(n, value(n).dtype if value(n) is not None else None),
+    ATEN.type_as.default: lambda n: _same_dtype(n, value(n).dtype),
+    ATEN._to_copy.default: lambda n: _same_dtype(n, n.kwargs.get("dtype")),
+    ATEN.slice.Tensor: _is_full_slice,
+    ATEN.dropout.default: _is_off,
+    ATEN.feature_dropout.default: _is_off,
+    ATEN.native_dropout.default: lambda n: False,
+    ATEN.div.Tensor: _keeps_kind,
+    ATEN.mul.Tensor: _keeps_kind,
+    ATEN.alias.default: lambda n: True,
+    ATEN.detach_.default: lambda n: True,
+    ATEN.lift_fresh_copy.default: lambda n: True,
+}
+
+
+def _unpin_device(node: fx.Node) -> None:
+    """`arange(…, device=cpu)` follows the device of a tensor that the graph is given."""
+    device = node.kwargs.get("device")
+    if not isinstance(device, torch.device):
+        return
+    anchor = _device_anchor(node)
+    kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")}
+    if anchor is not None:
+        with node.graph.inserting_before(node):
+            kwargs["device"] = node.graph.call_function(getattr, (anchor, "device"))
+    node.kwargs = kwargs
+
+
+def _device_anchor(node: fx.Node) -> fx.Node | None:
+    """A tensor before `node` in its graph: an input, else a parameter."""
+    before: list[fx.Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.op in ("placeholder", "get_attr") and isinstance(value(other), torch.Tensor):
+            before.append(other)
+    return before[0] if before else None
+
+
+def _inline_identities(root: fx.GraphModule) -> None:
+    """A module that returns its input (dropout that is off) is not called."""
+    for _, module in reversed(list(graphs(root))):
+        for node in list(module.graph.nodes):
+            if node.op != "call_module":
+                continue
+            target = module.get_submodule(str(node.target))
+            index = _returned_input(target) if isinstance(target, fx.GraphModule) else None
+            if index is not None:
+                source = node.args[index]
+                assert isinstance(source, fx.Node)
+                node.replace_all_uses_with(source)
+                module.graph.erase_node(node)
+
+
+def _returned_input(module: fx.GraphModule) -> int | None:
+    nodes = list(module.graph.nodes)
+    returned = nodes[-1].args[0]
+    if any(n.op not in ("placeholder", "output") for n in nodes):
+        return None
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    return inputs.index(returned) if returned in inputs else None
+
+
+def _drop_threaded_sizes(root: fx.GraphModule) -> None:
+    """A size that is handed from module to module is read off a tensor where it is used."""
+    calls = _call_sites(root)
+    for path, module in reversed(list(graphs(root))):
+        if not path:
+            continue
+        sites = calls.get(id(module), [])
+        for node in [n for n in module.graph.nodes if n.op == "placeholder"]:
+            if not isinstance(value(node), torch.Tensor) and node.users:
+                _read_size_here(module.graph, node)
+        _drop_unused_inputs(module.graph, sites)
+        for site in sites:
+            site.graph.eliminate_dead_code()
+
+
+def _call_sites(root: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    sites: dict[int, list[fx.Node]] = {}
+    for _, module in graphs(root):
+        for node in module.graph.nodes:
+            if node.op == "call_module":
+                sites.setdefault(id(module.get_submodule(str(node.target))), []).append(node)
+    return sites
+
+
+def _read_size_here(graph: fx.Graph, node: fx.Node) -> None:
+    wanted = value(node)
+    if not isinstance(wanted, torch.SymInt):
+        return
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for other in graph.nodes:
+        val = value(other)
+        if other.op != "placeholder" or not isinstance(val, torch.Tensor):
+            continue
+        for i, size in enumerate(val.shape):
+            if isinstance(size, torch.SymInt) and str(size) == str(wanted):
+                with graph.inserting_after(last):
+                    read = graph.call_function(ATEN.sym_size.int, (other, i))
+                read.meta["val"] = wanted
+                node.replace_all_uses_with(read)
+                return
+
+
+def _drop_unused_inputs(graph: fx.Graph, sites: Iterable[fx.Node]) -> None:
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    unused = {i for i, n in enumerate(placeholders) if not n.users}
+    if not unused:
+        return
+    for site in sites:
+        site.args = tuple(a for i, a in enumerate(site.args) if i not in unused)
+    for i in unused:
+        graph.erase_node(placeholders[i])
+
+
+def _drop_uncalled(root: nn.Module) -> None:
+    """Modules that no graph calls any more and that hold no parameter leave the tree."""
+    called = {
+        join(path, str(n.target))
+        for path, m in graphs(root) for n in m.graph.nodes if n.op in ("call_module", "get_attr")
+    }
+    prefixes = {p[: i] for p in called for i in range(len(p) + 1) if i == len(p) or p[i] == "."}
+    for path, module in reversed(list(root.named_modules())):
+        if path and path not in prefixes and not list(module.parameters()) and not list(module.buffers()):
+            parent, _, name = path.rpartition(".")
+            root.get_submodule(parent)._modules.pop(name, None)

@@ -1,0 +1,101 @@
+"""Next-token prediction, what decoder-only language models are trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Prepared, entry, primary
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Cross-entropy of each token given those before it.
+
+    A raw sample holds `tokens_key` [B, L] int64 and, where sequences are padded, `mask_key` [B, L] with 1 on real tokens. The
+    model is called with `tokens_name` (and `mask_name`, when the sample has a mask) and returns logits [B, L, V]; the shift by one
+    is done here. `ignore` marks targets that count for nothing, as in `torch.nn.functional.cross_entropy`.
+
+    >>> task = CausalLM()
+    >>> prepared = task.prepare({"input_ids": torch.tensor([[1, 2, 3]])}, torch.Generator())
+    >>> prepared.targets["labels"]
+    tensor([[   2,    3, -100]])
+    >>> round(task.loss(torch.zeros(1, 3, 8), prepared).exp().item(), 4)
+    8.0
+    """
+
+    tokens_name: str = "input_ids"
+    mask_name: str = "attention_mask"
+    tokens_key: str = "input_ids"
+    mask_key: str = "attention_mask"
+    labels_key: str = "labels"
+    ignore: int = -100
+
+    def prepare(self, sample: Mapping[str, Tensor], generator: torch.Generator) -> Prepared:
+        """Targets are `labels` [B, L], already shifted left; the sample's own `labels`, unshifted, are used if it has some.
+
+        Draws nothing from `generator`.
+        """
+        tokens = entry(sample, self.tokens_key, "causal_lm")
+        inputs, mask = {self.tokens_name: tokens}, sample.get(self.mask_key)
+        labels = sample.get(self.labels_key, tokens)
+        if mask is not None:
+            inputs[self.mask_name] = mask
+            labels = labels.masked_fill(mask == 0, self.ignore)
+        end = torch.full_like(labels[:, :1], self.ignore)
+        return Prepared(inputs, {"labels": torch.cat([labels[:, 1:], end], dim=1)})
+
+    def loss(self, outputs: Any, prepared: Prepared) -> Tensor:
+        """Mean cross-entropy in nats a token, over the tokens that count."""
+        logits, labels = primary(outputs), prepared.targets["labels"]
+        if logits.shape[:2] != labels.shape:
+            raise ValueError(f"causal_lm wants logits [B, L, V] for {tuple(labels.shape)} tokens, the model gave {tuple(logits.shape)}")
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=self.ignore)
+
+    def metrics(self, outputs: Any, prepared: Prepared) -> dict[str, float]:
+        """`loss` in nats, `perplexity`, and `accuracy` of the most likely token."""
+        logits, labels = primary(outputs), prepared.targets["labels"]
+        loss, counted = self.loss(outputs, prepared), labels != self.ignore
+        correct = (logits.argmax(-1) == labels) & counted
+        return {
+            "loss": loss.item(),
+            "perplexity": loss.exp().item(),
+            "accuracy": correct.sum().item() / max(int(counted.sum()), 1),
+        }
+
+    def sample(self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any) -> Tensor:
+        """Continue `prompt` to `length` new tokens, `count` times: [count, P + length] int64.
+
+        Options: `prompt` [P] or [count, P] int64 (required), `length` (default 32), `temperature` (default 1.0; 0 is greedy). Runs the
+        whole prefix each step and uses no cache: right for any model, fast for none.
+        """
+        return self._continue(model, count, generator, **options)
+
+    def _continue(
+        self,
+        model: Callable[..., Any],
+        count: int,
+        generator: torch.Generator,
+        *,
+        prompt: Tensor,
+        length: int = 32,
+        temperature: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        tokens = (prompt.expand(count, -1) if prompt.ndim == 1 else prompt).to(device)
+        if len(tokens) != count:
+            raise ValueError(f"{count} samples need {count} prompts, or one, not {len(tokens)}")
+        with torch.inference_mode():
+            for _ in range(length):
+                logits = primary(model(**{self.tokens_name: tokens}))[:, -1].float().cpu()
+                if temperature == 0:
+                    following = logits.argmax(-1, keepdim=True)
+                else:
+                    following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                tokens = torch.cat([tokens, following.to(tokens)], dim=1)
+        return tokens.clone()
