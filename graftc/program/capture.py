@@ -46,16 +46,16 @@ def capture(model: Model) -> Program:
     assert isinstance(root, fx.GraphModule)
     _bind(root, model.module)
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    names = {str(n.target) for n in root.graph.nodes if n.op == "placeholder"}
+    dropped = _drop_constant_inputs(root)
     program = Program(
         root=root,
-        inputs=tuple(_port(n, root, dynamic, model) for n in tensors if n in names),
+        inputs=_ports(root, dynamic, model),
         outputs=_outputs(exported, model.module),
         facts=Facts(
             mode="train" if model.module.training else "eval",
             dtype=str(_model_dtype(model.module)).removeprefix("torch."),
             dynamic={d: int(tensors[k].shape[i]) for k, dims in dynamic.items() for i, d in dims.items()},
-            absent=tuple(_absent(model)),
+            absent=tuple(dict.fromkeys(_absent(model) + dropped)),
             constants={k: v for k, v in inputs.items() if isinstance(v, (bool, int, float, str))},
             notes=tuple(notes),
         ),
@@ -188,15 +188,32 @@ def _bind(root: nn.Module, original: nn.Module) -> None:
                 module._buffers[name] = source._buffers[name]
 
 
-def _port(name: str, root: fx.GraphModule, dynamic: Mapping[str, Mapping[int, str]], model: Model) -> Port:
-    node = next(n for n in root.graph.nodes if n.op == "placeholder" and n.target == name)
-    val = value(node)
-    dims = dynamic.get(name, {})
-    return Port(
-        name,
-        tuple(dims.get(i, size_hint(s)) for i, s in enumerate(val.shape)),
-        str(val.dtype).removeprefix("torch."),
-        model.meanings.get(name, "other"),
+def _drop_constant_inputs(root: fx.GraphModule) -> list[str]:
+    """Inputs that were None or plain numbers are part of the graph, not of its signature."""
+    dropped: list[str] = []
+    for node in [n for n in root.graph.nodes if n.op == "placeholder"]:
+        if not isinstance(value(node), torch.Tensor) and not node.users:
+            dropped.append(str(node.target))
+            root.graph.erase_node(node)
+    return dropped
+
+
+def _ports(
+    root: fx.GraphModule, dynamic: Mapping[str, Mapping[int, str]], model: Model
+) -> tuple[Port, ...]:
+    nodes = {str(n.target): n for n in root.graph.nodes if n.op == "placeholder"}
+    symbols: dict[str, str] = {}  # also names the sizes of tensors inside tuples and dicts
+    for name, dims in dynamic.items():
+        for i, dimension in dims.items():
+            symbols[str(value(nodes[name]).shape[i])] = dimension
+    return tuple(
+        Port(
+            name,
+            tuple(symbols.get(str(s), size_hint(s)) for s in value(node).shape),
+            str(value(node).dtype).removeprefix("torch."),
+            model.meanings.get(name, "other"),
+        )
+        for name, node in nodes.items()
     )
 
 

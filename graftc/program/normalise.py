@@ -8,12 +8,13 @@ trains, and patterns meet one form. Patterns go through the same passes as model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from graftc.program import sizes
 from graftc.program.program import ATEN, graphs, join, value
 
 _ASSERTIONS = {
@@ -35,16 +36,16 @@ def normalise(root: fx.GraphModule) -> fx.GraphModule:
             _drop_assertion(module.graph, node)
         for node in list(module.graph.nodes):
             if node.op == "call_function":
-                _forward_no_op(node)
                 _unpin_device(node)
+                _forward_no_op(node)
         module.graph.eliminate_dead_code()
     _inline_identities(root)
-    _drop_threaded_sizes(root)
+    sizes.unthread(root)
     for _, module in graphs(root):
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
-    root.delete_all_unused_submodules() if False else _drop_uncalled(root)
+    _drop_uncalled(root)
     return root
 
 
@@ -61,12 +62,13 @@ def _drop_assertion(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _forward_no_op(node: fx.Node) -> None:
-    """Let the users of a no-op use its input; dead-code elimination takes the no-op away."""
+    """Let the users of a no-op use its input, and take the no-op away."""
     rule = _NO_OPS.get(node.target)  # pyright: ignore[reportArgumentType]
     if rule is not None and rule(node):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node.replace_all_uses_with(source)
+        node.graph.erase_node(node)  # not left to dead-code elimination: dropout counts as impure
 
 
 def _same_dtype(node: fx.Node, dtype: Any) -> bool:
@@ -169,59 +171,6 @@ def _returned_input(module: fx.GraphModule) -> int | None:
         return None
     inputs = [n for n in nodes if n.op == "placeholder"]
     return inputs.index(returned) if returned in inputs else None
-
-
-def _drop_threaded_sizes(root: fx.GraphModule) -> None:
-    """A size that is handed from module to module is read off a tensor where it is used."""
-    calls = _call_sites(root)
-    for path, module in reversed(list(graphs(root))):
-        if not path:
-            continue
-        sites = calls.get(id(module), [])
-        for node in [n for n in module.graph.nodes if n.op == "placeholder"]:
-            if not isinstance(value(node), torch.Tensor) and node.users:
-                _read_size_here(module.graph, node)
-        _drop_unused_inputs(module.graph, sites)
-        for site in sites:
-            site.graph.eliminate_dead_code()
-
-
-def _call_sites(root: fx.GraphModule) -> dict[int, list[fx.Node]]:
-    sites: dict[int, list[fx.Node]] = {}
-    for _, module in graphs(root):
-        for node in module.graph.nodes:
-            if node.op == "call_module":
-                sites.setdefault(id(module.get_submodule(str(node.target))), []).append(node)
-    return sites
-
-
-def _read_size_here(graph: fx.Graph, node: fx.Node) -> None:
-    wanted = value(node)
-    if not isinstance(wanted, torch.SymInt):
-        return
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    for other in graph.nodes:
-        val = value(other)
-        if other.op != "placeholder" or not isinstance(val, torch.Tensor):
-            continue
-        for i, size in enumerate(val.shape):
-            if isinstance(size, torch.SymInt) and str(size) == str(wanted):
-                with graph.inserting_after(last):
-                    read = graph.call_function(ATEN.sym_size.int, (other, i))
-                read.meta["val"] = wanted
-                node.replace_all_uses_with(read)
-                return
-
-
-def _drop_unused_inputs(graph: fx.Graph, sites: Iterable[fx.Node]) -> None:
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    unused = {i for i, n in enumerate(placeholders) if not n.users}
-    if not unused:
-        return
-    for site in sites:
-        site.args = tuple(a for i, a in enumerate(site.args) if i not in unused)
-    for i in unused:
-        graph.erase_node(placeholders[i])
 
 
 def _drop_uncalled(root: nn.Module) -> None:

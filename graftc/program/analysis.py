@@ -1,0 +1,257 @@
+"""Analysis: a Program's sites (which module plays which role) and chains of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+
+from graftc.program.chains import Chain, chains
+from graftc.program.cost import flops_by_path, parameter_count
+from graftc.program.flat import Call, Flat, Op, flatten
+from graftc.program.program import Program, size_hint
+from graftc.program.roles import (
+    CONVS,
+    LINEARS,
+    NORMS,
+    Attention,
+    Mlp,
+    attentions,
+    linear_input,
+    mlps,
+)
+
+Fact = int | float | bool | str | None
+ATTENTION_ROLES = ("self_attention", "cross_attention", "joint_attention")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A module that plays a role.
+
+    `graph` and `node` say which call it is; `stream` which of its arguments is the token stream;
+    `block` is (chain name, index) for a site in a block, or the block itself. `facts` are what `where`
+    reads (`dim`, `heads`, `tokens`, `causal`, `params`, `flops`, …); `has` what an operator would have to keep
+    ('mask', 'rotary', 'causal', 'groups').
+    """
+
+    path: str
+    role: str
+    graph: str
+    node: str
+    stream: int
+    facts: Mapping[str, Fact]
+    block: tuple[str, int] | None = None
+    has: frozenset[str] = frozenset()
+    class_name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What is known of a Program: sites in execution order, chains of blocks, FLOPs by path."""
+
+    program: Program
+    flat: Flat
+    sites: tuple[Site, ...]
+    chains: tuple[Chain, ...]
+    flops: Mapping[str, int]
+    attentions: Mapping[str, Attention]
+    mlps: Mapping[str, Mlp]
+
+    def of_role(self, role: str) -> Iterator[Site]:
+        """Sites of a role; `attention` is any of the three kinds."""
+        wanted = ATTENTION_ROLES if role == "attention" else (role,)
+        return (s for s in self.sites if s.role in wanted)
+
+    @cached_property
+    def by_path(self) -> Mapping[str, Site]:
+        """A path's most telling site: a role before `unknown`."""
+        return {s.path: s for s in reversed(self.sites)}
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.program)
+
+
+def analyse(program: Program) -> Analysis:
+    """Find the sites and chains of a Program.
+
+    >>> import torch
+    >>> from graftc.program.capture import capture
+    >>> from graftc.program.model import Model
+    >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    >>> found = analyse(capture(Model(torch.nn.Sequential(layer), {"input": torch.zeros(2, 3, 4)})))
+    >>> [(s.path, s.role) for s in found.sites if s.role == "mlp"]
+    [('0', 'mlp')]
+    """
+    flat = flatten(program)
+    found = chains(program)
+    batch = next(iter(program.facts.dynamic.values()), None) or _first_size(program)
+    flops = flops_by_path(flat, batch)
+    calls: dict[str, Call] = {}
+    for call in flat.calls:
+        calls.setdefault(call.path, call)
+    attention = {a.path: a for a in attentions(flat) if a.path in calls}
+    blocks = {p: (c.name, i) for c in found for i, p in enumerate(c.paths)}
+    outside = {p: a for p, a in attention.items() if p not in blocks}
+    mlp = {
+        m.path: m
+        for m in mlps(flat, set(attention))
+        if m.path in calls and m.path not in blocks
+    }
+
+    def block_of(path: str) -> tuple[str, int] | None:
+        while path:
+            if path in blocks:
+                return blocks[path]
+            path = path.rpartition(".")[0]
+        return None
+
+    sites: list[Site] = []
+    for call in sorted(calls.values(), key=lambda c: _order(c)):
+        role, stream, facts, has = "unknown", 0, {}, frozenset[str]()
+        if call.path in blocks:
+            chain = next(c for c in found if call.path in c.paths)
+            role, stream = "block", chain.stream
+        elif call.path in outside:
+            a = outside[call.path]
+            role, stream = a.kind, _argument_index(call, [linear_input(o) for o in a.q], calls)
+            facts, has = _attention_facts(a)
+        elif call.path in mlp:
+            m = mlp[call.path]
+            role, stream = "mlp", _argument_index(call, [linear_input(m.up)], calls)
+            facts = _mlp_facts(m)
+        else:
+            role, facts = _leaf_role(call, flat)
+        stream_op = call.args[stream] if stream < len(call.args) else None
+        sites.append(
+            Site(
+                path=call.path,
+                role=role,
+                graph=call.graph,
+                node=call.node.name,
+                stream=stream,
+                facts={
+                    **_stream_facts(stream_op),
+                    **facts,
+                    "params": parameter_count(program, call.path),
+                    "flops": flops.get(call.path, 0),
+                },
+                block=block_of(call.path),
+                has=has,
+                class_name=program.classes.get(call.path, ""),
+            )
+        )
+    return Analysis(program, flat, tuple(sites), found, flops, outside, mlp)
+
+
+def _order(call: Call) -> int:
+    """Outer modules first where they start together: by the first op inside or after."""
+    result = call.result
+    while isinstance(result, tuple) and result:
+        result = result[-1]
+    return result.index if isinstance(result, Op) else 0
+
+
+def _first_size(program: Program) -> int:
+    first = program.inputs[0].shape if program.inputs else ()
+    return first[0] if first and isinstance(first[0], int) else 1
+
+
+def _argument_index(call: Call, sources: list[Op], calls: Mapping[str, Call]) -> int:
+    """Which argument of the call the sources are computed from, the nearest in dimensions first."""
+    given = [a for a in call.args if isinstance(a, Op)]
+    seen: set[int] = set()
+    stack = list(sources)
+    while stack:
+        op = stack.pop()
+        if op in given:
+            return next(i for i, a in enumerate(call.args) if a is op)
+        if op.index not in seen and (op.path == call.path or op.path.startswith(call.path + ".")):
+            seen.add(op.index)
+            stack.extend(op.operands)
+    return 0
+
+
+def _stream_facts(op: Any) -> dict[str, Fact]:
+    if not isinstance(op, Op) or op.tensor is None or op.tensor.ndim < 2:
+        return {}
+    shape = [size_hint(s) for s in op.tensor.shape]
+    facts: dict[str, Fact] = {"dim": shape[-1]}
+    if len(shape) == 3:
+        facts["tokens"] = shape[1]
+    return facts
+
+
+def _attention_facts(a: Attention) -> tuple[dict[str, Fact], frozenset[str]]:
+    query = [size_hint(s) for s in a.query.tensor.shape]
+    head_dim = query[-1]
+    out = sum(_out_features(o) for o in a.q)
+    fused = a.q == a.k == a.v
+    heads = query[-3] if len(query) >= 4 else max(1, out // head_dim)
+    if fused:
+        kv_heads = (out // head_dim - heads) // 2
+    else:
+        kv_heads = _out_features(a.k[0]) // head_dim if len(a.k) == 1 and a.k != a.v else heads
+    facts: dict[str, Fact] = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "causal": a.causal,
+        "kind": a.kind.removesuffix("_attention"),
+    }
+    has = {
+        name
+        for name, there in [
+            ("mask", a.mask is not None),
+            ("causal", a.causal),
+            ("rotary", a.rotary),
+            ("groups", kv_heads != heads),
+        ]
+        if there
+    }
+    return facts, frozenset(has)
+
+
+def _mlp_facts(m: Mlp) -> dict[str, Fact]:
+    dim = size_hint(m.down.tensor.shape[-1])
+    hidden = size_hint(linear_input(m.down).tensor.shape[-1])
+    ratio = hidden // dim if hidden % dim == 0 else hidden / dim
+    gated = m.gate is not None
+    return {"ratio": ratio, "hidden": hidden, "activation": m.name, "gated": gated, "kind": "gated" if gated else "plain"}
+
+
+def _out_features(op: Op) -> int:
+    return size_hint(op.tensor.shape[-1])
+
+
+def _leaf_role(call: Call, flat: Flat) -> tuple[str, dict[str, Fact]]:
+    """norm, linear, conv, embedding: a module whose graph is that one op on its parameters."""
+    from graftc.program.program import ATEN
+
+    graph_module = call.node.graph.owning_module
+    inner = graph_module.get_submodule(str(call.node.target)) if graph_module else None
+    if not isinstance(inner, fx.GraphModule):
+        return "unknown", {}
+    ops = [n for n in inner.graph.nodes if n.op in ("call_function", "call_module")]
+    if len(ops) != 1 or ops[0].op != "call_function":
+        return "unknown", {}
+    op = ops[0]
+    weights = [p for p in inner.parameters()]
+    if op.target in NORMS:
+        eps = next((a for a in reversed(op.args) if isinstance(a, float)), op.kwargs.get("eps"))
+        eps = eps if isinstance(eps, float) else 1e-5
+        return "norm", {"kind": NORMS[op.target], "affine": bool(weights), "eps": eps}
+    if op.target in LINEARS and weights:
+        out, inside = weights[0].shape[0], weights[0].shape[-1]
+        if op.target is ATEN.addmm.default:
+            out, inside = inside, out
+        return "linear", {"in_features": int(inside), "out_features": int(out)}
+    if op.target in CONVS and weights:
+        return "conv", {"in_features": int(weights[0].shape[1]), "out_features": int(weights[0].shape[0])}
+    if op.target is ATEN.embedding.default:
+        return "embedding", {"in_features": int(weights[0].shape[0]), "out_features": int(weights[0].shape[1])}
+    return "unknown", {}

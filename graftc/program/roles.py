@@ -1,0 +1,246 @@
+"""Which module is an attention, which an MLP: told from dataflow, never from names.
+
+The anchors are ops: `scaled_dot_product_attention`, or a softmax between two products;
+an activation between two linears. From an anchor we walk to the linears around it; the deepest
+module that holds them all is the site. Where q, k and v come from tells self-, cross- and
+joint attention apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from graftc.program.flat import Flat, Op, backward, common_path
+from graftc.program.program import ATEN, size_hint
+
+LINEARS = frozenset({ATEN.linear.default, ATEN.addmm.default})
+CONVS = frozenset({ATEN.conv1d.default, ATEN.conv2d.default, ATEN.conv3d.default})
+NORMS = {
+    ATEN.layer_norm.default: "layer_norm",
+    ATEN.rms_norm.default: "rms_norm",
+    ATEN.group_norm.default: "group_norm",
+    ATEN.batch_norm.default: "batch_norm",
+}
+ACTIVATIONS = {
+    ATEN.gelu.default: "gelu",
+    ATEN.silu.default: "silu",
+    ATEN.relu.default: "relu",
+    ATEN.tanh.default: "tanh",
+    ATEN.sigmoid.default: "sigmoid",
+    ATEN.leaky_relu.default: "leaky_relu",
+}
+MOVEMENTS = frozenset(
+    getattr(getattr(ATEN, name), overload)
+    for name, overload in [
+        ("view", "default"), ("reshape", "default"), ("transpose", "int"), ("permute", "default"),
+        ("chunk", "default"), ("split", "Tensor"), ("split_with_sizes", "default"), ("unbind", "int"),
+        ("select", "int"), ("slice", "Tensor"), ("unsqueeze", "default"), ("squeeze", "dim"),
+        ("contiguous", "default"), ("clone", "default"), ("flatten", "using_ints"),
+        ("unflatten", "int"), ("expand", "default"), ("tensor_split", "sections"), ("to", "dtype"),
+    ]
+)  # fmt: skip
+_SDPA = ATEN.scaled_dot_product_attention.default
+_SOFTMAX = frozenset({ATEN.softmax.int, ATEN._softmax.default})
+_PRODUCTS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.baddbmm.default})
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention found: the module that is its site, its kind, the ops around the anchor."""
+
+    path: str
+    kind: str
+    anchor: Op
+    query: Op
+    key: Op
+    value: Op
+    q: tuple[Op, ...]
+    k: tuple[Op, ...]
+    v: tuple[Op, ...]
+    out: Op | None
+    mask: Op | None
+    causal: bool
+    rotary: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """An MLP found: the module that is its site, its linears and its activation."""
+
+    path: str
+    up: Op
+    gate: Op | None
+    down: Op
+    activation: Op
+    name: str
+
+
+def is_linear(op: Op) -> bool:
+    return op.kind == "op" and op.target in LINEARS
+
+
+def linear_input(op: Op) -> Op:
+    return op.args[1] if op.target is ATEN.addmm.default else op.args[0]
+
+
+def attentions(flat: Flat) -> list[Attention]:
+    """Every attention of a model, in execution order."""
+    found: list[Attention] = []
+    for op in flat.ops:
+        if op.kind == "op" and op.target is _SDPA:
+            attention = _around(flat, op, op, op.args[0], op.args[1], op.args[2], _mask_of(op),
+                                bool(op.argument(5, "is_causal", False)))
+        elif op.kind == "op" and op.target in _SOFTMAX:
+            attention = _written_out(flat, op)
+        else:
+            continue
+        if attention is not None:
+            found.append(attention)
+    return found
+
+
+def _mask_of(op: Op) -> Op | None:
+    mask = op.argument(3, "attn_mask")
+    return mask if isinstance(mask, Op) else None
+
+
+def _written_out(flat: Flat, softmax: Op) -> Attention | None:
+    """softmax between two products."""
+    scores = backward(softmax, lambda o: o.kind == "op" and o.target in _PRODUCTS)
+    outs = [o for o in _forward(softmax, 4) if o.target in _PRODUCTS]
+    if not scores or not outs:
+        return None
+    score, out = scores[-1], outs[0]
+    offset = 1 if score.target is ATEN.baddbmm.default else 0
+    return _around(flat, softmax, out, score.args[offset], score.args[offset + 1], out.args[1], None, False)
+
+
+def _around(
+    flat: Flat, anchor: Op, result: Op, query: Op, key: Op, value: Op, mask: Op | None, causal: bool
+) -> Attention | None:
+    def linears(op: Op) -> tuple[Op, ...]:
+        return (op,) if is_linear(op) else tuple(backward(op, is_linear))
+
+    q, k, v = linears(query), linears(key), linears(value)
+    if not q or not k or not v:
+        return None
+    sources = [{linear_input(o).index for o in part} for part in (q, k, v)]
+    if len(sources[0]) > 1 and sources[0] == sources[1]:
+        kind = "joint_attention"
+    elif sources[0] == sources[1] == sources[2]:
+        kind = "self_attention"
+    else:
+        kind = "cross_attention"
+    out = _next_linear(result)
+    members = [anchor, *q, *k, *v]
+    path = flat.called(common_path([*members, out]) if out is not None else common_path(members))
+    return Attention(path, kind, anchor, query, key, value, q, k, v, out, mask, causal,
+                     rotary=_multiplied(query, q))
+
+
+def _multiplied(query: Op, linears: tuple[Op, ...]) -> bool:
+    """Whether q is multiplied by a table on its way from its linear: rotary positions."""
+    inside = {o.index for o in linears}
+    reaches: dict[int, bool] = {}
+
+    def from_linear(op: Op) -> bool:
+        if op.index not in reaches:
+            reaches[op.index] = op.index in inside or (
+                op.kind == "op" and op.index > min(inside) and any(from_linear(o) for o in op.operands)
+            )
+        return reaches[op.index]
+
+    def multiplied(op: Op) -> bool:
+        if op.index in inside or not from_linear(op):
+            return False
+        if op.target is ATEN.mul.Tensor and all(isinstance(a, Op) for a in op.args[:2]):
+            if any(not from_linear(a) and not _is_param(a) for a in op.args[:2]):
+                return True
+        return any(multiplied(o) for o in op.operands)
+
+    return multiplied(query)
+
+
+def _is_param(op: Op) -> bool:
+    while op.kind == "op" and op.target in MOVEMENTS:
+        op = op.operands[0]
+    return op.kind == "param"
+
+
+def _next_linear(op: Op) -> Op | None:
+    """The linear that takes an op's result through movements alone."""
+    current = op
+    for _ in range(12):
+        linears = [u for u in current.users if is_linear(u) and linear_input(u) is current]
+        if linears:
+            return linears[0]
+        movements = [u for u in current.users if u.kind == "op" and u.target in MOVEMENTS]
+        if len(movements) != 1:
+            return None
+        current = movements[0]
+    return None
+
+
+def _forward(op: Op, depth: int) -> list[Op]:
+    """Ops after `op` up to `depth` steps, nearest first."""
+    found: list[Op] = []
+    level = [op]
+    for _ in range(depth):
+        level = list(dict.fromkeys(u for o in level for u in o.users))
+        found += level
+    return found
+
+
+def mlps(flat: Flat, attention_paths: set[str]) -> list[Mlp]:
+    """Every MLP on a token stream (three or more dimensions), in execution order."""
+    found: list[Mlp] = []
+    for op in flat.ops:
+        if op.kind != "op" or op.target not in ACTIVATIONS or op.tensor is None or op.tensor.ndim < 3:
+            continue
+        mlp = _mlp_around(flat, op)
+        if mlp is None or not mlp.path or any(p.startswith(mlp.path + ".") or p == mlp.path for p in attention_paths):
+            continue  # the deepest module that holds it holds an attention too: no module of its own
+        if mlp.path not in {m.path for m in found}:
+            found.append(mlp)
+    return found
+
+
+def _mlp_around(flat: Flat, activation: Op) -> Mlp | None:
+    before = _through(activation.args[0], back=True)
+    if before is None or not is_linear(before):
+        return None
+    gate: Op | None = None
+    after: Op = activation
+    for user in activation.users:  # gated: the activation times another linear's result
+        if user.target is ATEN.mul.Tensor:
+            others = [a for a in user.args[:2] if isinstance(a, Op) and a is not activation]
+            other = _through(others[0], back=True) if others else None
+            if other is not None and is_linear(other):
+                gate, before, after = before, other, user
+    down = _next_linear(after)
+    if down is None:
+        return None
+    wide = _features(linear_input(before)) == _features(down)
+    if not wide:
+        return None
+    path = flat.called(common_path([o for o in (before, gate, down, activation) if o is not None]))
+    name = ACTIVATIONS[activation.target]
+    if name == "gelu" and activation.kwargs.get("approximate") == "tanh":
+        name = "gelu_tanh"
+    return Mlp(path, before, gate, down, activation, name)
+
+
+def _through(op: Any, *, back: bool) -> Op | None:
+    """Walk back over movements (a chunk of a fused linear)."""
+    import operator
+
+    while isinstance(op, Op) and op.kind == "op" and (
+        op.target in MOVEMENTS or op.target is operator.getitem
+    ):
+        op = op.args[0]
+    return op if isinstance(op, Op) else None
+
+
+def _features(op: Op) -> int:
+    return size_hint(op.tensor.shape[-1]) if op.tensor is not None else -1
