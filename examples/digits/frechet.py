@@ -78,9 +78,7 @@ def score(
     values = [
         frechet_distance(
             features(
-                generate(
-                    model, task, samples=samples, seed=seed, steps=steps, guidance=guidance, batch=batch, method=method, device=device
-                )
+                generate(model, task, samples=samples, seed=seed, steps=steps, guidance=guidance, batch=batch, method=method, device=device)
             ),
             real_features("all"),
         )

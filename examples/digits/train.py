@@ -72,6 +72,7 @@ def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
     """Write a safetensors file that a reader sees whole or not at all."""
     partial = path.with_suffix(".partial")
     save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, partial, metadata=metadata)
+    partial.chmod(0o644)  # safetensors writes for the owner alone
     os.replace(partial, path)
 
 

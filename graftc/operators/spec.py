@@ -13,6 +13,21 @@ from typing import Literal, Union
 
 Kind = Literal["int", "float", "bool", "symbol"]
 Value = Union[int, float, bool, str, None]
+Arguments = Mapping[str, Value]
+
+WHOLE = "*"
+"""The slot name of a source that fills all of an operator at once (`keep_top(m, by = …)`)."""
+
+SITE = "site"
+"""The name under which a spec's default sources speak of the site that is replaced."""
+
+
+def _no_mapping() -> Mapping[str, InitSource]:
+    return {}
+
+
+def _no_groups() -> Mapping[str, tuple[str, ...]]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -24,7 +39,10 @@ class OfSite:
 
 @dataclass(frozen=True)
 class Arg:
-    """An argument: its kind, its default (`OfSite`, a value, or `required`), the values it may take."""
+    """An argument: its kind, its default (`OfSite` or a value; else `required`), its limits.
+
+    `minimum` is inclusive; `above` is an exclusive lower limit.
+    """
 
     name: str
     kind: Kind
@@ -33,6 +51,7 @@ class Arg:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     doc: str = ""
+    above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,11 +64,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Apply:
-    """A source of weights: an init policy applied to sources (`concat(a.q, a.k)`, `zero`, `keep_top(m, by = magnitude)`)."""
+    """A source of weights: an init policy applied to sources.
+
+    `concat(a.q, a.k)`, `zero`, `keep_top(m, by = magnitude)`. The policies and what they take
+    stand in `graftc.weights.sources`.
+    """
 
     policy: str
     args: tuple[InitSource, ...] = ()
-    options: Mapping[str, InitSource] = field(default_factory=dict)
+    options: Mapping[str, InitSource] = field(default_factory=_no_mapping)
 
 
 @dataclass(frozen=True)
@@ -66,9 +89,12 @@ InitSource = Union[Part, Apply, Const]
 class Slot:
     """A named piece of an operator's new parameters that `init` can fill.
 
-    `module` is the submodule's path inside the operator ('' for the operator itself);
-    `rows` names a slice of its output rows as (index, of how many equal parts), None for all.
+    `module` is the submodule's path inside the operator ('' for the operator itself).
+    `rows` names a part of its output rows as (index, of how many parts), None for all; the
+    parts are equal unless `sizes(arguments)` says how many rows each has.
     A slot covers the submodule's weight and bias together unless `parameter` names one.
+    `last`: the operator's output is this affine map's output, so that least squares can fit it.
+    `when`: the boolean argument without which the slot is absent (`gated`).
     """
 
     name: str
@@ -76,11 +102,17 @@ class Slot:
     rows: tuple[int, int] | None = None
     parameter: str | None = None
     doc: str = ""
+    sizes: Callable[[Arguments], tuple[int, ...]] | None = None
+    last: bool = False
+    when: str | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and FLOPs of one forward pass of one sample: the operator proper and its featurisers (projections, convolutions)."""
+    """Parameters, and FLOPs of one forward pass of one sample.
+
+    The operator proper and its featurisers (projections, convolutions) are counted apart.
+    """
 
     params: int
     operator_flops: int
@@ -95,11 +127,13 @@ class Cost:
 class OperatorSpec:
     """An operator as data.
 
+    `module`: "package.file:Class"; the class is built by `cls(**arguments)`, all of `args` by name.
     `roles`: which roles of site it can replace. `mixes`: what it mixes. `keeps`: what of a site it
-    carries over ('mask', 'rotary', 'groups', 'causal'); replacing a site that has one it does not keep is an
-    error unless the rule says `drop`. `causal`: 'argument' if `causal` is an argument. `inits`: role →
-    slot → source, the site being called `site`. `groups`: trainable groups by name → slot names.
+    carries over ('mask', 'rotary', 'groups', 'causal'); replacing a site that has one it does not
+    keep is an error unless the rule says `drop`. `inits`: role → slot (or `WHOLE`) → source, the
+    site being called `SITE`. `groups`: trainable groups by name → slot names.
     `cost(arguments, tokens)` is a pure function of the resolved arguments.
+    `length`: 'fixed' if the module takes only the token count that it was built for.
     """
 
     name: str
@@ -110,10 +144,18 @@ class OperatorSpec:
     args: tuple[Arg, ...]
     slots: tuple[Slot, ...]
     inits: Mapping[str, Mapping[str, InitSource]]
-    cost: Callable[[Mapping[str, Value], int], Cost]
+    cost: Callable[[Arguments, int], Cost]
     keeps: tuple[str, ...] = ()
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=_no_groups)
     source: str = ""
+    length: Literal["free", "fixed"] = "free"
 
     def arg(self, name: str) -> Arg | None:
         return next((a for a in self.args if a.name == name), None)
+
+    def slot(self, name: str) -> Slot | None:
+        return next((s for s in self.slots if s.name == name), None)
+
+    def is_causal(self, arguments: Arguments) -> bool:
+        """Whether no output depends on a later token, so that a causal site may take it."""
+        return self.mixes != "tokens" or arguments.get("causal") is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -113,7 +114,7 @@ class RectifiedFlow:
             for first in range(0, count, size):
                 cut = slice(first, first + size)
                 x, given = start[cut], {name: value[cut] for name, value in extra.items()}
-                for now, then in zip(times, times[1:], strict=False):
+                for now, then in pairwise(times):
                     x = x + (then - now) * self._velocity(model, x, now, labels[cut], given, guidance)
                 done.append(x)
         return torch.cat(done).clone()

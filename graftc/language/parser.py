@@ -1,0 +1,225 @@
+"""Text → Document: Lark's LALR tables, driven token by token.
+
+The driver chooses between the two readings of a word (see tokens.py) by what the grammar
+allows at that point, and after a syntax error goes on at the next item, so that a file's
+independent mistakes are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from lark import Lark
+from lark.exceptions import UnexpectedToken
+from lark.lexer import Lexer, PatternStr
+
+from graftc.diagnostics import Diagnostic, GraftError, Source
+from graftc.language import syntax
+from graftc.language.build import Builder
+from graftc.language.resources import grammar_text
+from graftc.language.syntax_errors import ITEM_WORDS, no_value, unexpected
+from graftc.language.tokens import Terminals, Token, lay_out, scan, too_deep
+
+Table = Mapping[int, Mapping[str, tuple[Any, Any]]]
+
+_MOST_ERRORS = 20
+
+
+class _NoLexer(Lexer):
+    """Lark wants a lexer; the tokens come from tokens.py instead."""
+
+    def __init__(self, lexer_conf: Any) -> None:
+        pass
+
+    def lex(self, lexer_state: Any, parser_state: Any) -> Iterator[Any]:
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The parser's tables and the terminals, built once a process."""
+
+    lark: Lark
+    terminals: Terminals
+
+
+@lru_cache(maxsize=1)
+def grammar() -> Grammar:
+    """grammar/graft.lark, read. About 0.1 s, so nothing is cached on disk."""
+    lark = Lark(
+        grammar_text(),
+        parser="lalr",
+        lexer=_NoLexer,
+        start=["start", "set_value"],
+        transformer=cast(Any, Builder()),
+        keep_all_tokens=True,
+        maybe_placeholders=False,
+    )
+    words: dict[str, str] = {}
+    signs: dict[str, str] = {}
+    shapes: dict[str, str] = {}
+    for terminal in lark.terminals:
+        text = str(terminal.pattern.value)
+        if not isinstance(terminal.pattern, PatternStr):
+            shapes[terminal.name] = text
+        elif text.isalpha():
+            words[terminal.name] = text
+        else:
+            signs[terminal.name] = text
+    return Grammar(lark, Terminals.build(words, signs, shapes))
+
+
+@dataclass(frozen=True)
+class _Stop(Exception):
+    """The parser cannot go on at token `at`."""
+
+    at: int
+    diagnostic: Diagnostic
+
+
+def _drive(tokens: Sequence[Token], start: str) -> Any:
+    """The result of the start symbol. Raises `_Stop`."""
+    session = grammar().lark.parse_interactive(start=start)
+    state = cast(Any, session.parser_state)
+    table: Table = state.parse_conf.parse_table.states
+    feed: Callable[[Any, bool], Any] = state.feed_token
+    at = 0
+    earlier: list[int] = []
+    stack: list[int] = state.state_stack.copy()
+    try:
+        for at, token in enumerate(tokens):
+            earlier, stack = stack, state.state_stack.copy()
+            if token.keyword is not None:
+                token.type = token.keyword if token.keyword in table[stack[-1]] else "NAME"
+            feed(token, False)
+        at = len(tokens)
+        earlier, stack = stack, state.state_stack.copy()
+        return feed(_end(tokens), True)
+    except UnexpectedToken:
+        wanted, wanted_before = _accepted(table, stack), _accepted(table, earlier)
+        raise _Stop(at, unexpected(tokens, at, wanted, wanted_before, start)) from None
+    except GraftError as error:  # the builder found it nested too deep
+        raise _Stop(at, error.diagnostics[0]) from None
+
+
+def _accepted(table: Table, stack: list[int]) -> frozenset[str]:
+    """The terminals that can come next. LALR lookaheads alone would name some that cannot."""
+    if not stack:
+        return frozenset()
+    return frozenset(t for t in table[stack[-1]] if _shifts(table, stack, t))
+
+
+def _shifts(table: Table, stack: list[int], terminal: str) -> bool:
+    if not (terminal.isupper() or terminal == "$END"):
+        return False
+    states = stack.copy()
+    while True:
+        step = table[states[-1]].get(terminal)
+        if step is None:
+            return False
+        action, target = step
+        if str(action) == "Shift":
+            return True
+        if target.expansion:
+            del states[-len(target.expansion) :]
+        follow = table[states[-1]].get(target.origin.name)
+        if follow is None:
+            return False
+        states.append(follow[1])
+        if terminal == "$END" and "$END" not in table[states[-1]]:
+            return True
+
+
+def _end(tokens: Sequence[Token]) -> Token:
+    last = tokens[-1]
+    return Token("$END", "", last.source, last.end, last.end)
+
+
+def parse_all(source: Source) -> tuple[syntax.Document, list[Diagnostic]]:
+    """The items that could be parsed, and every mistake of syntax."""
+    raw, errors = scan(source, grammar().terminals)
+    deep = too_deep(raw)
+    if deep is not None:
+        return syntax.Document(source), [*errors, deep]
+    spelling_lines = {e.span.line for e in errors if e.span}
+    items: list[syntax.Item] = []
+    at = 0
+    while at < len(raw) and len(errors) < _MOST_ERRORS:
+        try:
+            items += _parse(raw[at:])
+            break
+        except _Stop as stop:
+            span = stop.diagnostic.span
+            if span is None or span.line not in spelling_lines:
+                errors.append(stop.diagnostic)
+            offset = span.start if span else 0
+            failed = next((i for i, t in enumerate(raw) if t.start >= offset), len(raw))
+            before = next((i for i in range(failed, at, -1) if _starts_item(raw, i)), at)
+            if before > at:
+                items += _quietly(raw[at:before])
+            at = next((i for i in range(failed + 1, len(raw)) if _starts_item(raw, i)), len(raw))
+    return syntax.Document(source, tuple(items)), errors
+
+
+def _parse(raw: Sequence[Token]) -> tuple[syntax.Item, ...]:
+    tokens = lay_out(raw)
+    return _drive(tokens, "start") if tokens else ()
+
+
+def _quietly(raw: Sequence[Token]) -> tuple[syntax.Item, ...]:
+    try:
+        return _parse(raw)
+    except _Stop:  # the item before the mistake was not closed: its error stands already
+        return ()
+
+
+def _starts_item(raw: Sequence[Token], at: int) -> bool:
+    """Whether a word of `ITEM_WORDS` stands at the left margin: a likely start after an error."""
+    if at >= len(raw):
+        return False
+    token = raw[at]
+    return token.value in ITEM_WORDS and (at == 0 or raw[at - 1].type == "NL") and _at_margin(token)
+
+
+def _at_margin(token: Token) -> bool:
+    return token.start == 0 or token.source.text[token.start - 1] == "\n"
+
+
+def parse(source: Source) -> syntax.Document:
+    """The document. Raises GraftError with every mistake of syntax.
+
+    >>> document = parse(Source("a.graft", "rule r {\\n match a = mlp in blocks odd\\n remove a\\n}"))
+    >>> [type(item).__name__ for item in document.items]
+    ['RuleItem']
+    >>> parse(Source("a.graft", "rule r {\\n  remove }"))
+    Traceback (most recent call last):
+        ...
+    graftc.diagnostics.diagnostic.GraftError: error[G010]: unexpected `}`
+      --> a.graft:2:10
+       |
+     2 |   remove }
+       |          ^
+       = wanted: a name
+    """
+    document, errors = parse_all(source)
+    if errors:
+        raise GraftError(*errors)
+    return document
+
+
+def parse_set_value(source: Source) -> syntax.SetValue:
+    """The value of `--set name=value`. Raises GraftError."""
+    raw, errors = scan(source, grammar().terminals)
+    tokens = lay_out(raw)
+    deep = too_deep(raw)
+    if deep is not None:
+        errors.append(deep)
+    if not errors and tokens:
+        try:
+            return _drive(tokens[:-1], "set_value")
+        except _Stop as stop:
+            errors.append(stop.diagnostic)
+    raise GraftError(*(errors or [no_value(source)]))

@@ -1,0 +1,56 @@
+"""The MLP of any width, plain or gated."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation function `name`."""
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if name == "silu":
+        return F.silu(x)
+    if name == "relu":
+        return F.relu(x)
+    if name == "relu_squared":
+        return F.relu(x).square()
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    raise ValueError(
+        f"mlp: unknown activation {name!r},"
+        " wanted gelu, gelu_tanh, silu, relu, relu_squared or quick_gelu"
+    )
+
+
+class Mlp(nn.Module):
+    """y = fc2(act(fc1(x))), or fc2(act(gate(x)) · fc1(x)) where `gated`; [batch, tokens, dim].
+
+    It has `ratio · dim` neurons, rounded. (Grafting, arXiv 2506.05340, table 3: ratios 3 and 6
+    in place of 4; gated: arXiv 2002.05202.)
+
+    >>> Mlp(dim=8, ratio=3)(torch.zeros(1, 5, 8)).shape
+    torch.Size([1, 5, 8])
+    """
+
+    def __init__(
+        self, dim: int, ratio: float, activation: str = "gelu", gated: bool = False
+    ) -> None:
+        super().__init__()
+        if ratio <= 0:
+            raise ValueError(f"mlp: ratio is {ratio}, wanted more than 0")
+        activate(torch.zeros(1), activation)  # an unknown name fails here, not in the first step
+        hidden = max(1, round(ratio * dim))
+        self.activation = activation
+        self.fc1 = nn.Linear(dim, hidden)
+        self.gate = nn.Linear(dim, hidden) if gated else None
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.fc2(activate(self.fc1(x), self.activation))
+        return self.fc2(activate(self.gate(x), self.activation) * self.fc1(x))

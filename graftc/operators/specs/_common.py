@@ -1,0 +1,81 @@
+"""What several families' specs share: site arguments, typed reading of arguments, q|k|v rows."""
+
+from __future__ import annotations
+
+from graftc.operators.spec import SITE, Apply, Arg, Arguments, InitSource, OfSite, Part
+
+SELF_ATTENTION = "self_attention"
+MLP = "mlp"
+
+DIM = Arg("dim", "int", OfSite("dim"), minimum=1, doc="width of the residual stream")
+
+
+def attention_args() -> tuple[Arg, ...]:
+    """The arguments of every operator that has heads."""
+    return (
+        DIM,
+        Arg("heads", "int", OfSite("heads"), minimum=1, doc="query heads"),
+        Arg("kv_heads", "int", OfSite("kv_heads"), minimum=1, doc="key-value heads"),
+        Arg("head_dim", "int", OfSite("head_dim"), minimum=1, doc="width of one head"),
+        Arg("causal", "bool", OfSite("causal"), doc="a token sees only itself and earlier ones"),
+    )
+
+
+def integer(arguments: Arguments, name: str) -> int:
+    """The integer argument `name`.
+
+    >>> integer({"dim": 8}, "dim")
+    8
+    """
+    value = arguments[name]
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, wanted an integer")
+    return value
+
+
+def number(arguments: Arguments, name: str) -> float:
+    """The numeric argument `name` as a float."""
+    value = arguments[name]
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}, wanted a number")
+    return float(value)
+
+
+def attention_sizes(arguments: Arguments) -> tuple[int, int, int]:
+    """The rows of q, k and v in `in_proj`.
+
+    >>> attention_sizes({"heads": 4, "kv_heads": 2, "head_dim": 8})
+    (32, 16, 16)
+    """
+    head_dim = integer(arguments, "head_dim")
+    q = integer(arguments, "heads") * head_dim
+    kv = integer(arguments, "kv_heads") * head_dim
+    return q, kv, kv
+
+
+def attention_projections(arguments: Arguments, tokens: int) -> tuple[int, int]:
+    """(parameters, FLOPs) of `in_proj` and `out_proj`; 4D² + 4D and 8ND² where all heads are equal.
+
+    >>> attention_projections({"dim": 1152, "heads": 16, "kv_heads": 16, "head_dim": 72}, 256)
+    (5313024, 2717908992)
+    """
+    dim = integer(arguments, "dim")
+    rows = sum(attention_sizes(arguments))
+    inner = attention_sizes(arguments)[0]
+    params = rows * (dim + 1) + dim * (inner + 1)
+    return params, 2 * tokens * dim * (rows + inner)
+
+
+def part(name: str) -> Part:
+    """The site's own part `name`."""
+    return Part(SITE, name)
+
+
+def qkv() -> Apply:
+    """The rows of `in_proj`: q, k, v of the site, in this order."""
+    return Apply("concat", (part("q"), part("k"), part("v")))
+
+
+def fitted(otherwise: InitSource) -> Apply:
+    """Least squares on calibration inputs; `otherwise` is what it starts from without them."""
+    return Apply("least_squares", options={"otherwise": otherwise})

@@ -1,0 +1,89 @@
+"""Specs of the Hyena family (paper.md sections 3 and 4.1): gated short convolutions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from graftc.operators.spec import Apply, Arg, Arguments, Cost, InitSource, OperatorSpec, Slot
+from graftc.operators.specs._common import DIM, SELF_ATTENTION, fitted, integer, part, qkv
+
+_ARGS = (
+    DIM,
+    Arg("kernel", "int", 4, minimum=1, doc="taps of each convolution"),
+    Arg("causal", "bool", True, doc="taps on earlier tokens only; false centres them"),
+)
+
+_PROJECTIONS = (
+    Slot("in_proj", "in_proj", doc="rows q, k, v"),
+    Slot("q", "in_proj", rows=(0, 3)),
+    Slot("k", "in_proj", rows=(1, 3)),
+    Slot("v", "in_proj", rows=(2, 3)),
+    Slot("out_proj", "out_proj", last=True),
+    Slot("out", "out_proj", last=True, doc="the same as out_proj"),
+)
+_SHORT = (Slot("short_filter", "short_filter", doc="depthwise, on q, k and v"),)
+_INNER = (Slot("inner_filter", "inner_filter", doc="depthwise, on k · v"),)
+
+
+def _cost(arguments: Arguments, tokens: int, *, short: bool, inner: bool) -> Cost:
+    dim, kernel = integer(arguments, "dim"), integer(arguments, "kernel")
+    params = 4 * dim * dim + 4 * dim
+    operator, featuriser = 2 * tokens * dim, 8 * tokens * dim * dim
+    if short:
+        params += 3 * dim * (kernel + 1)
+        featuriser += 2 * kernel * 3 * dim * tokens
+    if inner:
+        params += dim * (kernel + 1)
+        operator += 2 * kernel * tokens * dim
+    return Cost(params, operator, featuriser)
+
+
+def _inits(*, short: bool, inner: bool) -> dict[str, dict[str, InitSource]]:
+    sources: dict[str, InitSource] = {"in_proj": qkv()}
+    if short:
+        sources["short_filter"] = Apply("identity")
+    if inner:
+        sources["inner_filter"] = Apply("identity")
+    sources["out_proj"] = fitted(part("out"))
+    return {SELF_ATTENTION: sources}
+
+
+def _spec(name: str, cls: str, summary: str, *, short: bool, inner: bool) -> OperatorSpec:
+    return OperatorSpec(
+        name=name,
+        module=f"graftc.operators.hyena:{cls}",
+        summary=summary,
+        roles=(SELF_ATTENTION,),
+        mixes="tokens",
+        args=_ARGS,
+        slots=_PROJECTIONS + (_SHORT if short else ()) + (_INNER if inner else ()),
+        inits=_inits(short=short, inner=inner),
+        cost=partial(_cost, short=short, inner=inner),
+        keeps=("causal",),
+        source="Grafting (arXiv 2506.05340), table 3; Hyena-SE/X of StripedHyena 2",
+    )
+
+
+SPECS = (
+    _spec(
+        "hyena_x",
+        "HyenaX",
+        "out(q · (k · v)), a short convolution on q, k and v",
+        short=True,
+        inner=False,
+    ),
+    _spec(
+        "hyena_y",
+        "HyenaY",
+        "out(q · conv(k · v))",
+        short=False,
+        inner=True,
+    ),
+    _spec(
+        "hyena_se",
+        "HyenaSE",
+        "out(q · conv(k · v)), a short convolution on q, k and v",
+        short=True,
+        inner=True,
+    ),
+)

@@ -1,0 +1,42 @@
+"""Spec of sliding-window attention (paper.md sections 3 and 4.1)."""
+
+from __future__ import annotations
+
+from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec
+from graftc.operators.specs._common import (
+    SELF_ATTENTION,
+    attention_args,
+    attention_projections,
+    attention_sizes,
+    integer,
+)
+from graftc.operators.specs.attention import COPIES, SLOTS
+
+
+def _cost(arguments: Arguments, tokens: int) -> Cost:
+    params, projections = attention_projections(arguments, tokens)
+    window = integer(arguments, "window")
+    seen = min(tokens, (1 if arguments["causal"] else 2) * window + 1)
+    scores = tokens * seen
+    inner, heads = attention_sizes(arguments)[0], integer(arguments, "heads")
+    return Cost(params, 4 * scores * inner + 2 * heads * scores, projections)
+
+
+SPECS = (
+    OperatorSpec(
+        name="sliding_window",
+        module="graftc.operators.sliding_window:SlidingWindow",
+        summary="softmax attention to the tokens at most `window` away",
+        roles=(SELF_ATTENTION,),
+        mixes="tokens",
+        args=(
+            Arg("window", "int", required=True, minimum=1, doc="tokens seen to each side"),
+            *attention_args(),
+        ),
+        slots=SLOTS,
+        inits=COPIES,
+        cost=_cost,
+        keeps=("causal", "groups"),
+        source="Grafting (arXiv 2506.05340), table 3; arXiv 2004.05150",
+    ),
+)

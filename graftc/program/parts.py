@@ -1,0 +1,210 @@
+"""The parts of a site: q, k, v, out, up, gate, down as affine maps, whatever form they are stored in.
+
+A projection may be fused with others, interleaved by head, or stored transposed. Instead of a
+table of layouts we run the ops between the linear and the attention on the *numbers of the
+linear's output features*: where each number arrives tells which row is which head's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.diagnostics import fail
+from graftc.program.analysis import Analysis
+from graftc.program.flat import Op
+from graftc.program.program import ATEN, Program, size_hint
+from graftc.program.roles import MOVEMENTS
+
+
+@dataclass(frozen=True)
+class PartRef:
+    """Where a part stands: parameters, the rows (or columns) that are its own in head-major order.
+
+    None for rows or columns means all, in order. `transposed`: stored [in, out] (Conv1D).
+    """
+
+    weight: str
+    bias: str | None
+    rows: tuple[int, ...] | None = None
+    columns: tuple[int, ...] | None = None
+    transposed: bool = False
+
+    def tensors(self, program: Program) -> tuple[Tensor, Tensor | None]:
+        """(weight [out, in], bias [out] or None), copied."""
+        weight = program.root.get_parameter(self.weight).detach()
+        weight = weight.t() if self.transposed else weight
+        bias = program.root.get_parameter(self.bias).detach() if self.bias else None
+        if self.rows is not None:
+            index = torch.tensor(self.rows, device=weight.device)
+            weight = weight[index]
+            bias = bias[index] if bias is not None else None
+        if self.columns is not None:
+            weight = weight[:, torch.tensor(self.columns, device=weight.device)]
+        return weight.clone(), bias.clone() if bias is not None else None
+
+
+def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
+    """Part name → where it stands, or why it is no affine map (a sentence).
+
+    An attention has q, k, v, out; an MLP up, down and, where gated, gate.
+    """
+    if path in analysis.attentions:
+        a = analysis.attentions[path]
+        found: dict[str, PartRef | str] = {}
+        for name, linears, end in (("q", a.q, a.query), ("k", a.k, a.key), ("v", a.v, a.value)):
+            if len(linears) != 1:
+                found[name] = f"{name} comes from {len(linears)} linears"
+            else:
+                found[name] = _rows_of(linears[0], end)
+        result = a.anchor if a.anchor.target is ATEN.scaled_dot_product_attention.default else None
+        if a.out is None:
+            found["out"] = "no linear follows the attention"
+        elif result is None:
+            found["out"] = _whole(a.out)
+        else:
+            found["out"] = _columns_of(result, a.out)
+        return found
+    if path in analysis.mlps:
+        m = analysis.mlps[path]
+        found = {"up": _rows_of(m.up, m.activation), "down": _whole(m.down)}
+        if m.gate is not None:
+            # In `down(act(g(x)) · u(x))` the activated branch is the gate.
+            product = next(u for u in m.activation.users if u.target is ATEN.mul.Tensor)
+            other = next(o for o in product.args[:2] if o is not m.activation)
+            found["gate"] = found["up"]
+            found["up"] = _rows_of(m.gate, other)
+        return found
+    return {}
+
+
+def _whole(linear: Op) -> PartRef | str:
+    return _ref(linear, None, None)
+
+
+def _ref(linear: Op, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None) -> PartRef | str:
+    conv1d = linear.target is ATEN.addmm.default
+    weight = linear.args[2] if conv1d else linear.args[1]
+    bias = linear.args[0] if conv1d else linear.argument(2, "bias")
+    if weight.kind != "param" or (bias is not None and bias.kind != "param"):
+        return "the linear's weight is computed, not a parameter"
+    return PartRef(weight.fqn, bias.fqn if bias is not None else None, rows, columns, conv1d)
+
+
+def _rows_of(linear: Op, end: Op) -> PartRef | str:
+    """The rows of `linear` that arrive at `end`, in the order (head, feature)."""
+    features = size_hint(linear.tensor.shape[-1])
+    path = _movements(linear, end)
+    if isinstance(path, str):
+        return path
+    shape = [size_hint(s) for s in linear.tensor.shape]
+    values: dict[int, Any] = {linear.index: torch.arange(features).expand(*shape[:-1], features)}
+    last = linear
+    for op in path:
+        values[op.index] = _evaluate(op, values)
+        last = op
+    moved = values[last.index]
+    for i in range(moved.ndim):  # the batch, the tokens: the same numbers everywhere
+        first = moved.narrow(i, 0, 1)
+        if moved.shape[i] > 1 and bool((moved == first).all()):
+            moved = first
+    rows = tuple(moved.reshape(-1).tolist())
+    return _ref(linear, None if rows == tuple(range(features)) else rows, None)
+
+
+def _columns_of(start: Op, linear: Op) -> PartRef | str:
+    """The columns of the output projection, in the order (head, feature) of the attention's result."""
+    shape = [size_hint(s) for s in start.tensor.shape]
+    if len(shape) != 4:
+        return _whole(linear)
+    heads, width = shape[-3], shape[-1]
+    numbers = torch.arange(heads * width).view(1, heads, 1, width).expand(shape[0], heads, shape[-2], width)
+    source = linear.args[1] if linear.target is ATEN.addmm.default else linear.args[0]
+    path = _movements(start, source)
+    if isinstance(path, str):
+        return path
+    values: dict[int, Any] = {start.index: numbers}
+    for op in path:
+        values[op.index] = _evaluate(op, values)
+    arrived = values[source.index].reshape(-1, heads * width)[0].tolist()
+    if arrived == list(range(heads * width)):
+        return _ref(linear, None, None)
+    columns = [0] * len(arrived)
+    for position, number in enumerate(arrived):
+        columns[number] = position
+    return _ref(linear, None, tuple(columns))
+
+
+def _movements(start: Op, end: Op) -> list[Op] | str:
+    """The movement ops from `start` on the way to `end`, up to the first op that computes."""
+    on_way = _between(start, end)
+    found: list[Op] = []
+    current = start
+    while current is not end:
+        nexts = [u for u in current.users if u.index in on_way or u is end]
+        movements = [u for u in nexts if u.target in MOVEMENTS or u.target is operator.getitem]
+        if len(nexts) != 1 or not movements:
+            if found or nexts:
+                break  # rotary, a norm or a scale follows: the part is the map before it
+            return f"no path of movements from {start.path}"
+        current = movements[0]
+        found.append(current)
+    return found
+
+
+def _between(start: Op, end: Op) -> set[int]:
+    """Indices of ops that lie on a path from start to end."""
+    memo: dict[int, bool] = {start.index: True}
+
+    def reaches(op: Op) -> bool:
+        if op.index not in memo:
+            memo[op.index] = op.index > start.index and any(
+                reaches(o) for o in op.operands if op.target is not ATEN.sym_size.int
+            )
+        return memo[op.index]
+
+    reaches(end)
+    return {i for i, yes in memo.items() if yes}
+
+
+def _evaluate(op: Op, values: Mapping[int, Any]) -> Any:
+    """Run one movement op on numbers, sizes at the example's values."""
+
+    def concrete(value: Any) -> Any:
+        if isinstance(value, Op):
+            if value.index in values:
+                return values[value.index]
+            return _size(value)
+        if isinstance(value, (tuple, list)):
+            return [concrete(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        return value
+
+    if op.target is ATEN.to.dtype:
+        return concrete(op.args[0])
+    args = [concrete(a) for a in op.args]
+    return op.target(*args, **{k: concrete(v) for k, v in op.kwargs.items()})
+
+
+def _size(op: Op) -> int:
+    val = op.node.meta.get("val")
+    if isinstance(val, (int, torch.SymInt)):
+        return size_hint(val)
+    fail("G220", "an operand of a movement is no size", site=f"{op.path} ({op.target})")
+
+
+def affine(program: Program, refs: Mapping[str, PartRef | str], name: str, site: str) -> tuple[Tensor, Tensor | None]:
+    """The tensors of a part; a GraftError that names the op where it is not affine or not there."""
+    ref = refs.get(name)
+    if isinstance(ref, PartRef):
+        return ref.tensors(program)
+    if ref is None:
+        fail("G221", f"{site} has no part `{name}`", site=site, wanted=", ".join(refs) or "a site with parts", found=name)
+    fail("G222", f"part `{name}` of {site} is not an affine map: {ref}", site=site)
+
+
+__all__ = ["PartRef", "affine", "part_refs"]
