@@ -46,7 +46,7 @@ class Settings:
 
 def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' attention and MLP matrices, AdamW for embeddings, modulation, biases and the last layer."""
-    matrices, rest = [], []
+    matrices, rest = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
         inner = name.startswith("blocks.") and parameter.ndim == 2 and "adaLN" not in name
         (matrices if inner and settings.muon else rest).append(parameter)
@@ -66,6 +66,13 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
     """Row numbers of one shuffled batch after another, for ever; the odd rest of an epoch is left out."""
     while True:
         yield from torch.randperm(count, generator=generator)[: count // size * size].split(size)
+
+
+@torch.no_grad()
+def average(ema: nn.Module, model: nn.Module, keep: float) -> None:
+    """Move the averaged weights towards the current ones, keeping the share `keep` of the old average."""
+    for old, new in zip(ema.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1 - keep)
 
 
 def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -124,7 +131,6 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
     # A resumed run draws from a fresh stream: repeating the first run's batches would be worse than losing its place.
     generator = torch.Generator().manual_seed(settings.seed + step)
     forward = torch.compile(model) if settings.compile else model
-    averaged, current = list(ema.parameters()), list(model.parameters())
     mean_loss, started = 1.0, time.monotonic()
     last_score = last_save = spent
     for rows in batches(len(data), settings.batch, generator):
@@ -138,11 +144,11 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
             outputs = forward(**prepared.inputs)
         loss = objective.loss(outputs, prepared)
         loss.backward()
-        nn.utils.clip_grad_norm_(current, settings.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(averaged, current, 1 - min(settings.ema, (1 + step) / (10 + step)))
+        average(ema, model, min(settings.ema, (1 + step) / (10 + step)))
         step += 1
         mean_loss = 0.99 * mean_loss + 0.01 * loss.item()
         done = wall >= settings.seconds

@@ -87,6 +87,7 @@ def _drive(tokens: Sequence[Token], start: str) -> Any:
     table: Table = state.parse_conf.parse_table.states
     feed: Callable[[Any, bool], Any] = state.feed_token
     at = 0
+    end_state: int = state.parse_conf.end_state
     earlier: list[int] = []
     stack: list[int] = state.state_stack.copy()
     try:
@@ -99,38 +100,33 @@ def _drive(tokens: Sequence[Token], start: str) -> Any:
         earlier, stack = stack, state.state_stack.copy()
         return feed(_end(tokens), True)
     except UnexpectedToken:
-        wanted, wanted_before = _accepted(table, stack), _accepted(table, earlier)
+        wanted, wanted_before = (_accepted(table, s, end_state) for s in (stack, earlier))
         raise _Stop(at, unexpected(tokens, at, wanted, wanted_before, start)) from None
     except GraftError as error:  # the builder found it nested too deep
         raise _Stop(at, error.diagnostics[0]) from None
 
 
-def _accepted(table: Table, stack: list[int]) -> frozenset[str]:
+def _accepted(table: Table, stack: list[int], end_state: int) -> frozenset[str]:
     """The terminals that can come next. LALR lookaheads alone would name some that cannot."""
     if not stack:
         return frozenset()
-    return frozenset(t for t in table[stack[-1]] if _shifts(table, stack, t))
+    return frozenset(t for t in table[stack[-1]] if _shifts(table, stack, t, end_state))
 
 
-def _shifts(table: Table, stack: list[int], terminal: str) -> bool:
+def _shifts(table: Table, stack: list[int], terminal: str, end_state: int) -> bool:
     if not (terminal.isupper() or terminal == "$END"):
         return False
     states = stack.copy()
-    while True:
-        step = table[states[-1]].get(terminal)
-        if step is None:
-            return False
-        action, target = step
+    while states[-1] in table and terminal in table[states[-1]]:
+        action, target = table[states[-1]][terminal]
         if str(action) == "Shift":
             return True
         if target.expansion:
             del states[-len(target.expansion) :]
-        follow = table[states[-1]].get(target.origin.name)
-        if follow is None:
-            return False
-        states.append(follow[1])
-        if terminal == "$END" and "$END" not in table[states[-1]]:
+        states.append(table[states[-1]][target.origin.name][1])
+        if states[-1] == end_state:
             return True
+    return False
 
 
 def _end(tokens: Sequence[Token]) -> Token:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
-from graftc.diagnostics import Span
-from graftc.operators.spec import InitSource, OperatorSpec, Value
+from graftc.diagnostics import Diagnostic, Span
+from graftc.operators.spec import Const, InitSource, OperatorSpec, Value
 
 # -- expressions of `where` and of arguments -------------------------------------------------
 
@@ -236,6 +236,16 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Computed(Const):
+    """A number of an init source that depends on a site's facts (`groups = heads(a) / 4`).
+
+    `value` is None until the facts are known: evaluate `expr`, and use `Const` of the result.
+    """
+
+    expr: Expr
+
+
+@dataclass(frozen=True)
 class Init:
     """`slot = source`; `slot` None where the source fills the whole operator (`keep_top(m, …)`)."""
 
@@ -266,10 +276,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """All rules of a file and of what it uses, in order, and stage 2. `digest` hashes every text read."""
+    """All rules of a file and of what it uses, in order, and stage 2.
+
+    `digest` hashes every text read. `notes` are remarks that stop nothing: what parses and cannot
+    be applied yet.
+    """
 
     rules: tuple[Rule, ...]
     finetune: Finetune | None
     parameters: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     digest: str = ""
+    notes: tuple[Diagnostic, ...] = ()

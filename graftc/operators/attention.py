@@ -6,25 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def split_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """[batch, tokens, heads · head_dim] to [batch, heads, tokens, head_dim]."""
-    return x.reshape(x.shape[0], x.shape[1], heads, head_dim).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[batch, heads, tokens, head_dim] to [batch, tokens, heads · head_dim]."""
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
-
-
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """Each head `times` times in a row: [batch, h, tokens, d] to [batch, h · times, tokens, d]."""
-    if times == 1:
-        return x
-    batch, heads, tokens, head_dim = x.shape
-    x = x.unsqueeze(2).expand(batch, heads, times, tokens, head_dim)
-    return x.reshape(batch, heads * times, tokens, head_dim)
-
-
 class Attention(nn.Module):
     """y = out(softmax(q kᵀ / √d) v), by heads; x and y are [batch, tokens, dim].
 
@@ -59,10 +40,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(heads * self.head_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        q = split_heads(q, self.heads, self.head_dim)
-        k = repeat_heads(split_heads(k, self.kv_heads, self.head_dim), self.heads // self.kv_heads)
-        v = repeat_heads(split_heads(v, self.kv_heads, self.head_dim), self.heads // self.kv_heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(merge_heads(y))
+        groups = self.heads // self.kv_heads
+        q = q.reshape(batch, tokens, self.heads, self.head_dim)
+        k = k.reshape(batch, tokens, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
+        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=self.causal
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, inner))

@@ -7,39 +7,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def split_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """[batch, tokens, heads · head_dim] to [batch, heads, tokens, head_dim]."""
-    return x.reshape(x.shape[0], x.shape[1], heads, head_dim).transpose(1, 2)
-
-
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """Each head `times` times in a row: [batch, h, tokens, d] to [batch, h · times, tokens, d]."""
-    if times == 1:
-        return x
-    batch, heads, tokens, head_dim = x.shape
-    x = x.unsqueeze(2).expand(batch, heads, times, tokens, head_dim)
-    return x.reshape(batch, heads * times, tokens, head_dim)
-
-
 def causal_sum(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     """Σ_{j ≤ i} (q_i · k_j) v_j for every i, in chunks: linear in the tokens.
 
-    q, k: [batch, heads, tokens, d]; v: [batch, heads, tokens, e]. Inside a chunk the products
-    are masked; what lies before it comes as one running sum of k_jᵀ v_j.
+    q, k: [batch, tokens, heads, d]; v and the result: [batch, tokens, heads, e]. Inside a chunk
+    the products are masked; what lies before it comes as one running sum of k_jᵀ v_j.
     """
-    batch, heads, tokens, _ = q.shape
-    chunks = (tokens + chunk - 1) // chunk
-    padding = (0, 0, 0, chunks * chunk - tokens)
-    q = F.pad(q, padding).reshape(batch, heads, chunks, chunk, q.shape[3])
-    k = F.pad(k, padding).reshape(batch, heads, chunks, chunk, k.shape[3])
-    v = F.pad(v, padding).reshape(batch, heads, chunks, chunk, v.shape[3])
-    position = torch.arange(chunk, device=q.device)
-    later = position > position.unsqueeze(1)
-    inside = (q @ k.transpose(-2, -1)).masked_fill(later, 0.0) @ v
-    state = (k.transpose(-2, -1) @ v).cumsum(dim=2)
-    before = F.pad(state, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-    y = inside + q @ before
-    return y.reshape(batch, heads, chunks * chunk, v.shape[4])[:, :, :tokens]
+    batch, tokens, heads, _ = q.shape
+    # Row r of what follows is one chunk of one head of one sample. Chunks are cut by index, the
+    # last one filled up with its last token, which nothing sees: no shape then depends on a
+    # remainder, and torch.export takes any batch and length; it needs the two chunks as well.
+    chunks = torch.sym_max(2, (tokens + chunk - 1) // chunk)
+    row = torch.arange(batch * heads * chunks, device=q.device).unsqueeze(1)
+    sequence = row // chunks
+    block = row - sequence * chunks
+    step = torch.arange(chunk, device=q.device)
+    position = (block * chunk + step).clamp(max=tokens - 1)
+    index = (sequence // heads, position, sequence % heads)
+    q, k, v = q[index], k[index], v[index]
+
+    inside = (q @ k.transpose(1, 2)).masked_fill(step > step.unsqueeze(1), 0.0) @ v
+    state = (k.transpose(1, 2) @ v).reshape(batch * heads, chunks, k.shape[2], v.shape[2])
+    before = F.pad(state.cumsum(dim=1), (0, 0, 0, 0, 1, 0))
+    y = inside + q @ before[sequence.squeeze(1), block.squeeze(1)]
+
+    token = torch.arange(tokens, device=q.device).unsqueeze(1)
+    first = (torch.arange(batch * heads, device=q.device) * chunks).reshape(batch, 1, heads)
+    return y[first + token // chunk, token % chunk]
 
 
 class LinearAttention(nn.Module):
@@ -87,16 +81,20 @@ class LinearAttention(nn.Module):
         return F.relu(x) if self.feature == "relu" else F.elu(x) + 1
 
     def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
         groups = self.heads // self.kv_heads
-        q = self.features(split_heads(q, self.heads, self.head_dim))
-        k = repeat_heads(
-            self.features(split_heads(k, self.kv_heads, self.head_dim)), groups
-        )
-        v = repeat_heads(split_heads(v, self.kv_heads, self.head_dim), groups).to(q.dtype)
+        q = self.features(q.reshape(batch, tokens, self.heads, self.head_dim))
+        k = self.features(k.reshape(batch, tokens, self.kv_heads, self.head_dim))
+        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).to(q.dtype)
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         # A last column of ones turns into the normaliser, by the same products.
         v = F.pad(v, (0, 1), value=1.0)
-        y = causal_sum(q, k, v, chunk=64) if self.causal else q @ (k.transpose(-2, -1) @ v)
+        if self.causal:
+            y = causal_sum(q, k, v, chunk=64)
+        else:
+            state = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
+            y = (q.transpose(1, 2) @ state).transpose(1, 2)
         y = (y[..., :-1] / (y[..., -1:] + self.eps)).to(x.dtype)
-        return self.out_proj(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], inner))
+        return self.out_proj(y.reshape(batch, tokens, inner))

@@ -3,35 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def split_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """[batch, tokens, heads · head_dim] to [batch, heads, tokens, head_dim]."""
-    return x.reshape(x.shape[0], x.shape[1], heads, head_dim).transpose(1, 2)
-
-
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """Each head `times` times in a row: [batch, h, tokens, d] to [batch, h · times, tokens, d]."""
-    if times == 1:
-        return x
-    batch, heads, tokens, head_dim = x.shape
-    x = x.unsqueeze(2).expand(batch, heads, times, tokens, head_dim)
-    return x.reshape(batch, heads * times, tokens, head_dim)
-
-
-def with_neighbours(blocks: Tensor, window: int, causal: bool) -> Tensor:
-    """Each block with the last `window` tokens before it and, unless causal, the first after it.
-
-    blocks: [batch, heads, blocks, size, head_dim]; the tokens before the first block and after
-    the last are zeros, which the caller masks.
-    """
-    before = F.pad(blocks[:, :, :, blocks.shape[3] - window :], (0, 0, 0, 0, 1, 0))[:, :, :-1]
-    if causal:
-        return torch.cat([before, blocks], dim=3)
-    after = F.pad(blocks[:, :, :, :window], (0, 0, 0, 0, 0, 1))[:, :, 1:]
-    return torch.cat([before, blocks, after], dim=3)
 
 
 class SlidingWindow(nn.Module):
@@ -78,31 +50,34 @@ class SlidingWindow(nn.Module):
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        groups = self.heads // self.kv_heads
-        q = split_heads(q, self.heads, self.head_dim) * self.head_dim**-0.5
-        k = repeat_heads(split_heads(k, self.kv_heads, self.head_dim), groups)
-        v = repeat_heads(split_heads(v, self.kv_heads, self.head_dim), groups)
+        q = q.reshape(batch, tokens, self.heads, self.head_dim) * self.head_dim**-0.5
+        k = k.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
 
-        blocks = torch.sym_max(2, (tokens + self.block - 1) // self.block)
-        shape = (batch, self.heads, blocks, self.block, self.head_dim)
-        # Padding by index, with the last token: no shape then depends on a remainder, which
-        # torch.export could not prove.
-        position = torch.arange(blocks * self.block, device=x.device).clamp(max=tokens - 1)
-        q = q.index_select(2, position).reshape(shape)
-        k = with_neighbours(k.index_select(2, position).reshape(shape), self.window, self.causal)
-        v = with_neighbours(v.index_select(2, position).reshape(shape), self.window, self.causal)
+        # Row r of what follows is one block of one head of one sample. Blocks are cut by index:
+        # no shape then depends on a remainder, and torch.export takes any batch and length.
+        blocks = (tokens + self.block - 1) // self.block
+        row = torch.arange(batch * self.heads * blocks, device=x.device).unsqueeze(1)
+        sequence = row // blocks
+        sample, head = sequence // self.heads, sequence % self.heads
+        start = (row - sequence * blocks) * self.block
+        after = 0 if self.causal else self.window
+        query = start + torch.arange(self.block, device=x.device)
+        key = start + torch.arange(-self.window, self.block + after, device=x.device)
+        distance = key.unsqueeze(1) - query.unsqueeze(2)
+        seen = (distance >= -self.window) & (distance <= after)
+        seen = seen & ((key >= 0) & (key < tokens)).unsqueeze(1)
 
-        # Positions: of a block's queries, of its keys, and of the keys in the whole sequence.
-        query = torch.arange(self.block, device=x.device).unsqueeze(1)
-        key = torch.arange(k.shape[3], device=x.device) - self.window
-        start = torch.arange(blocks, device=x.device).reshape(-1, 1, 1) * self.block
-        near = (query - key <= self.window) & (key - query <= (0 if self.causal else self.window))
-        seen = near & (start + key >= 0) & (start + key < tokens)
-
-        scores = q @ k.transpose(-2, -1)
-        # The lowest number, not -inf: a row of padding sees nothing, and must not become NaN.
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        kv_head = head // (self.heads // self.kv_heads)
+        q = q[sample, query.clamp(max=tokens - 1), head]
+        k = k[sample, key.clamp(0, tokens - 1), kv_head]
+        v = v[sample, key.clamp(0, tokens - 1), kv_head]
+        # The lowest number, not -inf: a padded query sees nothing, and must not become NaN.
+        scores = (q @ k.transpose(1, 2)).masked_fill(~seen, torch.finfo(q.dtype).min)
         y = scores.softmax(dim=-1) @ v
-        token = torch.arange(tokens, device=x.device)
-        y = y[:, :, token // self.block, token % self.block]
-        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, inner))
+
+        token = torch.arange(tokens, device=x.device).unsqueeze(1)
+        first = torch.arange(batch * self.heads, device=x.device) * blocks
+        first = first.reshape(batch, 1, self.heads)
+        y = y[first + token // self.block, token % self.block]
+        return self.out_proj(y.reshape(batch, tokens, inner))

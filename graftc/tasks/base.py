@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -71,13 +71,12 @@ def primary(outputs: Any) -> Tensor:
         value = getattr(outputs, name, None)
         if isinstance(value, Tensor):
             return value
-    if isinstance(outputs, (tuple, list)) and outputs:
-        first: Any = outputs[0]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(outputs, (tuple, list)):
+        first = next(iter(cast("Sequence[object]", outputs)), None)
         if isinstance(first, Tensor):
             return first
-    raise TypeError(
-        f"a model must return a tensor, a tuple that begins with one, or an object with .sample or .logits, not {type(outputs).__name__}"
-    )
+    kind = type(cast("object", outputs)).__name__
+    raise TypeError(f"a model must return a tensor, a tuple that begins with one, or an object with .sample or .logits, not {kind}")
 
 
 def entry(sample: Mapping[str, Tensor], name: str, task: str) -> Tensor:

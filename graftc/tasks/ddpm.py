@@ -25,8 +25,8 @@ class DDPM:
     `x_name="hidden_states", t_name="timestep", label_name="class_labels"`. `label_name=None` makes the task unconditional.
 
     `shape` is one latent's shape, needed only to sample. `levels` is the number of grey levels in [-1, 1], for the likelihood of
-    step 0. `guided_channels` limits guidance to the first channels (DiT's released sampler: 3 of 4); None guides all.
-    Learned variances come at `clip=False` in DiT; with True the predicted image is held in [-1, 1] while sampling.
+    step 0. `guided_channels` limits guidance to the first channels (DiT's released sampler: 3 of 4); None guides all. `clip` holds
+    the predicted image in [-1, 1] while sampling: right for pixels, wrong for latents of an autoencoder, so off as in DiT.
 
     >>> task = DDPM(shape=(4, 32, 32))
     >>> batch = {"latent": torch.zeros(2, 4, 32, 32), "label": torch.tensor([7, 8])}
@@ -119,8 +119,9 @@ class DDPM:
         noise, channels = targets["noise"], targets["noise"].shape[1]
         wanted = channels * (2 if self.learned_variance else 1)
         if output.shape[1] != wanted:
+            with_variance = "with" if self.learned_variance else "without"
             raise ValueError(
-                f"DDPM(learned_variance={self.learned_variance}) on {channels} channels needs {wanted} out, the model gave {output.shape[1]}"
+                f"ddpm {with_variance} learned variance on {channels} channels needs {wanted} out, the model gave {output.shape[1]}"
             )
         predicted = output[:, :channels].float()
         mse = (predicted - noise.float()).square().mean()
@@ -168,4 +169,4 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor, level
 
 def normal_cdf(x: Tensor) -> Tensor:
     """The standard normal distribution function, elementwise."""
-    return torch.special.ndtr(x)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))

@@ -108,7 +108,7 @@ class RectifiedFlow:
             labels, guidance = torch.full((count,), self.null_label, dtype=torch.int64), 1.0
         labels = labels.to(device)
         extra = {name: value.to(device) for name, value in (conditions or {}).items()}
-        times = self._shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
+        times = [float(time) for time in self._shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))]
         size, done = batch or count, list[Tensor]()
         with torch.inference_mode():
             for first in range(0, count, size):

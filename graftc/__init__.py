@@ -1,0 +1,20 @@
+"""graftc: a language and a compiler that edit pretrained transformers."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    **dict.fromkeys(["inspect", "check", "plan", "compile", "distill", "finetune"], "verbs"),
+    **dict.fromkeys(["export", "verify", "doctor"], "verbs"),
+    "Model": "program.model",
+    "GraftError": "diagnostics",
+}
+__all__ = ["__version__", *_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"graftc.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'graftc' has no attribute {name!r}")

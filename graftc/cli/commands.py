@@ -1,0 +1,267 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftc.cli.progress import Progress
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Edit pretrained transformers: match, replace, distil, export, verify.",
+)
+
+ModelOption = Annotated[
+    str, typer.Option("-m", "--model", help="MODEL: file.py:function or package.module:function")
+]
+DataOption = Annotated[str, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")]
+MaybeData = Annotated[
+    str | None, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")
+]
+TaskOption = Annotated[
+    str | None, typer.Option("-t", "--task", help="TASK: a shipped name, or file.py:Task; default: the model's own")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="override a `set` parameter of the file: name=value")
+]
+FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
+BuildArgument = Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")]
+SeedOption = Annotated[int, typer.Option(help="seed of every random choice")]
+
+
+def _overrides(given: list[str] | None) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in given or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"--set takes name=value, found {item!r}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def _format(value: str) -> str:
+    if value not in ("text", "json"):
+        raise typer.BadParameter(f"--format is text or json, found {value!r}")
+    return value
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _command() -> str:
+    """What was typed, for the build's record; the program by name, wherever it lies."""
+    return shlex.join(["graftc", *sys.argv[1:]])
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")],
+    format: FormatOption = "text",
+) -> None:
+    """Show roles, chains of blocks, sites, parameters and FLOPs of a model."""
+    from graftc import verbs
+    from graftc.cli.render import analysis_dict, show_analysis
+
+    _format(format)
+    analysis = verbs.inspect(model)
+    _json(analysis_dict(analysis)) if format == "json" else show_analysis(analysis)
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
+    set_: SetOption = None,
+    format: FormatOption = "text",
+) -> None:
+    """Check the syntax and meaning of .graft files, without a model."""
+    from graftc.diagnostics import Diagnostic, GraftError
+    from graftc.language.check import check as check_file
+
+    _format(format)
+    problems: list[Diagnostic] = []
+    good: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            rules = check_file(file, _overrides(set_))
+        except GraftError as error:
+            problems += error.diagnostics
+            continue
+        good.append({"file": str(file), "rules": [r.name for r in rules.rules]})
+        if format == "text":
+            print(f"{file}: ok, {len(rules.rules)} rule{'s' * (len(rules.rules) != 1)}")
+    if problems:
+        raise GraftError(*problems)
+    if format == "json":
+        _json({"diagnostics": [], "files": good})
+
+
+@app.command()
+def fmt(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
+    check_only: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 if a file would change")] = False,
+) -> None:
+    """Format .graft files in place."""
+    from graftc import verbs
+
+    changed = verbs.format_files(files, write=not check_only)
+    for file in changed:
+        print(f"{'would format' if check_only else 'formatted'} {file}")
+    if check_only and changed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    model: ModelOption,
+    data: MaybeData = None,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="write the plan as YAML")] = None,
+    format: FormatOption = "text",
+) -> None:
+    """Show what a file does to a model; nothing is changed."""
+    from graftc import verbs
+    from graftc.cli.render import show_plan
+    from graftc.rewrite.plan import plan_dict
+
+    _format(format)
+    made = verbs.plan(file, model, data=data, overrides=_overrides(set_), output=output)
+    _json(plan_dict(made)) if format == "json" else show_plan(made)
+
+
+@app.command(name="compile")
+def compile_(
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the build directory")],
+    data: MaybeData = None,
+    task: TaskOption = None,
+    set_: SetOption = None,
+    seed: SeedOption = 0,
+    copy_teacher: Annotated[bool, typer.Option("--copy-teacher", help="copy the teacher's weights into the build")] = False,
+) -> None:
+    """Make the student and its distillation targets."""
+    from graftc import verbs
+    from graftc.cli.render import show_build
+
+    build = verbs.compile(
+        file, model, output, data=data, task=task, overrides=_overrides(set_), seed=seed,
+        copy_teacher=copy_teacher, command=_command(),
+    )
+    show_build(build)
+
+
+def _training(
+    verb: str, directory: Path, data: str, task: str | None, options: dict[str, Any]
+) -> None:
+    from graftc import verbs
+    from graftc.cli.render import show_run
+
+    with Progress() as progress:
+        result = getattr(verbs, verb)(
+            directory, data, task=task, progress=progress, command=_command(),
+            **{k: v for k, v in options.items() if v is not None},
+        )
+    show_run(result)
+
+
+StepsOption = Annotated[int | None, typer.Option(help="optimiser steps; default: the file's, or the engine's")]
+BatchOption = Annotated[int | None, typer.Option(help="samples a step")]
+RateOption = Annotated[float | None, typer.Option("--lr", help="learning rate")]
+ResumeOption = Annotated[str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")]
+
+
+@app.command()
+def distill(
+    directory: BuildArgument,
+    data: DataOption,
+    task: TaskOption = None,
+    steps: StepsOption = None,
+    batch: BatchOption = None,
+    lr: RateOption = None,
+    seed: SeedOption = 0,
+    resume: ResumeOption = None,
+) -> None:
+    """Stage 1: train each new operator on the teacher's activations."""
+    options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume}
+    _training("distill", directory, data, task, options)
+
+
+@app.command()
+def finetune(
+    directory: BuildArgument,
+    data: DataOption,
+    task: TaskOption = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="the run to start from; default: the latest of stage 1")] = None,
+    steps: StepsOption = None,
+    batch: BatchOption = None,
+    lr: RateOption = None,
+    seed: SeedOption = 0,
+    resume: ResumeOption = None,
+) -> None:
+    """Stage 2: train the whole student on the task's loss."""
+    options = {"run": run, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume}
+    _training("finetune", directory, data, task, options)
+
+
+@app.command()
+def export(
+    directory: BuildArgument,
+    to: Annotated[str, typer.Option("--to", help="onnx")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="whose weights; default: the latest finished run's; `none` for the untrained student")] = None,
+) -> None:
+    """Write the student as an ONNX file."""
+    from graftc import verbs
+
+    written = verbs.export(directory, to=to, output=output, run=run)
+    print(f"wrote {written}")
+
+
+@app.command()
+def verify(
+    directory: BuildArgument,
+    onnx: Annotated[Path | None, typer.Option("--onnx", metavar="FILE", help="default: the build's own")] = None,
+    format: FormatOption = "text",
+) -> None:
+    """Check the exported file against the student; each check PASS, FAIL or NOT RUN."""
+    from graftc import verbs
+    from graftc.cli.render import show_verification, verification_dict
+
+    _format(format)
+    result = verbs.verify(directory, onnx=onnx)
+    _json(verification_dict(result)) if format == "json" else show_verification(result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(format: FormatOption = "text") -> None:
+    """Say what is installed, what is missing, and what each part would need."""
+    from graftc import verbs
+    from graftc.cli.render import show_doctor
+
+    _format(format)
+    findings = verbs.doctor()
+    _json(findings) if format == "json" else show_doctor(findings)
+
+
+@app.callback(invoke_without_command=True)
+def _root(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[bool, typer.Option("--version", help="show the version")] = False,
+) -> None:
+    if version:
+        from graftc import __version__
+
+        print(f"graftc {__version__}")
+        raise typer.Exit

@@ -1,0 +1,279 @@
+"""A run: its directory `DIR/runs/ID`, its lock, its log, its checkpoint, and its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from graftc.diagnostics import fail, nearest
+from graftc.distill.checkpoint import load_tensors, load_yaml, save_tensors, save_yaml
+
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+"""Called with (phase, steps done, steps in all, values); an exception in it stops the run."""
+
+VERSION = 1
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class Build(Protocol):
+    """What training needs of a build (`graftc.emit.build.Build`)."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def targets(self) -> Mapping[str, Any]: ...
+
+    def teacher(self) -> nn.Module: ...
+
+    def student(self) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """A site after stage 1.
+
+    Errors are ‖student − teacher‖² / ‖teacher‖² over the held-out samples; losses are the site's
+    own. `skipped_steps` counts steps whose gradient was no number. A site that was exact from the
+    start has 0 steps.
+    """
+
+    name: str
+    operator: str
+    error_start: float
+    error_end: float
+    loss_start: float
+    loss_end: float
+    steps: int
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run made: `weights` holds the model's full state."""
+
+    id: str
+    path: Path
+    stage: str
+    weights: Path
+    steps: int
+    seconds: float
+    sites: tuple[SiteResult, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class Run:
+    """A run's directory, open for writing by this process alone."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.facts = facts
+        self._log = path / "log.jsonl"
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the run was started with."""
+        return self.facts["options"]
+
+    def log(self, **values: Any) -> None:
+        """Append one line to `log.jsonl`."""
+        try:
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            fail("G550", f"cannot write `{self._log.name}`: {error}", site=str(self._log),
+                 help="free some space, then resume")  # fmt: skip
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Replace the checkpoint. It remembers the log's length, so that a resumed log has no doubles."""
+        length = self._log.stat().st_size if self._log.exists() else 0
+        save_tensors(self.path / CHECKPOINT, tensors, {**facts, "log_bytes": length})
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The checkpoint, and the log cut back to it; None if the run never wrote one."""
+        file = self.path / CHECKPOINT
+        found = load_tensors(file) if file.exists() else None
+        if self._log.exists():
+            os.truncate(self._log, found[1]["log_bytes"] if found else 0)
+        return found
+
+    def finish(self, weights: Mapping[str, Tensor], result: RunResult) -> RunResult:
+        """Write the final weights, then mark the run finished; the checkpoint is then removed."""
+        save_tensors(result.weights, weights, {"run": self.id, "stage": result.stage})
+        plain = {**asdict(result), "path": None, "weights": result.weights.name}
+        plain["sites"] = [asdict(site) for site in result.sites]
+        self.facts.update(status="finished", result=plain)
+        save_yaml(self.path / "run.yaml", self.facts)
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        return result
+
+    def result(self) -> RunResult | None:
+        """The result of a run that is finished."""
+        return _result(self.path, self.facts)
+
+
+def _result(path: Path, facts: Mapping[str, Any]) -> RunResult | None:
+    if facts.get("status") != "finished":
+        return None
+    plain = dict(facts["result"])
+    sites = tuple(SiteResult(**site) for site in plain.pop("sites"))
+    weights = path / plain.pop("weights")
+    return RunResult(**{**plain, "path": path, "weights": weights, "sites": sites})
+
+
+def runs(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """The facts (`run.yaml`) of every run of the build at `directory`, by ID, oldest first."""
+    home = Path(directory) / "runs"
+    found = sorted(p for p in home.glob("[0-9]*-*") if (p / "run.yaml").is_file())
+    return {p.name: load_yaml(p / "run.yaml") for p in found}
+
+
+def latest(directory: str | Path, stage: str) -> str | None:
+    """The newest finished run of a stage."""
+    done = [
+        name
+        for name, facts in runs(directory).items()
+        if facts.get("status") == "finished" and facts.get("stage") == stage
+    ]
+    return done[-1] if done else None
+
+
+def finished(directory: str | Path, run_id: str) -> RunResult:
+    """The result of a run. Raises GraftError where there is no such run (G560) or it is not done (G561)."""
+    path = _existing(Path(directory), run_id)
+    result = _result(path, load_yaml(path / "run.yaml"))
+    if result is None:
+        fail("G561", f"the run `{run_id}` is not finished", site=str(path), help="resume it first")
+    return result
+
+
+def _existing(directory: Path, run_id: str) -> Path:
+    path = directory / "runs" / run_id
+    if not (path / "run.yaml").is_file():
+        known = list(runs(directory))
+        near = nearest(run_id, known)
+        fail("G560", f"no run `{run_id}`", site=str(directory / "runs"),
+             wanted=", ".join(known) or "there are no runs", found=run_id,
+             help=f"write `{near}`" if near else None)  # fmt: skip
+    return path
+
+
+@contextmanager
+def open_run(
+    build: Build,
+    stage: str,
+    *,
+    options: Mapping[str, Any],
+    parent: str | None = None,
+    resume: str | None = None,
+) -> Iterator[Run]:
+    """A new run, or the one called `resume` with the options it was started with, locked.
+
+    Raises GraftError: no such run (G560), a run of another stage (G562), another process at work
+    in it (G563), options that differ from the run's (G564), targets that changed since (G565).
+    """
+    home = Path(build.path) / "runs"
+    digest = digest_of(build.targets)
+    if resume is None:
+        path = _new_directory(home, stage)
+        facts: dict[str, Any] = {
+            "version": VERSION,
+            "id": path.name,
+            "stage": stage,
+            "parent": parent,
+            "status": "running",
+            "options": dict(options),
+            "targets": digest,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+    else:
+        path = _existing(Path(build.path), resume)
+        facts = load_yaml(path / "run.yaml")
+        _same_run(facts, stage, options, digest, path)
+    with _locked(path):
+        save_yaml(path / "run.yaml", facts)
+        yield Run(path, facts)
+
+
+def _same_run(
+    facts: Mapping[str, Any], stage: str, options: Mapping[str, Any], digest: str, path: Path
+) -> None:
+    if facts["stage"] != stage:
+        fail("G562", f"the run `{path.name}` is no {stage} run", site=str(path),
+             wanted=stage, found=facts["stage"])  # fmt: skip
+    for name, value in options.items():
+        if value is not None and facts["options"].get(name) != value:
+            fail("G564", f"a run is resumed with the options it was started with: `{name}` differs",
+                 site=str(path), wanted=repr(facts["options"].get(name)), found=repr(value),
+                 help=f"leave `{name}` out, or start a new run")  # fmt: skip
+    if facts["targets"] != digest:
+        fail("G565", "the targets of the build changed after this run began", site=str(path),
+             help="start a new run")  # fmt: skip
+
+
+def digest_of(targets: Mapping[str, Any]) -> str:
+    """A short hash of targets as plain data."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(targets, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _new_directory(home: Path, stage: str) -> Path:
+    """`0001-distill`, `0002-finetune`, …: numbered in order of start."""
+    while True:
+        taken = [int(m.group(1)) for p in home.glob("*") if (m := re.match(r"(\d+)-", p.name))]
+        path = home / f"{max(taken, default=0) + 1:04d}-{stage}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue  # another process took the number just now
+        except OSError as error:
+            fail("G550", f"cannot create `{path}`: {error}", site=str(path))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The run's lock, held by the operating system: it ends with the process, however that ends."""
+    file = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        if not _try_lock(file):
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            fail("G563", f"the run `{path.name}` is at work in {who}", site=str(path),
+                 help="wait for it, or start a new run")  # fmt: skip
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+    finally:
+        file.close()
+
+
+def _try_lock(file: Any) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt  # pyright: ignore
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,349 @@
+"""The distillation targets of a build: `targets.yaml` as frozen values, checked on the way in.
+
+The file is specified in `docs/targets.md`. Nothing here imports torch: an editor or a scheduler
+can read targets on a machine that trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import networkx as nx
+import yaml
+
+from graftc.diagnostics import fail, nearest
+from graftc.distill.reader import Table
+
+VERSION = 1
+LOSSES = ("l1", "l2", "huber")
+FILE = "targets.yaml"
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A named input of the model: shape with dynamic dimensions by name, dtype, what it means."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    meaning: str = "other"
+
+
+@dataclass(frozen=True)
+class CutInput:
+    """The value that is `argument` (a position, or a keyword) of the call of module `call`."""
+
+    name: str
+    call: str
+    argument: int | str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A region of one graph: from named values to the tensor that the module `output` returns.
+
+    `graph` is the path of the module whose forward makes the calls ('' is the root); `call` and
+    `output` are full paths from the root.
+    """
+
+    graph: str
+    inputs: tuple[CutInput, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A weight to solve from data before training: `linear` inside `module`, by `policy`."""
+
+    module: str
+    linear: str
+    policy: str = "least_squares"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A site's regression loss. `delta` (Huber) is in units of the target's root mean square."""
+
+    kind: Literal["l1", "l2", "huber"] = "l2"
+    weight: float = 1.0
+    delta: float = 1.0
+    normalise: bool = True
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a site trains; None leaves it to the engine (`docs/targets.md`, "Budgets").
+
+    `data` is a share of a sized DATA, `samples` a count of distinct samples, `steps` optimiser steps.
+    """
+
+    samples: int | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    data: float | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One distillation site: the teacher's cut, the student's cut, and how to train the second."""
+
+    name: str
+    teacher: Cut
+    student: Cut
+    trainable: tuple[str, ...]
+    rule: str = ""
+    origin: str = ""
+    operator: str = ""
+    pending: tuple[Pending, ...] = ()
+    loss: Loss = field(default_factory=Loss)
+    budget: Budget = field(default_factory=Budget)
+    after: tuple[str, ...] = ()
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on every linear layer, merged at the end; `alpha` None is `rank`."""
+
+    rank: int
+    alpha: float | None = None
+
+
+Train = Union[Literal["all", "inserted"], Lora]
+
+
+@dataclass(frozen=True)
+class Stage2:
+    """End-to-end finetuning. The defaults are the paper's (arXiv 2506.05340, section 2)."""
+
+    data: float | None = None
+    samples: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int | None = None
+    lr: float = 1e-4
+    warmup: int = 1000
+    ema: float = 0.9999
+    clip: float = 1.0
+    halve_lr_at: tuple[int, ...] = ()
+    train: Train = "all"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The whole file.
+
+    >>> cut = Cut("", (CutInput("x", "mlp", 0),), "mlp")
+    >>> targets = Targets((), (Site("mlp", cut, cut, ("mlp",)),))
+    >>> from_dict(to_dict(targets)) == targets
+    True
+    """
+
+    inputs: tuple[ModelInput, ...]
+    sites: tuple[Site, ...]
+    stage2: Stage2 = field(default_factory=Stage2)
+    version: int = VERSION
+
+    def generations(self) -> tuple[tuple[Site, ...], ...]:
+        """The sites in the order they are distilled: each group needs only the groups before it."""
+        sites = {site.name: site for site in self.sites}
+        order = nx.DiGraph()
+        order.add_nodes_from(sites)
+        order.add_edges_from((before, s.name) for s in self.sites for before in s.after)
+        rank = {name: i for i, name in enumerate(sites)}
+        return tuple(
+            tuple(sites[name] for name in sorted(group, key=rank.__getitem__))
+            for group in nx.topological_generations(order)
+        )
+
+
+def load_targets(directory: str | Path) -> Targets:
+    """The targets of the build at `directory` (or of the file itself).
+
+    Raises GraftError: no such file (G500), not YAML (G501), not valid targets (G502), made for
+    another version (G503).
+    """
+    path = Path(directory)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        fail("G500", f"no such file: {path}", site=str(path), help="run `graftc compile` first")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        fail("G501", f"`{path.name}` is not YAML: {first}", site=str(path))
+    return from_dict(data, str(path))
+
+
+def save_targets(targets: Targets, directory: str | Path) -> Path:
+    """Write `targets.yaml` into `directory`; returns its path."""
+    path = Path(directory) / FILE
+    text = yaml.safe_dump(to_dict(targets), sort_keys=False, width=100, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def to_dict(targets: Targets) -> dict[str, Any]:
+    """Plain dicts, lists, numbers and strings, ready for YAML; every field is written."""
+    plain: dict[str, Any] = {"version": targets.version}
+    plain["inputs"] = [_plain(i) for i in targets.inputs]
+    plain["sites"] = [_plain(s) for s in targets.sites]
+    plain["stage2"] = _plain(targets.stage2)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Lora):
+        return {"lora": {"rank": value.rank, "alpha": value.alpha}}
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownVariableType]
+
+
+def from_dict(data: Any, where: str = FILE) -> Targets:
+    """Targets from plain data, checked: types, names, references, order. Raises GraftError."""
+    top = Table(data, where)
+    version = top.integer("version")
+    if version != VERSION:
+        fail("G503", f"targets of version {version}", site=where, wanted=str(VERSION),
+             found=str(version), help="compile again with this graftc")  # fmt: skip
+    inputs = tuple(_input(t) for t in top.tables("inputs"))
+    sites = tuple(_site(t) for t in top.tables("sites"))
+    stage2 = _stage2(top.table("stage2")) if top.has("stage2") else Stage2()
+    top.done()
+    targets = Targets(inputs, sites, stage2)
+    _check(targets, where)
+    return targets
+
+
+def _input(table: Table) -> ModelInput:
+    made = ModelInput(
+        table.text("name"),
+        tuple(table.sizes("shape")),
+        table.text("dtype"),
+        table.text("meaning", "other"),
+    )
+    table.done()
+    return made
+
+
+def _cut(table: Table) -> Cut:
+    inputs: list[CutInput] = []
+    for row in table.tables("inputs"):
+        inputs.append(CutInput(row.text("name"), row.text("call"), row.argument("argument")))
+        row.done()
+    made = Cut(table.text("graph", ""), tuple(inputs), table.text("output"))
+    if not inputs:
+        table.wrong("inputs", "a cut has at least one input")
+    if len({i.name for i in inputs}) < len(inputs):
+        table.wrong("inputs", "two inputs of one cut have the same name")
+    inside = f"{made.graph}." if made.graph else ""
+    for path in (*(i.call for i in inputs), made.output):
+        if not path.startswith(inside) or path == inside:
+            table.wrong("graph", f"`{path}` is not inside the graph `{made.graph}`")
+    table.done()
+    return made
+
+
+def _site(table: Table) -> Site:
+    pending: list[Pending] = []
+    for row in table.tables("pending", ()):
+        policy = row.text("policy", "least_squares")
+        pending.append(Pending(row.text("module"), row.text("linear"), policy))
+        row.done()
+    site = Site(
+        name=table.text("name"),
+        teacher=_cut(table.table("teacher")),
+        student=_cut(table.table("student")),
+        trainable=tuple(table.texts("trainable")),
+        rule=table.text("rule", ""),
+        origin=table.text("origin", ""),
+        operator=table.text("operator", ""),
+        pending=tuple(pending),
+        loss=_loss(table.table("loss")) if table.has("loss") else Loss(),
+        budget=_budget(table.table("budget")) if table.has("budget") else Budget(),
+        after=tuple(table.texts("after", ())),
+        exact=table.boolean("exact", False),
+    )
+    known = {i.name for i in site.teacher.inputs}
+    for given in site.student.inputs:
+        if given.name not in known:
+            table.wrong("student", f"input `{given.name}` is not among the teacher's: {known}")
+    if not site.trainable and not site.exact:
+        table.wrong("trainable", "a site that is not exact has something to train")
+    table.done()
+    return site
+
+
+def _loss(table: Table) -> Loss:
+    made = Loss(
+        table.choice("kind", LOSSES, "l2"),  # pyright: ignore[reportArgumentType]
+        table.positive("weight", 1.0),
+        table.positive("delta", 1.0),
+        table.boolean("normalise", True),
+    )
+    table.done()
+    return made
+
+
+def _amounts(table: Table) -> dict[str, Any]:
+    return {
+        "samples": table.count("samples"),
+        "epochs": table.optional_positive("epochs"),
+        "steps": table.count("steps"),
+        "batch": table.count("batch"),
+        "data": table.fraction("data"),
+    }
+
+
+def _budget(table: Table) -> Budget:
+    made = Budget(**_amounts(table), lr=table.optional_positive("lr"))
+    table.done()
+    return made
+
+
+def _stage2(table: Table) -> Stage2:
+    train: Train = "all"
+    given = table.take("train", "all")
+    if isinstance(given, Mapping):
+        lora = Table(given, table.at("train")).table("lora")  # pyright: ignore[reportUnknownArgumentType]
+        train = Lora(lora.count("rank") or 8, lora.optional_positive("alpha"))
+        lora.done()
+    elif given in ("all", "inserted"):
+        train = given
+    else:
+        table.wrong("train", "train is `all`, `inserted` or `{lora: {rank: 8}}`")
+    made = Stage2(
+        **_amounts(table),
+        lr=table.positive("lr", 1e-4),
+        warmup=table.integer("warmup", 1000),
+        ema=table.share("ema", 0.9999),
+        clip=table.positive("clip", 1.0),
+        halve_lr_at=tuple(table.integers("halve_lr_at", ())),
+        train=train,
+    )
+    table.done()
+    return made
+
+
+def _check(targets: Targets, where: str) -> None:
+    """What no single table can tell: unique names, known references, an order that exists."""
+    names = [s.name for s in targets.sites]
+    twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+    if twice is not None:
+        fail("G502", f"two sites are called `{twice}`", site=f"{where}: sites")
+    for site in targets.sites:
+        for before in site.after:
+            if before not in names:
+                near = nearest(before, names)
+                fail("G502", f"`{site.name}` comes after `{before}`, which is no site",
+                     site=f"{where}: sites", help=f"write `{near}`" if near else None)  # fmt: skip
+    try:
+        targets.generations()
+    except nx.NetworkXUnfeasible:
+        fail("G502", "sites wait for each other: `after` has a cycle", site=f"{where}: sites")

@@ -1,0 +1,208 @@
+"""The words of the language that are not grammar: roles, facts, init policies, options.
+
+They are data, so that `check`, completion and hover in an editor, and docs/language.md agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Type = Literal["int", "float", "bool", "symbol", "text"]
+
+ATTENTION = ("self_attention", "cross_attention", "joint_attention", "attention")
+ROLES = (*ATTENTION, "mlp", "norm", "linear", "conv", "embedding", "block")
+
+HOLDS: Mapping[str, tuple[str, ...]] = {
+    "block": tuple(r for r in ROLES if r != "block"),
+    "mlp": ("linear", "norm", "conv", "mlp"),
+    **{a: ("linear", "norm", "conv", "embedding") for a in ATTENTION},
+}
+"""Role → the roles that can lie inside a site of it."""
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    **{a: ("q", "k", "v", "out", "norm") for a in ATTENTION},
+    "mlp": ("up", "down", "gate", "norm"),
+}
+"""Role → the parts of its sites that are affine maps (`a.q`)."""
+
+ALL_PARTS = ("q", "k", "v", "out", "up", "down", "gate", "norm")
+BLOCK_PARTS = (*ATTENTION, "mlp", "norm")
+"""What `b.…` can name inside a block."""
+
+
+def covers(wide: str, narrow: str) -> bool:
+    """Whether a site of role `narrow` can be one of role `wide`.
+
+    >>> covers("attention", "self_attention"), covers("self_attention", "mlp")
+    (True, False)
+    """
+    return wide == narrow or (wide == "attention" and narrow in ATTENTION)
+
+
+def may_be(one: str, other: str) -> bool:
+    """Whether one site can have both roles."""
+    return covers(one, other) or covers(other, one)
+
+
+@dataclass(frozen=True)
+class FactWord:
+    """A predicate of `where`: what it gives, of which roles (empty: of all), its options."""
+
+    type: Type
+    doc: str
+    roles: tuple[str, ...] = ()
+    options: Mapping[str, Type] | None = None
+    choices: tuple[str, ...] = ()
+    measured: bool = False
+
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    **{a: ("self", "cross", "joint") for a in ATTENTION},
+    "norm": ("layer_norm", "rms_norm", "group_norm", "batch_norm"),
+    "mlp": ("plain", "gated"),
+}
+"""What `kind(x)` can be, for the roles that have kinds."""
+
+_FEATURES = ("linear", "conv", "embedding")
+
+FACTS: Mapping[str, FactWord] = {
+    "dim": FactWord("int", "width of the residual stream"),
+    "tokens": FactWord("int", "tokens that the site sees at once"),
+    "params": FactWord("int", "parameters"),
+    "flops": FactWord("int", "FLOPs of one forward pass of one sample"),
+    "count": FactWord("int", "how often the site is called in one forward pass"),
+    "heads": FactWord("int", "query heads", ATTENTION),
+    "kv_heads": FactWord("int", "key-value heads", ATTENTION),
+    "head_dim": FactWord("int", "width of one head", ATTENTION),
+    "causal": FactWord("bool", "a token sees only itself and earlier ones", ATTENTION),
+    "kind": FactWord("symbol", "which kind of its role", tuple(KINDS)),
+    "affine": FactWord("bool", "the norm has scale or shift", ("norm",)),
+    "eps": FactWord("float", "the norm's epsilon", ("norm",)),
+    "in_features": FactWord("int", "width in", _FEATURES),
+    "out_features": FactWord("int", "width out", _FEATURES),
+    "ratio": FactWord("float", "neurons of the MLP as a multiple of dim", ("mlp",)),
+    "hidden": FactWord("int", "neurons of the MLP", ("mlp",)),
+    "activation": FactWord("symbol", "the MLP's activation", ("mlp",)),
+    "gated": FactWord("bool", "the MLP has a gate", ("mlp",)),
+    "dtype": FactWord("symbol", "element type of the weights"),
+    "locality": FactWord(
+        "float",
+        "share of attention within a band",
+        ATTENTION,
+        {"band": "int"},
+        measured=True,
+    ),
+    "influence": FactWord("float", "how much a block changes its input", ("block",), measured=True),
+}
+
+FUNCTIONS = ("min", "max")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A source of weights: how many sources it takes, and its options (name → kind, choices).
+
+    `number`: its one positional argument is a number, not a source.
+    """
+
+    doc: str
+    least: int = 0
+    most: int | None = 0
+    options: Mapping[str, tuple[Type, tuple[str, ...]]] | None = None
+    required: tuple[str, ...] = ()
+    number: str | None = None
+    whole: bool = False
+
+
+POLICIES: Mapping[str, Policy] = {
+    "copy": Policy("the source as it is", 1, 1),
+    "concat": Policy("the sources' rows, one after the other", 1, None),
+    "slice": Policy("columns first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}),
+    "rows": Policy("rows first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}),
+    "mean_pool": Policy("the mean over groups of heads", 1, 1, {"groups": ("int", ())}, ("groups",)),
+    "repeat": Policy("the source's rows, several times", 1, 1, {"times": ("int", ())}, ("times",)),
+    "svd": Policy(
+        "the best product of the operator's rank",
+        1,
+        1,
+        {"whiten": ("symbol", ("calibration", "none")), "rank": ("int", ())},
+        whole=True,
+    ),
+    "product": Policy("the product of two maps, the second applied first", 2, 2),
+    "identity": Policy("the map that gives its input back"),
+    "zero": Policy("zeros, biases included"),
+    "random": Policy("the module's own default, seeded", number="seed"),
+    "keep_top": Policy(
+        "the neurons that score highest; one choice for up, gate and down",
+        1,
+        1,
+        {"by": ("symbol", ("magnitude", "activation"))},
+        whole=True,
+    ),
+    "resize": Policy(
+        "keep_top where it gets narrower; copy and zeros where wider",
+        1,
+        1,
+        {"by": ("symbol", ("magnitude", "activation"))},
+        whole=True,
+    ),
+    "fold": Policy("a norm's scale and shift, moved into what reads it", 1, 1, whole=True),
+    "least_squares": Policy("fitted on the teacher's activations, needs data"),
+}
+
+
+@dataclass(frozen=True)
+class OptionWord:
+    """An option of `distill` or `finetune`: its kind and range (`low` excluded if `above`)."""
+
+    kind: Literal["int", "float", "percent", "counts", "word", "train"]
+    field: str
+    low: float = 0
+    high: float = 1e12
+    above: bool = False
+    doc: str = ""
+
+
+LOSSES = ("l1", "l2", "huber")
+
+_SHARED: Mapping[str, OptionWord] = {
+    "samples": OptionWord("int", "samples", 1, doc="samples that are drawn from DATA"),
+    "epochs": OptionWord("int", "epochs", 1, doc="passes over them"),
+    "steps": OptionWord("int", "steps", 1, doc="optimiser steps"),
+    "batch": OptionWord("int", "batch", 1, 1e6, doc="samples of one step"),
+    "lr": OptionWord("float", "lr", 0, 1, above=True, doc="learning rate"),
+    "data": OptionWord("percent", "data_fraction", 0, 1, above=True, doc="a seeded share of DATA"),
+}
+DISTILL: Mapping[str, OptionWord] = {
+    **_SHARED,
+    "weight": OptionWord("float", "weight", 0, above=True, doc="scales it against other rules"),
+    "delta": OptionWord("float", "delta", 0, above=True, doc="where huber turns from l2 to l1"),
+    "train": OptionWord("word", "train", doc="a group of the operator's parameters"),
+}
+FINETUNE: Mapping[str, OptionWord] = {
+    **_SHARED,
+    "warmup": OptionWord("int", "warmup", 0, doc="steps over which the learning rate rises"),
+    "ema": OptionWord("float", "ema", 0, 0.9999999, doc="decay of the averaged weights"),
+    "clip": OptionWord("float", "clip", 0, above=True, doc="largest norm of the gradient"),
+    "halve_lr_at": OptionWord("counts", "halve_lr_at", 1, doc="steps at which lr halves"),
+    "train": OptionWord("train", "train", doc="`all`, `inserted` or `lora(rank = …)`"),
+}
+
+DROPS: Mapping[str, str] = {
+    "mask": "a padding or additive mask",
+    "rotary": "rotary positions",
+}
+TRAIN_WORDS = ("inserted",)
+
+PLANNED: Mapping[str, str] = {
+    "mamba2": "state-space mixer",
+    "linear_window_attention": "softmax in a window, linear attention outside",
+    "local_attention_2d": "attention inside a disc of the token grid",
+    "low_rank": "product of two thin linears",
+    "rms_norm": "normalisation by the root mean square",
+    "layer_norm": "normalisation by mean and variance",
+}
+"""Operators of the language whose spec this version may not have: a rule that names one checks
+and does not plan. A spec in graftc.operators.specs wins."""
