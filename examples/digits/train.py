@@ -126,12 +126,12 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
     model, ema = DiT(), DiT().requires_grad_(False).eval()
     ema.load_state_dict(model.state_dict())
     opts = optimizers(model, settings)
-    clock = resume(state, model, ema, opts) if state.exists() else {"step": 0, "wall": 0.0}
+    clock = resume(state, model, ema, opts) if state.exists() else {"step": 0, "wall": 0.0, "loss": 1.0}
     step, spent = int(clock["step"]), clock["wall"]
     # A resumed run draws from a fresh stream: repeating the first run's batches would be worse than losing its place.
     generator = torch.Generator().manual_seed(settings.seed + step)
     forward = torch.compile(model) if settings.compile else model
-    mean_loss, started = 1.0, time.monotonic()
+    mean_loss, started = clock["loss"], time.monotonic()
     last_score = last_save = spent
     for rows in batches(len(data), settings.batch, generator):
         wall = spent + time.monotonic() - started
@@ -157,7 +157,7 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
         if done or wall - last_save >= settings.save_every:
             last_save = wall
             save_atomic(ema.state_dict(), weights)
-            checkpoint(state, model, ema, opts, {"step": step, "wall": wall})
+            checkpoint(state, model, ema, opts, {"step": step, "wall": wall, "loss": mean_loss})
         if done or wall - last_score >= settings.score_every:
             last_score = wall
             result = score(ema, objective, samples=samples, seeds=[0])

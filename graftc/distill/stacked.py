@@ -122,7 +122,8 @@ def decide(
                 fail("G544", f"these sites cannot be stacked: {reason}", site=", ".join(given),
                      help='use stacked="auto"')  # fmt: skip
             continue
-        if mode == "always" or _seconds(together) < _seconds(apart):
+        weights: list[Tensor] = [p for s in members for p in s.parameters.values()]
+        if mode == "always" or _seconds(together, weights) < _seconds(apart, weights):
             chosen.append([s.site.name for s in members])
     return chosen
 
@@ -140,34 +141,15 @@ def _differ(together: Callable[[], list[Tensor]], apart: Callable[[], list[Tenso
     return None
 
 
-def _seconds(forward: Callable[[], list[Tensor]]) -> float:
+def _seconds(forward: Callable[[], list[Tensor]], parameters: list[Tensor]) -> float:
     """The best time of a forward and a backward."""
     best = float("inf")
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
         outputs = forward()
-        needed = {id(p): p for o in outputs if o.requires_grad for p in _leaves(o)}
-        if needed:
-            total = torch.stack([o.square().mean() for o in outputs]).sum()
-            torch.autograd.grad(total, list(needed.values()), allow_unused=True)
+        total = torch.stack([o.square().mean() for o in outputs]).sum()
+        torch.autograd.grad(total, parameters, allow_unused=True)
         if outputs[0].is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _leaves(output: Tensor) -> list[Tensor]:
-    """The parameters that a tensor's gradient reaches."""
-    found: list[Tensor] = []
-    seen: set[Any] = set()
-    waiting = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found.append(variable)
-        waiting.extend(following for following, _ in node.next_functions)
-    return found

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graftc.diagnostics import Diagnostic, GraftError, Note
+from graftc.program.dtypes import follow_weights
 from graftc.program.model import Model, user_error
 from graftc.program.normalise import normalise
 from graftc.program.program import Facts, Outputs, Port, Program, size_hint, value
@@ -64,7 +65,7 @@ def capture(model: Model) -> Program:
             for path, m in model.module.named_modules()
         },
     )
-    return replace(program, root=normalise(program.root))
+    return follow_weights(replace(program, root=normalise(program.root)))
 
 
 def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[str]]:

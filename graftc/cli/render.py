@@ -1,0 +1,211 @@
+"""What the verbs return, as tables for people and plain data for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from graftc.distill import RunResult
+    from graftc.emit.build import Build
+    from graftc.emit.verify import Verification
+    from graftc.program.analysis import Analysis, Site
+    from graftc.rewrite.plan import Plan, Step
+
+_SHOWN = ("self_attention", "cross_attention", "joint_attention", "mlp", "unknown_attention")
+
+
+def _console() -> Console:
+    """Wide where there is no terminal: a table in a log or a pipe is not cut."""
+    import sys
+
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def count(number: float) -> str:
+    """A number to three figures: 675 M, 1.19 G.
+
+    >>> count(675_129_632), count(76), count(-1200)
+    ('675 M', '76', '-1.2 k')
+    """
+    size = abs(number)
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if column in ("parameters", "FLOPs") else "left",
+                         no_wrap=i == 0)
+    return table
+
+
+def show_analysis(analysis: Analysis) -> None:
+    console = _console()
+    program = analysis.program
+    console.print(f"{count(analysis.parameters)} parameters, {count(analysis.flops.get('', 0))} FLOPs a forward pass of one sample")
+    for port in program.inputs:
+        console.print(f"  input {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]  {port.meaning}")
+    for note in program.facts.notes:
+        console.print(f"  note: {note}")
+    for chain in analysis.chains:
+        console.print(f"\nchain `{chain.name}`: {len(chain)} blocks, 0..{len(chain) - 1}")
+        table = _table("block", "site", "role", "facts", "parameters", "FLOPs")
+        for index, path in enumerate(chain.paths):
+            inside = [s for s in analysis.sites if s.block == (chain.name, index)]
+            block = next(s for s in inside if s.path == path)
+            table.add_row(str(index), path, "block", "", count(_num(block, "params")), count(_num(block, "flops")))
+            for site in inside:
+                if site.role in _SHOWN:
+                    table.add_row("", site.path, site.role, facts_text(site),
+                                  count(_num(site, "params")), count(_num(site, "flops")))
+        console.print(table)
+    outside = [s for s in analysis.sites if s.block is None and s.role != "unknown"]
+    if outside:
+        console.print("\noutside the chains")
+        table = _table("site", "role", "facts", "parameters", "FLOPs")
+        for site in outside:
+            table.add_row(site.path, site.role, facts_text(site), count(_num(site, "params")), count(_num(site, "flops")))
+        console.print(table)
+
+
+def _num(site: Site, name: str) -> int:
+    value = site.facts.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def facts_text(site: Site) -> str:
+    """A site's facts in a few words."""
+    f = site.facts
+    words: list[str] = []
+    if "heads" in f:
+        grouped = f", {f['kv_heads']} kv" if f["kv_heads"] != f["heads"] else ""
+        words.append(f"{f['heads']} heads of {f['head_dim']}{grouped}")
+    if "ratio" in f:
+        words.append(f"ratio {f['ratio']}, {f['activation']}{', gated' if f['gated'] else ''}")
+    if "in_features" in f:
+        words.append(f"{f['in_features']} → {f['out_features']}")
+    if "eps" in f:
+        words.append(f"{f['kind']}, eps {f['eps']:g}")
+    if "tokens" in f and site.role in _SHOWN:
+        words.append(f"{f['tokens']} tokens")
+    words += sorted(site.has)
+    return ", ".join(words)
+
+
+def analysis_dict(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "parameters": analysis.parameters,
+        "flops": analysis.flops.get("", 0),
+        "inputs": [
+            {"name": p.name, "shape": list(p.shape), "dtype": p.dtype, "meaning": p.meaning}
+            for p in analysis.program.inputs
+        ],
+        "notes": list(analysis.program.facts.notes),
+        "chains": [{"name": c.name, "blocks": list(c.paths)} for c in analysis.chains],
+        "sites": [
+            {
+                "path": s.path, "role": s.role, "class": s.class_name,
+                "block": {"chain": s.block[0], "index": s.block[1]} if s.block else None,
+                "facts": dict(s.facts), "has": sorted(s.has),
+            }
+            for s in analysis.sites
+        ],
+    }  # fmt: skip
+
+
+def show_plan(plan: Plan) -> None:
+    console = _console()
+    table = _table("site", "rule", "becomes", "parameters", "FLOPs", "weights")
+    for step in plan.steps:
+        table.add_row(
+            step.edit.name,
+            f"{step.edit.rule.name} ({step.edit.origin})",
+            _after(step),
+            f"{count(step.before.params)} → {count(step.after.params)}",
+            f"{count(step.before.flops)} → {count(step.after.flops)}",
+            _weights(step),
+        )
+    console.print(table)
+    for matches in plan.selections:
+        for f in matches.filtered:
+            console.print(f"rule `{matches.rule.name}` left {f.path}: {f.reason}")
+    dropped = sum(len(s.dropped) for s in plan.steps)
+    if dropped:
+        console.print(f"\n{dropped} teacher parameters are dropped; `--format json` lists them")
+    (p0, p1), (f0, f1) = plan.parameters, plan.flops
+    console.print(f"\nparameters {p0:,} → {p1:,} ({_percent(p0, p1)})")
+    console.print(f"FLOPs of a forward pass of one sample {count(f0)} → {count(f1)} ({_percent(f0, f1)})")
+
+
+def _after(step: Step) -> str:
+    from graftc.rewrite.plan import after_text
+
+    return after_text(step.edit)
+
+
+def _weights(step: Step) -> str:
+    """Where the new parameters come from; pending ones need data."""
+    lines = dict.fromkeys(
+        f"{o.parameter.rpartition('.')[0].rpartition('.')[2] or o.parameter}: {o.description}"
+        + (" (needs data)" if o.pending else "")
+        for o in step.origins
+    )
+    return "; ".join(lines)
+
+
+def _percent(before: int, after: int) -> str:
+    return f"{100 * (after - before) / before:+.2f} %" if before else "new"
+
+
+def show_build(build: Build) -> None:
+    console = _console()
+    totals = build.plan["totals"]["parameters"]
+    console.print(f"built {build.path}: {len(build.plan['edits'])} edits, "
+                  f"{totals['before']:,} → {totals['after']:,} parameters")
+    sites = build.targets["sites"]
+    pending = sum(bool(s["pending"]) for s in sites)
+    for line in build.manifest.get("checks", []):
+        console.print(f"  {line}")
+    if sites:
+        console.print(f"  {len(sites)} sites to distil" + (f", {pending} with first weights that wait for data" if pending else ""))
+        console.print(f"next: graftc distill {build.path} -d DATA")
+
+
+def show_run(result: RunResult) -> None:
+    console = _console()
+    console.print(f"run {result.id}: {result.stage}, {result.steps} steps")
+    if result.sites:
+        table = _table("site", "error at start", "error at end", "")
+        for site in result.sites:
+            table.add_row(site.name, f"{site.start:.4f}", f"{site.end:.4f}", site.note)
+        console.print(table)
+    for name, value in result.values.items():
+        console.print(f"  {name}: {value:.5g}")
+
+
+def verification_dict(result: Verification) -> dict[str, Any]:
+    return {
+        "rungs": [
+            {"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs
+        ]
+    }
+
+
+def show_verification(result: Verification) -> None:
+    table = _table("check", "", "detail")
+    for rung in result.rungs:
+        table.add_row(rung.name, rung.state, rung.detail)
+    _console().print(table)
+
+
+def show_doctor(findings: list[dict[str, str]]) -> None:
+    table = _table("what", "", "detail")
+    for f in findings:
+        table.add_row(f["what"], f["state"], f["detail"])
+    _console().print(table)

@@ -1,0 +1,31 @@
+"""Training of a student: targets as data, capture of the teacher's activations, stage 1 and stage 2.
+
+Reads a build (`targets.yaml`, teacher, student) and writes runs under `DIR/runs/ID`. Prints
+nothing: progress goes to a callback, everything else to the run's log. Knows nothing of `.graft`
+files.
+"""
+
+from graftc.distill.cuts import capture_graph, extract
+from graftc.distill.data import call_data, open_data
+from graftc.distill.run import Progress, RunResult, SiteResult, finished, latest, runs
+from graftc.distill.stage1 import distill
+from graftc.distill.targets import Targets, from_dict, load_targets, save_targets, to_dict
+
+__all__ = [
+    "Progress",
+    "RunResult",
+    "SiteResult",
+    "Targets",
+    "call_data",
+    "capture_graph",
+    "distill",
+    "extract",
+    "finished",
+    "from_dict",
+    "latest",
+    "load_targets",
+    "open_data",
+    "runs",
+    "save_targets",
+    "to_dict",
+]

@@ -1,0 +1,316 @@
+"""Training of one generation of sites: one teacher pass and one optimiser step a batch for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.diagnostics import Note, fail
+from graftc.distill.budget import Plan
+from graftc.distill.cuts import capture_graph
+from graftc.distill.data import Data, Task, seeded
+from graftc.distill.inputs import check_inputs
+from graftc.distill.loss import Scale, finite, squared_error
+from graftc.distill.optim import (
+    Group,
+    Kind,
+    Optimiser,
+    Schedule,
+    clip_or_drop,
+    gradient_norm,
+)
+from graftc.distill.stacked import Mode, Stack, alike, decide
+from graftc.distill.students import Student, Values, losses
+from graftc.distill.targets import ModelInput, Site
+
+ZERO = 1e-6
+"""A relative error up to which a site counts as exact from the start, and is not trained."""
+
+CLIP = 1.0
+WARMUP = 0.05
+_VALIDATIONS = 8
+_HOPELESS = 50
+
+
+@dataclass
+class State:
+    """Where a generation stands: everything but tensors that a resumed run needs."""
+
+    step: int = 0
+    scales: dict[str, Scale] = field(default_factory=dict[str, Scale])
+    start: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    best: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    stacks: list[list[str]] = field(default_factory=list[list[str]])
+    skipped: dict[str, int] = field(default_factory=dict[str, int])
+
+    def to_dict(self) -> dict[str, Any]:
+        scales = {name: (s.absolute, s.energy) for name, s in self.scales.items()}
+        return {**vars(self), "scales": scales}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> State:
+        made = State(**data)
+        made.scales = {name: Scale(*pair) for name, pair in data["scales"].items()}
+        made.start = {name: (pair[0], pair[1]) for name, pair in data["start"].items()}
+        made.best = {name: (pair[0], pair[1]) for name, pair in data["best"].items()}
+        return made
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same through a run of stage 1."""
+
+    teacher: nn.Module
+    inputs: tuple[ModelInput, ...]
+    data: Data
+    task: Task
+    seed: int
+    optimiser: Kind
+    stacked: Mode
+    device: str = "cpu"
+    compile: bool = False
+
+
+class Generation:
+    """Sites that need no other site of their generation, and the state of their training."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        number: int,
+        students: Sequence[Student],
+        plans: Mapping[str, Plan],
+        state: State | None = None,
+    ) -> None:
+        self.setting = setting
+        self.number = number
+        self.students = tuple(students)
+        self.plans = plans
+        self.state = state or State()
+        self.best: dict[str, Tensor] = {}
+        self.batch = next(iter(plans.values())).batch
+        self._captured: tuple[tuple[str, ...], Callable[..., Any]] | None = None
+        self._in_a_row: dict[str, int] = {}
+
+    # -- the teacher ------------------------------------------------------------------------
+
+    def values(self, students: Sequence[Student], prepared: Any, where: str) -> list[Values]:
+        """The teacher's values of the students' cuts on one batch; the graph ends at the last."""
+        names = tuple(s.site.name for s in students)
+        if self._captured is None or self._captured[0] != names:
+            graph = capture_graph(self.setting.teacher, [s.site.teacher for s in students])
+            run: Any = torch.compile(graph, fullgraph=True) if self.setting.compile else graph
+            self._captured = names, run
+        check_inputs(prepared.inputs, self.setting.inputs, where)
+        prepared = prepared.to(self.setting.device)
+        with torch.no_grad():
+            return list(self._captured[1](**prepared.inputs))
+
+    def train_batch(self, step: int, phase: str) -> Any:
+        return self.setting.data.prepared(self.setting.task, step, self.batch, phase)
+
+    # -- before training --------------------------------------------------------------------
+
+    def measure_scales(self) -> None:
+        """Mean |t| and mean t² of each site's target. Raises GraftError for a target that is 0."""
+        sums: dict[str, list[float]] = {s.site.name: [0.0, 0.0, 0.0] for s in self.students}
+        for where, prepared in self._held_out():
+            values = self.values(self.students, prepared, where)
+            _check_teacher(self.students, values, where)
+            for student, given in zip(self.students, values, strict=True):
+                target = given[-1].double()
+                sums[student.site.name][0] += float(target.abs().sum())
+                sums[student.site.name][1] += float(target.square().sum())
+                sums[student.site.name][2] += target.numel()
+        for name, (absolute, energy, count) in sums.items():
+            if not energy > 0:
+                fail("G543", f"the teacher's output at `{name}` is zero on every held-out sample",
+                     site=name, found="nothing to distil",
+                     help="leave the site out of the rule, or remove it")  # fmt: skip
+            self.state.scales[name] = Scale(absolute / count, energy / count)
+
+    def measure(self, students: Sequence[Student]) -> dict[str, tuple[float, float]]:
+        """(error, loss) of each student over the held-out samples."""
+        sums = {s.site.name: [0.0, 0.0, 0.0, 0.0] for s in students}
+        for where, prepared in self._held_out():
+            values = self.values(students, prepared, where)
+            for student, given in zip(students, values, strict=True):
+                name = student.site.name
+                student.region.eval()
+                with torch.no_grad():
+                    output = student.region(*student.inputs(given))
+                    loss = student.loss(output, given, self.state.scales[name])
+                student.region.train()
+                error, energy, _, count = squared_error(output, given[-1])
+                row = sums[name]
+                row[0], row[1] = row[0] + error, row[1] + energy
+                row[2], row[3] = row[2] + float(loss) * count, row[3] + count
+        return {n: (error / energy, loss / count) for n, (error, energy, loss, count) in sums.items()}
+
+    def _held_out(self) -> Iterator[tuple[str, Any]]:
+        batches = self.setting.data.validation(self.setting.task, self.batch)
+        for i, prepared in enumerate(batches):
+            yield f"held-out batch {i}", prepared
+
+    def begin(self) -> None:
+        """Measure the errors at start and decide what is stacked."""
+        if not self.state.scales:
+            self.measure_scales()
+        self.state.start = self.measure(self.students)
+        self.state.best = dict(self.state.start)
+        self.keep_best([s.site.name for s in self.students])
+        training = self.training(0)
+        if len(training) > 1 and self.setting.stacked != "never":
+            prepared = self.train_batch(0, self.phase)
+            values = self.values(training, prepared, "step 0")
+            with _requires_grad(training):
+                groups = alike(training, values)
+                self.state.stacks = decide(self.setting.stacked, groups, training, values)
+
+    def exact(self, site: Site) -> bool:
+        """Whether the site's error at start is 0."""
+        return self.state.start[site.name][0] <= ZERO
+
+    # -- training ---------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> str:
+        return f"stage1.{self.number}"
+
+    @property
+    def steps(self) -> int:
+        return max((self.plans[s.site.name].steps for s in self.training(0)), default=0)
+
+    def training(self, step: int) -> list[Student]:
+        """The students that still train at `step`."""
+        return [
+            s
+            for s in self.students
+            if s.parameters and not self.exact(s.site) and step < self.plans[s.site.name].steps
+        ]
+
+    def make_optimiser(self) -> Optimiser:
+        groups: list[Group] = []
+        for student in self.training(0):
+            plan = self.plans[student.site.name]
+            schedule = Schedule(plan.steps, warmup=max(1, round(plan.steps * WARMUP)))
+            groups.append(Group(student.site.name, student.parameters, plan.lr, schedule))
+        return Optimiser(self.setting.optimiser, groups)
+
+    def train(self, optimiser: Optimiser) -> Iterator[tuple[int, dict[str, float]]]:
+        """Run the steps that are left, and yield (steps done, losses and held-out errors) after each."""
+        total = self.steps
+        every = max(1, -(-total // _VALIDATIONS))
+        stacks: list[Stack] = []
+        active: list[Student] = []
+        with _requires_grad(self.training(0)):
+            for step in range(self.state.step, total):
+                training = self.training(step)
+                if [s.site.name for s in training] != [s.site.name for s in active]:
+                    active, stacks = training, self._stacks(training)
+                seen = self._step(step, active, stacks, optimiser)
+                self.state.step = step + 1
+                ending = [s for s in active if step + 1 == self.plans[s.site.name].steps]
+                due = active if (step + 1) % every == 0 else ending
+                if due:
+                    seen |= self._validate(due)
+                yield step + 1, seen
+
+    def _stacks(self, students: Sequence[Student]) -> list[Stack]:
+        regions = {s.site.name: s.region for s in students}
+        kept = [[name for name in names if name in regions] for names in self.state.stacks]
+        return [Stack({n: regions[n] for n in names}) for names in kept if len(names) > 1]
+
+    def _step(
+        self, step: int, students: Sequence[Student], stacks: Sequence[Stack], optimiser: Optimiser
+    ) -> dict[str, float]:
+        prepared = self.train_batch(step, self.phase)
+        values = self.values(students, prepared, f"step {step}")
+        with random_of(self.setting.seed, self.phase, step):
+            found = losses(students, values, self.state.scales, stacks)
+        weights = [s.site.loss.weight for s in students]
+        optimiser.zero()
+        torch.stack([w * x for w, x in zip(weights, found, strict=True)]).sum().backward()
+        norms = [gradient_norm(s.parameters.values()) for s in students]
+        table: list[list[float]] = torch.stack([torch.stack(found).detach(), torch.stack(norms)]).tolist()
+        for student, weight, loss, norm in zip(students, weights, *table, strict=True):
+            name = student.site.name
+            # A loss that is no number leaves no gradient that is one.
+            good = clip_or_drop(list(student.parameters.values()), norm + 0 * loss, CLIP * weight)
+            self._in_a_row[name] = 0 if good else self._in_a_row.get(name, 0) + 1
+            if not good:
+                _check_teacher(students, values, f"step {step}")
+                self.state.skipped[name] = self.state.skipped.get(name, 0) + 1
+            if self._in_a_row[name] >= _HOPELESS:
+                fail("G545", f"the student of `{name}` gave no finite gradient in {_HOPELESS} steps",
+                     site=name, found=f"loss {loss} at step {step}",
+                     help="lower its `lr`, or look at its operator")  # fmt: skip
+        optimiser.step(step)
+        return {s.site.name: loss for s, loss in zip(students, table[0], strict=True)}
+
+    def _validate(self, students: Sequence[Student]) -> dict[str, float]:
+        """Measure, and keep the weights of those that have never been better."""
+        found = self.measure(students)
+        best = self.state.best
+        better = [n for n, (_, x) in found.items() if x < best[n][1] or math.isnan(best[n][1])]
+        self.state.best.update({name: found[name] for name in better})
+        self.keep_best(better)
+        return {f"{name}.error": error for name, (error, _) in found.items()}
+
+    def keep_best(self, names: Iterable[str]) -> None:
+        chosen = set(names)
+        for student in self.students:
+            if student.site.name in chosen:
+                for name, parameter in student.parameters.items():
+                    self.best[name] = parameter.detach().clone()
+
+    def restore_best(self) -> None:
+        """Give every site the weights that had the lowest loss on the held-out samples."""
+        with torch.no_grad():
+            for student in self.students:
+                for name, parameter in student.parameters.items():
+                    parameter.copy_(self.best[name])
+
+
+def _check_teacher(students: Sequence[Student], values: Sequence[Values], where: str) -> None:
+    """Refuse to train on a teacher that emits NaN or Inf."""
+    for student, given in zip(students, values, strict=True):
+        cut = student.site.teacher
+        bad = [i.name for i, v in zip(cut.inputs, given, strict=False) if not finite(v)]
+        if bad or not finite(given[-1]):
+            found = f"NaN or Inf in {', '.join(f'input `{n}`' for n in bad) or 'its output'}"
+            fail("G546", f"the teacher gives no finite values at `{student.site.name}`, {where}",
+                 site=student.site.name, found=found,
+                 notes=(Note("the last checkpoint is whole"),),
+                 help="look at DATA for this batch, at the teacher's weights, "
+                      "or at its precision")  # fmt: skip
+
+
+@contextmanager
+def random_of(*key: int | str) -> Iterator[None]:
+    """torch's global generator as a function of `key`, and as it was afterwards (dropout)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(seeded(*key).get_state())
+        yield
+
+
+@contextmanager
+def _requires_grad(students: Sequence[Student]) -> Iterator[None]:
+    """Only these students' parameters take gradients."""
+    regions = [p for s in students for p in s.region.parameters()]
+    chosen = {id(p) for s in students for p in s.parameters.values()}
+    before = [p.requires_grad for p in regions]
+    try:
+        for parameter in regions:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, flag in zip(regions, before, strict=True):
+            parameter.requires_grad_(flag)
+

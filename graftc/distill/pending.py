@@ -1,0 +1,70 @@
+"""Weights that wait for data: solved from the teacher's activations before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from graftc.diagnostics import fail
+from graftc.distill.generation import Generation
+from graftc.distill.students import Student
+from graftc.distill.targets import Pending
+
+MEMORY = 512 * 2**20
+"""Bytes of activations held at a time; more sites than fit are solved in several teacher passes."""
+
+SAMPLES = 512
+"""Samples that a solve reads at most: with tens of tokens each, many rows to a column."""
+
+
+def solve_pending(generation: Generation, phase: str) -> Iterator[tuple[int, int]]:
+    """Solve the pending weights of a generation's students, yielding (sites done, sites in all).
+
+    Raises GraftError for a policy that is not known (G547).
+    """
+    waiting = [s for s in generation.students if s.site.pending]
+    if not waiting:
+        return
+    size = generation.setting.data.size or SAMPLES
+    batches = max(1, math.ceil(min(size, SAMPLES) / generation.batch))
+    first = generation.train_batch(0, phase)
+    values = generation.values(waiting, first, "init batch 0")
+    heaviest = max(sum(v.nbytes for v in given) for given in values)
+    together = max(1, MEMORY // (heaviest * batches))
+    for start in range(0, len(waiting), together):
+        chunk = waiting[start : start + together]
+        rows: list[list[tuple[tuple[Tensor, ...], Tensor]]] = [[] for _ in chunk]
+        for number in range(batches):
+            prepared = generation.train_batch(number, phase)
+            values = generation.values(chunk, prepared, f"init batch {number}")
+            for student, given, row in zip(chunk, values, rows, strict=True):
+                row.append((student.inputs(given), given[-1]))
+        for done, (student, row) in enumerate(zip(chunk, rows, strict=True), start + 1):
+            for pending in student.site.pending:
+                _solve(student, pending, row)
+            yield done, len(waiting)
+
+
+def _solve(
+    student: Student, pending: Pending, rows: Sequence[tuple[tuple[Tensor, ...], Tensor]]
+) -> None:
+    from graftc.weights import solve_least_squares
+
+    if pending.policy != "least_squares":
+        fail("G547", f"no way is known to solve `{pending.policy}` from data",
+             site=student.site.name, wanted="least_squares", found=pending.policy)  # fmt: skip
+    solve_least_squares(student.region, _inside(student, pending), rows)
+
+
+def _inside(student: Student, pending: Pending) -> str:
+    """The linear's name inside the student's region."""
+    full = f"{pending.module}.{pending.linear}" if pending.linear else pending.module
+    cut = student.site.student
+    for prefix in (cut.output, cut.graph):
+        inside = full.removeprefix(f"{prefix}.") if prefix else full
+        if any(name == inside for name, _ in student.region.named_modules()):
+            return inside
+    fail("G510", f"the region of `{student.site.name}` has no linear `{full}` to solve",
+         site=student.site.name)  # fmt: skip

@@ -1,0 +1,308 @@
+"""Stage 1: every site's operator is regressed on the teacher's activations (arXiv 2506.05340, eq. 2)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.distill.budget import samples_of, site_plans
+from graftc.distill.data import Data, Task, open_data
+from graftc.distill.generation import Generation, Setting, State
+from graftc.distill.optim import Kind, Optimiser, align
+from graftc.distill.pending import solve_pending
+from graftc.distill.run import Build, Progress, Run, RunResult, SiteResult, open_run
+from graftc.distill.stacked import Mode
+from graftc.distill.students import students_of, trainable_names
+from graftc.distill.targets import Site, Targets, from_dict
+
+DEFAULT_OPTIMISER: Kind = "muon"
+CHECKPOINT_SECONDS = 60.0
+
+
+def distill(
+    build: Build,
+    data: Any,
+    task: Task,
+    *,
+    seed: int | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    samples: int | None = None,
+    optimiser: Kind | None = None,
+    stacked: Mode | None = None,
+    validation: Any = None,
+    resume: str | None = None,
+    device: str = "cpu",
+    compile: bool = False,
+    threads: int | None = None,
+    checkpoint_every: int | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train every site of a build on the teacher's activations; the run is `DIR/runs/ID`.
+
+    Sites are trained in topological generations of `after`; within one, a single teacher pass a
+    step feeds all, and ends after the last that still trains. `steps`, `batch`, `lr` and `samples`
+    override the file for all sites; unsaid, see `graftc.distill.budget`. `seed` (0) orders the data
+    and draws the noise. `validation` is a DATA to measure errors on; unsaid, a tenth of DATA.
+    `stacked` is "auto", "never" or "always". A checkpoint is written every `checkpoint_every` steps
+    (unsaid: every minute). `resume` continues a run that was killed, with its own options, and
+    ends with the same bits as an uninterrupted run on the same CPU and threads.
+
+    Raises GraftError for bad data or a teacher that is not finite; the last checkpoint stays.
+    """
+    given = {
+        "seed": seed,
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "samples": samples,
+        "optimiser": optimiser,
+        "stacked": stacked,
+        "threads": threads,
+    }
+    defaults = {
+        "seed": 0,
+        "optimiser": DEFAULT_OPTIMISER,
+        "stacked": "auto",
+        "threads": torch.get_num_threads(),
+    }
+    options = given if resume else {k: defaults.get(k) if v is None else v for k, v in given.items()}
+    targets = from_dict(build.targets)
+    with open_run(build, "distill", options=options, resume=resume) as run:
+        if (done := run.result()) is not None:
+            return done
+        with using_threads(run.options["threads"]):
+            source = _data(run, targets, data, validation)
+            setting = Setting(
+                align(build.teacher()).eval().to(device),
+                targets.inputs,
+                source,
+                task,
+                run.options["seed"],
+                run.options["optimiser"],
+                run.options["stacked"],
+                device,
+                compile,
+            )
+            student = align(build.student()).to(device)
+            return _Stage1(run, targets, setting, student, checkpoint_every, progress).run_all()
+
+
+def _data(run: Run, targets: Targets, data: Any, validation: Any) -> Data:
+    share, count = samples_of(targets.sites)
+    count = run.options["samples"] or count
+    seed = run.options["seed"]
+    return open_data(data, seed=seed, fraction=share, samples=count, validation=validation)
+
+
+class _Stage1:
+    """A run of stage 1 in progress."""
+
+    def __init__(
+        self,
+        run: Run,
+        targets: Targets,
+        setting: Setting,
+        student: nn.Module,
+        checkpoint_every: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.run = run
+        self.setting = setting
+        self.student = student.train()
+        self.generations = targets.generations()
+        self.progress = progress or _silent
+        self.saver = Saver(checkpoint_every)
+        names = trainable_names(student, targets.sites)
+        parameters = dict(student.named_parameters())
+        self.tensors: dict[str, Tensor] = {n: parameters[n] for n in names}
+        self.tensors.update(student.named_buffers())
+        self.results: dict[str, SiteResult] = {}
+        self.seconds = 0.0
+        self.steps = 0
+        self.started = time.monotonic()
+
+    def run_all(self) -> RunResult:
+        number, state, tensors = self._load()
+        for at in range(number, len(self.generations)):
+            self._generation(at, state if at == number else None, tensors)
+        names = [s.name for group in self.generations for s in group]
+        self.run.log(event="finished", steps=self.steps, seconds=self._elapsed())
+        return self.run.finish(
+            self.student.state_dict(),
+            RunResult(
+                id=self.run.id,
+                path=self.run.path,
+                stage="distill",
+                weights=self.run.path / "student.safetensors",
+                steps=self.steps,
+                seconds=round(self._elapsed(), 2),
+                sites=tuple(self.results[name] for name in names),
+                metrics=_summary(list(self.results.values())),
+            ),
+        )
+
+    def _generation(self, number: int, state: State | None, tensors: Mapping[str, Tensor]) -> None:
+        sites = self.generations[number]
+        plans = site_plans(
+            sites,
+            self.setting.data.size,
+            steps=self.run.options["steps"],
+            batch=self.run.options["batch"],
+            lr=self.run.options["lr"],
+            optimiser=self.setting.optimiser,
+        )
+        generation = Generation(
+            self.setting, number, students_of(self.student, sites), plans, state
+        )
+        if state is None:
+            for done, total in solve_pending(generation, f"init.{number}"):
+                self.progress("init", done, total, {})
+            generation.begin()
+            self._log_start(generation)
+        else:
+            generation.best = _under(tensors, "best.")
+        optimiser = generation.make_optimiser()
+        if state is not None:
+            optimiser.load(_under(tensors, "optimiser."))
+        else:
+            self._save(generation, optimiser)
+        total = generation.steps
+        for done, values in generation.train(optimiser):
+            self._log_step(generation, done, total, values)
+            if done < total and self.saver.due(done):
+                self._save(generation, optimiser)
+            self.progress(f"distill {number + 1}/{len(self.generations)}", done, total, values)
+        generation.restore_best()
+        self.steps += total
+        for student in generation.students:
+            result = _result(generation, student.site)
+            self.results[student.site.name] = result
+            self.run.log(event="site", **vars(result))
+
+    # -- log and checkpoint -----------------------------------------------------------------
+
+    def _log_start(self, generation: Generation) -> None:
+        data = self.setting.data
+        self.run.log(
+            event="start",
+            generation=generation.number,
+            samples=data.size,
+            held_out=len(data.held_out),
+            batch=generation.batch,
+            optimiser=self.setting.optimiser,
+            stacks=generation.state.stacks,
+            sites={
+                s.name: {
+                    "error": generation.state.start[s.name][0],
+                    "loss": generation.state.start[s.name][1],
+                    "steps": 0 if generation.exact(s) else generation.plans[s.name].steps,
+                    "lr": generation.plans[s.name].lr,
+                }
+                for s in self.generations[generation.number]
+            },
+        )
+
+    def _log_step(
+        self, generation: Generation, done: int, total: int, values: Mapping[str, float]
+    ) -> None:
+        every = max(1, total // 100)
+        if done % every == 0 or done == total or any(k.endswith(".error") for k in values):
+            values = {name: float(f"{value:.6g}") for name, value in values.items()}
+            self.run.log(event="step", generation=generation.number, step=done, values=values)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def _save(self, generation: Generation, optimiser: Optimiser) -> None:
+        tensors = {f"model.{name}": value for name, value in self.tensors.items()}
+        tensors.update({f"best.{name}": value for name, value in generation.best.items()})
+        tensors.update({f"optimiser.{name}": value for name, value in optimiser.state().items()})
+        facts = {
+            "generation": generation.number,
+            "state": generation.state.to_dict(),
+            "results": [vars(r) for r in self.results.values()],
+            "steps": self.steps,
+            "seconds": self._elapsed(),
+        }
+        self.run.save(tensors, facts)
+
+    def _load(self) -> tuple[int, State | None, dict[str, Tensor]]:
+        found = self.run.load()
+        if found is None:
+            return 0, None, {}
+        tensors, facts = found
+        with torch.no_grad():
+            for name, value in _under(tensors, "model.").items():
+                self.tensors[name].copy_(value)
+        self.results = {r["name"]: SiteResult(**r) for r in facts["results"]}
+        self.steps, self.seconds = facts["steps"], facts["seconds"]
+        return facts["generation"], State.from_dict(facts["state"]), tensors
+
+
+def _result(generation: Generation, site: Site) -> SiteResult:
+    state = generation.state
+    trained = not generation.exact(site) and bool(site.trainable)
+    return SiteResult(
+        name=site.name,
+        operator=site.operator,
+        error_start=state.start[site.name][0],
+        error_end=state.best[site.name][0],
+        loss_start=state.start[site.name][1],
+        loss_end=state.best[site.name][1],
+        steps=generation.plans[site.name].steps if trained else 0,
+        skipped_steps=state.skipped.get(site.name, 0),
+    )
+
+
+def _summary(sites: Sequence[SiteResult]) -> dict[str, float]:
+    """The mean error over the sites at start and end."""
+    count = max(1, len(sites))
+    return {
+        "error_start": sum(s.error_start for s in sites) / count,
+        "error_end": sum(s.error_end for s in sites) / count,
+    }
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _silent(phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
+    pass
+
+
+class Saver:
+    """Says when a checkpoint is due: every so many steps, or every minute."""
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        if self._every is not None:
+            return step % self._every == 0
+        if time.monotonic() - self._last < CHECKPOINT_SECONDS:
+            return False
+        self._last = time.monotonic()
+        return True
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """torch with `count` CPU threads: sums are split among them, so the bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+

@@ -1,0 +1,71 @@
+"""What is installed here, what is missing, and what each part would need."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+
+
+def doctor() -> list[dict[str, str]]:
+    """Findings in order, each with `what`, `state` (ok, missing, problem) and `detail`.
+
+    >>> doctor()[0]["what"]
+    'python'
+    """
+    findings = [_finding("python", "ok", platform.python_version())]
+    findings.append(_torch())
+    for name in ("lark", "networkx", "onnx", "onnxscript", "safetensors"):
+        findings.append(_package(name, "core: install graftc again"))
+    findings.append(_runtime())
+    findings.append(_package("tensorrt", "TensorRT engines: an NVIDIA GPU and `pip install tensorrt`"))
+    for name, extra in (
+        ("accelerate", "train"), ("peft", "train"), ("diffusers", "diffusers"), ("transformers", "transformers"),
+        ("matplotlib", "report"), ("sklearn", "examples"),
+    ):  # fmt: skip
+        package = "scikit-learn" if name == "sklearn" else name
+        findings.append(_package(package, f"pip install 'graftc[{extra}]'"))
+    return findings
+
+
+def _finding(what: str, state: str, detail: str) -> dict[str, str]:
+    return {"what": what, "state": state, "detail": detail}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _package(package: str, need: str) -> dict[str, str]:
+    version = _version(package)
+    return _finding(package, "ok", version) if version else _finding(package, "missing", need)
+
+
+def _torch() -> dict[str, str]:
+    import torch
+
+    if torch.cuda.is_available():
+        return _finding("torch", "ok", f"{torch.__version__}, {torch.cuda.get_device_name(0)}")
+    return _finding("torch", "ok", f"{torch.__version__}, no CUDA device")
+
+
+def _runtime() -> dict[str, str]:
+    """Both packages install the same module; whichever came last wins in silence."""
+    cpu, gpu = _version("onnxruntime"), _version("onnxruntime-gpu")
+    if cpu and gpu:
+        return _finding(
+            "onnxruntime", "problem",
+            f"onnxruntime {cpu} and onnxruntime-gpu {gpu} are both installed and overwrite each other's files; "
+            "uninstall both, then install one: graftc[cpu] or graftc[gpu]",
+        )
+    if not (cpu or gpu):
+        return _finding("onnxruntime", "missing", "verify needs it: pip install 'graftc[cpu]' or 'graftc[gpu]'")
+    if find_spec("onnxruntime") is None:
+        return _finding("onnxruntime", "problem", "installed, but its module is gone; install it again")
+    import onnxruntime
+
+    providers = ", ".join(onnxruntime.get_available_providers())
+    return _finding("onnxruntime-gpu" if gpu else "onnxruntime", "ok", f"{gpu or cpu}; providers: {providers}")

@@ -1,0 +1,246 @@
+"""The `forward` of one graph: its parameters, its lines, and what it calls its children's inputs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from graftc.emit.loops import Loop, Run, find_loops
+from graftc.emit.names import Style, is_stream, suggestions
+from graftc.emit.statements import Layout, Statement, layout, written
+
+
+@dataclass(frozen=True)
+class Hints:
+    """How the caller calls a module's inputs, and its outputs by index (0 for one tensor)."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: Mapping[int, str] | None = None
+
+
+@dataclass(frozen=True)
+class Forward:
+    parameters: tuple[str, ...]
+    lines: tuple[str, ...]
+    children: Mapping[str, Hints]
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a graph's modules and parameters are reached from `self`, and its module lists' members."""
+
+    paths: Mapping[str, ast.expr]
+    members: Callable[[str], tuple[int, ...]]
+    keyed: Callable[[str], bool]
+    element: Callable[[str], str]
+
+
+def forward(
+    graph: fx.Graph,
+    access: Access,
+    style: Style,
+    hints: Hints,
+    site: str,
+    result: Callable[[list[ast.expr]], ast.expr] | None = None,
+) -> Forward:
+    """The forward of `graph`. `result` wraps the root's outputs; else they are returned as they are."""
+    return _Writer(graph, access, style, hints, site).write(result)
+
+
+class _Writer:
+    """State of one walk over a graph: which variable has which name at which statement."""
+
+    def __init__(
+        self, graph: fx.Graph, access: Access, style: Style, hints: Hints, site: str
+    ) -> None:
+        self.graph, self.access, self.style, self.hints, self.site = graph, access, style, hints, site
+        self.loops = find_loops(graph)
+        self.layout: Layout = layout(graph, self.loops, access.paths, site)
+        self.names: dict[fx.Node, str] = {}
+        self.children: dict[str, Hints] = {}
+
+    def write(self, result: Callable[[list[ast.expr]], ast.expr] | None) -> Forward:
+        parameters = self._parameters()
+        lines: list[str] = []
+        for i, statement in enumerate(self.layout.statements):
+            lines += self._loop(i, statement) if statement.loop else [self._assignment(i, statement)]
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        lines.append(f"return {ast.unparse(self._returned(output, result))}")
+        self._collect_hints()
+        return Forward(tuple(parameters), tuple(lines), self.children)
+
+    def _parameters(self) -> list[str]:
+        nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
+        for i, node in enumerate(nodes):
+            hint = self.hints.inputs[i] if i < len(self.hints.inputs) else str(node.target)
+            keep = not self.hints.inputs or hint in self.style.inputs
+            if not keep and len(nodes) == 1:
+                hint = self.style.stream if is_stream(node) else "x"
+            self.names[node] = self._free([hint], -1)
+        return [self.names[n] for n in nodes]
+
+    def _free(self, wanted: list[str], at: int) -> str:
+        """The first wanted name that no live variable has when statement `at` assigns."""
+        live = {
+            name for node, name in self.names.items()
+            if self.layout.last_use.get(node, -1) > at or (at < 0)
+        }  # fmt: skip
+        for name in wanted:
+            if name not in live:
+                return name
+        number = 2
+        while f"{wanted[-1]}_{number}" in live:
+            number += 1
+        return f"{wanted[-1]}_{number}"
+
+    def _text(self, node: fx.Node) -> ast.expr:
+        def name(n: fx.Node) -> ast.expr:
+            return ast.Name(self.names[n])
+
+        return written(node, self.layout.inlined, name, self.access.paths, self.site)
+
+    def _wanted(self, node: fx.Node, at: int) -> list[str]:
+        wanted = suggestions(node, self.style)
+        returned = self._output_hint(node)
+        if returned:
+            wanted = [returned, *wanted]
+        reused = self._reused(node, at)
+        return [reused, *wanted] if reused and not returned else wanted
+
+    def _reused(self, node: fx.Node, at: int) -> str | None:
+        """`x = f(x)`: the name of a stream that is read here for the last time."""
+        if not is_stream(node):
+            return None
+        sources = [s for s in self.layout.sources(node) if self.layout.last_use.get(s) == at]
+        streams = [s for s in sources if is_stream(s)]
+        names = [self.names[s] for s in streams]
+        if self.style.stream in names:
+            return self.style.stream
+        inputs = [n for n in names if n in self.style.inputs]
+        return inputs[0] if len(inputs) == 1 and len(streams) == 1 else None
+
+    def _output_hint(self, node: fx.Node) -> str | None:
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        returned = output.args[0]
+        if not self.hints.outputs or not isinstance(returned, (tuple, list)):
+            return None
+        at = [i for i, r in enumerate(returned) if r is node]
+        return self.hints.outputs.get(at[0]) if at else None
+
+    def _assignment(self, at: int, statement: Statement) -> str:
+        value = ast.unparse(self._text(statement.node))
+        if not statement.parts:
+            name = self._free(self._wanted(statement.node, at), at)
+            self.names[statement.node] = name
+            return f"{name} = {value}"
+        taken: list[str] = []
+        for i in range(statement.size):
+            part = statement.parts.get(i)
+            if part is None:
+                taken.append("_")
+                continue
+            wanted = [w for w in self._wanted(part, at) if w not in taken]
+            name = self._free(wanted or self._wanted(part, at), at)
+            number = 2
+            while name in taken:
+                name, number = f"{name.rstrip('0123456789_')}_{number}", number + 1
+            self.names[part] = name
+            taken.append(name)
+        return f"{', '.join(taken)} = {value}"
+
+    def _loop(self, at: int, statement: Statement) -> list[str]:
+        loop = statement.loop
+        assert loop is not None
+        start = self.names[loop.start]
+        lines: list[str] = []
+        if self.layout.last_use.get(loop.start, -1) > at:
+            carried = self._free([self.style.stream, "h"], at)
+            lines.append(f"{carried} = {start}")
+        else:
+            carried = start
+        items = self._loop_names(loop)
+        self.names[loop.nodes[-1]] = carried
+        names: dict[fx.Node, ast.expr] = {loop.start: ast.Name(carried)}
+        inner: list[ast.expr] = []
+        for node, item in zip(loop.turn, items, strict=True):
+            uses = [n for n in loop.turn if node in n.all_input_nodes]
+
+            def operand(n: fx.Node) -> ast.expr:
+                return names[n] if n in names else ast.Name(self.names[n])
+
+            path = {str(node.target): ast.Name(item)}
+            call = written(node, self.layout.inlined, operand, {**self.access.paths, **path}, self.site)
+            if node is loop.turn[-1] or len(uses) == 1:
+                names[node] = call
+            inner.append(call)
+        lists = [self._members(run) for run in loop.runs]
+        over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
+        lines.append(f"for {', '.join(items)} in {over}:")
+        return [*lines, f"    {carried} = {ast.unparse(inner[-1])}"]
+
+    def _loop_names(self, loop: Loop) -> list[str]:
+        used = set(self.names.values())
+        if len(loop.runs) == 1:
+            items = [self.access.element(loop.runs[0].container)]
+        else:
+            first = ["first", "second", "third", "fourth"]
+            same = [r.container for r in loop.runs]
+            items = [
+                first[i] if same.count(r.container) > 1 else self.access.element(r.container)
+                for i, r in enumerate(loop.runs)
+            ]
+        return [f"{n}_module" if n in used else n for n in items]
+
+    def _members(self, run: Run) -> str:
+        """The module list, sliced to what the loop calls."""
+        text = ast.unparse(self.access.paths[run.container])
+        members, indices = self.access.members(run.container), run.indices
+        keyed = self.access.keyed(run.container)
+        if indices == members:
+            return f"{text}.values()" if keyed else text
+        step = indices[1] - indices[0]
+        if keyed or any(b - a != step for a, b in zip(indices, indices[1:], strict=False)):
+            at = "str(i)" if keyed else "i"
+            return f"[{text}[{at}] for i in {_indices(indices)}]"
+        begin = "" if indices[0] < step and indices[0] == 0 else str(indices[0])
+        end = "" if indices[-1] + step > members[-1] else str(indices[-1] + 1)
+        return f"{text}[{begin}:{end}{f':{step}' if step > 1 else ''}]"
+
+    def _returned(
+        self, output: fx.Node, result: Callable[[list[ast.expr]], ast.expr] | None
+    ) -> ast.expr:
+        from graftc.emit.expressions import literal
+
+        def operand(node: fx.Node) -> ast.expr:
+            return self._text(node) if node in self.layout.inlined else ast.Name(self.names[node])
+
+        value = output.args[0]
+        if result is None:
+            return literal(value, operand)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        return result([literal(v, operand) for v in values])
+
+    def _collect_hints(self) -> None:
+        """For each child, the names that its first call here uses."""
+        for node in self.graph.nodes:
+            if node.op != "call_module" or str(node.target) in self.children:
+                continue
+            arguments = [a for a in node.args if isinstance(a, fx.Node)]
+            inputs = [self._hint(a) for a in arguments]
+            outputs = {u.args[1]: self._hint(u) for u in node.users if u.target.__class__.__name__ == "builtin_function_or_method"}
+            self.children[str(node.target)] = Hints(
+                tuple(inputs), {int(str(k)): v for k, v in outputs.items() if isinstance(k, int)}
+            )
+
+    def _hint(self, node: fx.Node) -> str:
+        return self.names.get(node) or suggestions(node, self.style)[0]
+
+
+def _indices(indices: tuple[int, ...]) -> str:
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    if len(indices) > 2 and all(b - a == step for a, b in zip(indices, indices[1:], strict=False)):
+        return f"range({indices[0]}, {indices[-1] + 1}{f', {step}' if step > 1 else ''})"
+    return f"({', '.join(map(str, indices))}{',' if len(indices) == 1 else ''})"

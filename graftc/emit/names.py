@@ -1,0 +1,189 @@
+"""What a person would call a variable.
+
+Names come from what a value is for (a query, a scale, a batch size), from the module that made it,
+and from the inputs of the model that pass through; the number that an exporter gave it is the last
+resort. Nothing here decides what is computed: any name that is free is correct.
+"""
+
+from __future__ import annotations
+
+import keyword
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+_STREAMS = ("hidden_states", "x", "h", "tokens")
+_LAYOUT = frozenset(
+    {"view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze", "squeeze",
+     "contiguous", "to", "expand", "chunk", "repeat_interleave", "repeat", "slice", "clone"}
+)  # fmt: skip
+_NOUNS = {
+    "cat": "joined",
+    "stack": "stacked",
+    "arange": "positions",
+    "einsum": "product",
+    "matmul": "product",
+    "bmm": "product",
+    "sum": "total",
+    "mean": "mean",
+    "rsqrt": "inverse_rms",
+    "where": "chosen",
+    "softmax": "weights",
+    "pow": "square",
+    "scaled_dot_product_attention": "attended",
+    "reshape": "reshaped",
+    "view": "reshaped",
+    "to": "cast",
+    "_to_copy": "cast",
+}
+_SDPA_ROLES = {0: "q", 1: "k", 2: "v", 3: "mask"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """Names that hold for the whole file.
+
+    `stream` is the token stream's name; `inputs` are the root's; `sizes` gives the dynamic
+    dimensions' names by the symbol that capture used.
+    """
+
+    stream: str
+    inputs: frozenset[str]
+    sizes: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def stream_name(inputs: tuple[str, ...]) -> str:
+    """The root's own word for the token stream, else `x`.
+
+    >>> stream_name(("hidden_states", "timestep"))
+    'hidden_states'
+    """
+    return next((n for n in _STREAMS if n in inputs), "x")
+
+
+def clean(name: str) -> str:
+    """A Python name that reads well: `to_q` → `q`, `layers.0` → `layers`."""
+    words = [w for w in name.split(".") if not w.isdigit()]
+    word = re.sub(r"\W", "_", words[-1] if words else "item").strip("_") or "item"
+    word = re.sub(r"^to_(q|k|v|qkv|kv|out)$", r"\1", word)
+    return f"{word}_" if keyword.iskeyword(word) or word == "self" else word
+
+
+def operation(node: fx.Node) -> str:
+    """`transpose` for `aten.transpose.int`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_stream(node: fx.Node) -> bool:
+    """Whether a value looks like tokens: floating point, [batch, tokens, channels]."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3
+
+
+def suggestions(node: fx.Node, style: Style) -> list[str]:
+    """Names for a value, the best first; the caller takes the first that is free."""
+    found: list[str] = []
+    purpose = _purpose(node)
+    if purpose:
+        found.append(purpose)
+    size = _size_name(node, style)
+    if size:
+        found.append(size)
+    base = _base(node)
+    if base.op == "call_module":
+        name = clean(str(base.target))
+        of_list = str(base.target).rpartition(".")[2].isdigit() and is_stream(node)
+        found += [style.stream, name] if of_list else [name]
+    elif base.op == "placeholder" and str(base.target) in style.inputs:
+        found.append(str(base.target))
+    if is_stream(node):
+        found.append(style.stream)
+    if _sum_of_stream(node):
+        found = [style.stream, *found]
+    name = _NOUNS.get(operation(node), operation(node))
+    found.append("h" if is_stream(node) else "part" if name == "getitem" else clean(name))
+    return found
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What a chain of reshapes began with."""
+    while node.op in ("call_function", "call_method") and operation(node) in _LAYOUT | {"getitem"}:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
+
+
+def _sum_of_stream(node: fx.Node) -> bool:
+    """Whether a value is a residual sum."""
+    return operation(node) in ("add", "add_") and is_stream(node) and all(
+        isinstance(a, fx.Node) for a in node.args[:2]
+    )  # fmt: skip
+
+
+def _size_name(node: fx.Node, style: Style) -> str | None:
+    if not isinstance(node.meta.get("val"), (int, torch.SymInt)):
+        return None
+    return style.sizes.get(str(node.meta["val"]), "size")
+
+
+def _purpose(node: fx.Node) -> str | None:
+    """What a value's one use says that it is: q, k, v, a mask, an angle; shift, scale or gate."""
+    users = list(node.users)
+    if len(users) == 2 and {operation(u) for u in users} == {"sin", "cos"}:
+        return "angles"
+    seen = node
+    while len(seen.users) == 1:
+        user = next(iter(seen.users))
+        name = operation(user)
+        if name == "scaled_dot_product_attention":
+            at = [i for i, a in enumerate(user.args) if a is seen]
+            return _SDPA_ROLES.get(at[0]) if at else "mask"
+        if name in ("add", "mul") and (modulation := _modulation(node, seen, user)):
+            return modulation
+        if name not in _LAYOUT:
+            return None
+        seen = user
+    return None
+
+
+def _modulation(node: fx.Node, seen: fx.Node, user: fx.Node) -> str | None:
+    """`scale` in n · (1 + scale) + shift, `gate` in gate · branch, with what they act on."""
+    if node.target is not operator.getitem:
+        return None
+    other = next((a for a in user.args if a is not seen), None)
+    if operation(user) == "add":
+        if not isinstance(other, fx.Node):
+            product = next(iter(user.users), None)
+            acted = _other(product, user) if product is not None else None
+            return f"scale_{_made_by(acted)}" if acted is not None and _made_by(acted) else "scale"
+        made = _made_by(_base(other)) or _made_by(_factor(other))
+        return f"shift_{made}" if made else "shift"
+    if isinstance(other, fx.Node):
+        made = _made_by(other)
+        return f"gate_{made}" if made else "gate"
+    return None
+
+
+def _other(user: fx.Node, seen: fx.Node) -> fx.Node | None:
+    return next((a for a in user.args if isinstance(a, fx.Node) and a is not seen), None)
+
+
+def _factor(node: fx.Node) -> fx.Node | None:
+    """The factor of a product that a module made."""
+    if operation(node) != "mul":
+        return None
+    factors = [a for a in node.args if isinstance(a, fx.Node)]
+    return next((f for f in factors if _base(f).op == "call_module"), None)
+
+
+def _made_by(node: fx.Node | None) -> str | None:
+    base = _base(node) if node is not None else None
+    return clean(str(base.target)) if base is not None and base.op == "call_module" else None

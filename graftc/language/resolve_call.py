@@ -1,0 +1,203 @@
+"""Operator calls: which operator, and whether its arguments fit its spec."""
+
+from __future__ import annotations
+
+from graftc.diagnostics import Note, fail, nearest
+from graftc.language import syntax as s
+from graftc.language.expressions import constant, typed
+from graftc.language.resolve_init import source_of
+from graftc.language.rules import Expr, Literal_, OperatorCall
+from graftc.language.scope import NotYet, Scope, listed, suggest
+from graftc.language.vocabulary import PLANNED, may_be
+from graftc.operators.spec import Arg, OperatorSpec
+
+_SPECIAL = ("parallel", "copy", "python")
+
+
+def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
+    """`op(name = value, …)` on a site of `role` (None: not known).
+
+    Raises GraftError with every mistake in its arguments, and NotYet where the operator is known
+    and this version has no spec of it.
+    """
+    if isinstance(node, s.Path):
+        name = node.text
+        fail("G120", f"`{name}` is called with its arguments", span=node.span,
+             wanted=f"{name}(…)", help=f"write `{name}()`")  # fmt: skip
+    if not isinstance(node, s.Call) or isinstance(node.head, s.Alternatives):
+        fail("G120", "this is not an operator", span=node.span, wanted="operator(argument = value, …)",
+             found=node.span.text[:40])  # fmt: skip
+    spec = _lookup(scope, node, node.head)
+    if role is not None and not any(may_be(role, r) for r in spec.roles):
+        fits = tuple(n for n, other in scope.operators.items() if any(may_be(role, r) for r in other.roles))
+        fail(
+            "G124",
+            f"`{spec.name}` cannot replace {'an' if role[0] in 'aeiou' else 'a'} {role}",
+            span=node.head.span,
+            wanted=f"a site of role {listed(spec.roles)}",
+            found=role,
+            help=f"operators for {role}: {listed(fits)}" if fits else None,
+        )
+    return OperatorCall(spec, arguments_of(scope, node, spec), node.span)
+
+
+def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
+    name = head.text
+    if name in scope.operators:
+        return scope.operators[name]
+    if name in scope.defined:
+        _check_defined(scope, node, name)
+        raise NotYet(f"the operator `{name}`, which is written in the language", head.span)
+    if name == "python":
+        _check_python(node)
+        raise NotYet("an operator of a Python file", head.span)
+    if name in PLANNED:
+        _check_values(scope, node)
+        raise NotYet(f"the operator `{name}` ({PLANNED[name]})", head.span)
+    known = (*scope.operators, *scope.defined, *PLANNED, "parallel")
+    qualified = next((n for n in scope.defined if n.partition(".")[2] == name), None)
+    near = qualified or nearest(name, known)
+    fail(
+        "G102",
+        f"unknown operator `{name}`",
+        span=head.span,
+        wanted=listed((*scope.operators, *scope.defined), 30),
+        found=f"`{name}`",
+        help=f"write `{near}`"
+        if near
+        else f"define it: `operator {name}(…)`, or bring it in with `use`",
+    )
+
+
+def _check_values(scope: Scope, node: s.Call) -> None:
+    """The arguments of an operator that has no spec: names and types inside them are still checked."""
+    for argument in node.named:
+        if not isinstance(argument.value, (s.Braces, s.ListOf)):
+            with scope.log.attempt():
+                typed(scope, argument.value, "any")
+
+
+def _check_defined(scope: Scope, node: s.Call, name: str) -> None:
+    _check_values(scope, node)
+    parameters = {p.name.text: p for p in scope.defined[name].item.parameters}
+    for argument in node.named:
+        if argument.name.text not in parameters:
+            with scope.log.attempt():
+                fail("G103", f"`{name}` has no argument `{argument.name.text}`", span=argument.name.span,
+                     wanted=listed(parameters) or "no arguments",
+                     help=suggest(argument.name.text, parameters))  # fmt: skip
+
+
+def _check_python(node: s.Call) -> None:
+    first = node.positional[0] if len(node.positional) == 1 else None
+    file, _, cls = first.value.rpartition(":") if isinstance(first, s.Text) else ("", "", "")
+    if not file.endswith(".py") or not cls.isidentifier():
+        fail("G120", "`python` takes a file and a class", span=node.span, wanted='python("file.py:Class")',
+             found=node.span.text[:60])  # fmt: skip
+
+
+def arguments_of(
+    scope: Scope, node: s.Call, spec: OperatorSpec, given: tuple[str, ...] = ()
+) -> dict[str, Expr]:
+    """The named arguments, checked against the spec; `given` are filled in by graftc.
+
+    Mistakes go to the scope's log, so that each is reported.
+    """
+    takes = {a.name: a for a in spec.args if a.name not in given}
+    for value in node.positional:
+        with scope.log.attempt():
+            first = next(iter(takes), None)
+            fail("G126", f"`{spec.name}` takes its arguments by name", span=value.span,
+                 wanted=listed(takes, 30) or "no arguments",
+                 help=f"write `{first} = {value.span.text[:40]}`" if first else "leave it out")  # fmt: skip
+    found: dict[str, Expr] = {}
+    for argument in node.named:
+        with scope.log.attempt():
+            name = argument.name
+            arg = takes.get(name.text)
+            if arg is None:
+                _no_argument(name, spec, takes)
+            if name.text in found:
+                fail("G119", f"`{name.text}` is given twice", span=name.span, help="give it once")
+            found[name.text] = _value(scope, arg, argument.value)
+    missing = [a for a in takes.values() if a.required and a.name not in {n.name.text for n in node.named}]
+    for arg in missing:
+        with scope.log.attempt():
+            fail(
+                "G123",
+                f"`{spec.name}` needs `{arg.name}`",
+                span=node.head.span,
+                wanted=f"{arg.name}: {arg.doc}" if arg.doc else arg.name,
+                help=f"write `{spec.name}({arg.name} = …)`",
+            )
+    return found
+
+
+def _no_argument(name: s.Name, spec: OperatorSpec, takes: dict[str, Arg]) -> None:
+    slot = spec.slot(name.text)
+    fail(
+        "G103",
+        f"`{spec.name}` has no argument `{name.text}`",
+        span=name.span,
+        wanted=listed(takes, 30) or "no arguments",
+        found=f"`{name.text}`",
+        notes=[Note(f"`{name.text}` is a slot: fill it in `init`")] if slot else (),
+        help=suggest(name.text, takes),
+    )
+
+
+def _value(scope: Scope, arg: Arg, node: s.Expr) -> Expr:
+    value = typed(scope, node, arg.kind)
+    if not isinstance(value, Literal_):
+        return value
+    if arg.choices and value.value not in arg.choices:
+        fail(
+            "G121",
+            f"`{arg.name}` cannot be `{value.value}`",
+            span=node.span,
+            wanted=listed(arg.choices),
+            found=f"`{value.value}`",
+            help=suggest(str(value.value), arg.choices),
+        )
+    if isinstance(value.value, (int, float)) and not isinstance(value.value, bool):
+        if arg.minimum is not None and value.value < arg.minimum:
+            _too_small(arg, node, f"{arg.minimum:g} or more", f"{arg.minimum:g}")
+        if arg.above is not None and value.value <= arg.above:
+            _too_small(arg, node, f"more than {arg.above:g}", None)
+    return value
+
+
+def _too_small(arg: Arg, node: s.Expr, wanted: str, least: str | None) -> None:
+    fail("G122", f"`{arg.name}` is too small", span=node.span, wanted=wanted, found=node.span.text,
+         help=f"write `{arg.name} = {least}`" if least else None)  # fmt: skip
+
+
+def check_copy(scope: Scope, node: s.Call) -> s.Name:
+    """`copy(b)`, `copy(b, zero = {…})`: the block that is copied. Raises GraftError, NotYet."""
+    first = node.positional[0] if len(node.positional) == 1 else None
+    if not isinstance(first, s.Path) or len(first.names) != 1:
+        fail("G126", "`copy` takes one bound block", span=node.span, wanted="copy(b)")
+    binding = scope.binding(first.names[0])
+    if binding.role not in (None, "block"):
+        fail("G124", "`copy` takes a block", span=first.span, wanted="a name bound to a block",
+             found=binding.role, notes=[Note("it is bound here", binding.span)])  # fmt: skip
+    for option in node.named:
+        if option.name.text != "zero":
+            fail("G103", f"`copy` has no option `{option.name.text}`", span=option.name.span, wanted="`zero`",
+                 help=suggest(option.name.text, ("zero",)))  # fmt: skip
+        items = option.value.items if isinstance(option.value, s.Braces) else (option.value,)
+        for item in items:
+            if not isinstance(item, s.Path):
+                fail("G120", "`zero` takes parts", span=item.span, wanted="zero = {b.attention.out}")
+            source_of(scope, item)
+        raise NotYet("`copy` with `zero`", option.span)
+    return first.names[0]
+
+
+def check_constant_options(scope: Scope, node: s.Call, spec: OperatorSpec) -> dict[str, Expr]:
+    """A merge's own arguments (`lerp(start = 0.5)`), which are constants."""
+    for argument in node.named:
+        if spec.arg(argument.name.text) is not None:
+            with scope.log.attempt():
+                constant(scope, argument.value, "any")
+    return arguments_of(scope, node, spec, ("dim", "branches"))

@@ -1,0 +1,236 @@
+"""Edits: what a matched site becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graftc.diagnostics import Note, fail
+from graftc.language import syntax as s
+from graftc.language.expressions import typed
+from graftc.language.resolve_call import check_constant_options, check_copy, operator_call
+from graftc.language.rules import (
+    Branch,
+    BranchPart,
+    BranchSite,
+    Edit,
+    Literal_,
+    OperatorCall,
+    Parallel,
+    Remove,
+    Replace,
+    Skip,
+    Unapplied,
+)
+from graftc.language.resolve_match import check_rewrite
+from graftc.language.scope import NotYet, Scope, listed, suggest
+from graftc.language.vocabulary import BLOCK_PARTS
+from graftc.operators.spec import OperatorSpec, Value
+
+_PARALLEL = ("merge", "norm")
+_NORMS = ("first",)
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An edit, and the spec that its `init` slots are of (None: not known)."""
+
+    edit: Edit
+    spec: OperatorSpec | None = None
+
+
+def edit_of(scope: Scope, clause: s.EditClause) -> Edited:
+    """The edit of a rule. Raises GraftError."""
+    try:
+        match clause:
+            case s.ReplaceClause():
+                return _replace(scope, clause)
+            case s.RewriteClause():
+                return Edited(check_rewrite(scope, clause))
+            case s.InsertClause():
+                return _insert(scope, clause)
+            case s.SiteClause(keyword="skip"):
+                return _skip(scope, clause)
+            case s.SiteClause():
+                scope.binding(clause.name)
+                return Edited(Remove(clause.name.text, clause.span))
+    except NotYet as not_yet:
+        return Edited(not_yet.unapplied)
+
+
+def _skip(scope: Scope, clause: s.SiteClause) -> Edited:
+    binding = scope.binding(clause.name)
+    if binding.role not in (None, "block"):
+        fail(
+            "G124",
+            f"`skip` takes a block, and `{binding.name}` is bound to {binding.role}",
+            span=clause.name.span,
+            wanted="a name bound to a block",
+            found=binding.role,
+            notes=[Note("it is bound here", binding.span)],
+            help=f"write `remove {binding.name}`: its branch then contributes zero",
+        )
+    return Edited(Skip(clause.name.text, clause.span))
+
+
+def _insert(scope: Scope, clause: s.InsertClause) -> Edited:
+    scope.binding(clause.after)
+    node = clause.value
+    if isinstance(node, s.Call) and isinstance(node.head, s.Path) and node.head.text == "copy":
+        check_copy(scope, node)
+    else:
+        operator_call(scope, node, None)
+    raise NotYet("`insert`", clause.span)
+
+
+def _replace(scope: Scope, clause: s.ReplaceClause) -> Edited:
+    is_parallel = _is_call(clause.value, "parallel")
+    if is_parallel and clause.names:
+        names = ", ".join(n.text for n in clause.names)
+        fail("G120", "`parallel` names its own branches", span=clause.names[0].span,
+             wanted="replace with parallel(…)", found=f"replace {names} with …",
+             help="leave out the name: `replace with parallel(…)`")  # fmt: skip
+    if is_parallel:
+        assert isinstance(clause.value, s.Call)
+        return _parallel(scope, clause.value, clause)
+    if not clause.names:
+        bound = next(iter(scope.bindings), "a")
+        fail("G123", "which site is replaced?", span=clause.span, wanted="replace NAME with …",
+             help=f"write `replace {bound} with {clause.value.span.text[:60]}`")  # fmt: skip
+    if len(clause.names) > 1:
+        for name in clause.names:
+            scope.binding(name)
+        fail("G120", "one site is replaced at a time", span=clause.names[1].span, wanted="one name",
+             found=f"{len(clause.names)} names",
+             help="to put several on one input, write `replace with parallel(…)`")  # fmt: skip
+    name = clause.names[0]
+    binding = scope.binding(name)
+    if clause.one_of:
+        _candidates(scope, clause.value, binding.role)
+        raise NotYet("`one of` several candidates", clause.span)
+    call = operator_call(scope, clause.value, binding.role)
+    return Edited(Replace(name.text, call, clause.span), call.spec)
+
+
+def _candidates(scope: Scope, node: s.Expr, role: str | None) -> None:
+    items = node.items if isinstance(node, s.Braces) else (node,)
+    if len(items) < 2:
+        fail("G123", "`one of` chooses between two or more", span=node.span,
+             wanted="one of {op(…), op(…), keep}")  # fmt: skip
+    for item in items:
+        if isinstance(item, (s.RangeItem, s.Pair)):
+            fail("G120", "this is not an operator", span=item.span, wanted="op(…) or keep")
+        if isinstance(item, s.Path) and item.text == "keep":
+            continue
+        with scope.log.attempt():
+            try:
+                operator_call(scope, item, role)
+            except NotYet:
+                pass
+
+
+def _is_call(node: s.Expr, name: str) -> bool:
+    return isinstance(node, s.Call) and isinstance(node.head, s.Path) and node.head.text == name
+
+
+def _parallel(scope: Scope, node: s.Call, clause: s.ReplaceClause) -> Edited:
+    branches: list[Branch] = []
+    waits: Unapplied | None = None
+    for value in node.positional:
+        with scope.log.attempt():
+            try:
+                branches.append(_branch(scope, value, branches))
+            except NotYet as not_yet:
+                waits = waits or not_yet.unapplied
+    merge, options, spec = _merge(scope, node)
+    if len(node.positional) < 2:
+        fail("G123", "`parallel` takes two or more branches", span=node.span,
+             wanted="parallel(a, b, merge = …)", found=f"{len(node.positional)}")  # fmt: skip
+    if merge == "lerp" and len(node.positional) != 2:
+        fail("G122", "`lerp` goes between two branches", span=node.span, wanted="2 branches",
+             found=f"{len(node.positional)}", help="write `merge = linear`")  # fmt: skip
+    if waits is not None:
+        return Edited(waits)
+    return Edited(Parallel(tuple(branches), merge, options, clause.span), spec)
+
+
+def _branch(scope: Scope, node: s.Expr, earlier: list[Branch]) -> Branch:
+    if isinstance(node, s.Path) and len(node.names) == 1:
+        scope.binding(node.names[0])
+        branch: Branch = BranchSite(node.text, node.span)
+    elif isinstance(node, s.Path):
+        branch = _inner(scope, node)
+    elif _is_call(node, "copy"):
+        assert isinstance(node, s.Call)
+        return BranchSite(check_copy(scope, node).text, node.span, copy=True)
+    else:
+        first = earlier[0] if earlier else None
+        role = scope.bindings[first.binding].role if isinstance(first, BranchSite) else None
+        return operator_call(scope, node, role)
+    for other in earlier:
+        if not isinstance(other, OperatorCall) and other.span.text == branch.span.text:
+            fail("G119", f"`{node.text}` is a branch twice", span=node.span,
+                 notes=[Note("the first is here", other.span)],
+                 help=f"write `copy({node.text})` for a second one")  # fmt: skip
+    return branch
+
+
+def _inner(scope: Scope, node: s.Path) -> BranchPart:
+    binding = scope.binding(node.names[0])
+    part = node.names[1]
+    if len(node.names) > 2 or part.text not in BLOCK_PARTS or binding.role not in (None, "block"):
+        wrong = binding.role not in (None, "block")
+        fail(
+            "G109",
+            f"`{node.text}` is no site inside a block",
+            span=node.span,
+            wanted=f"{binding.name}.… one of {listed(BLOCK_PARTS)}",
+            found=f"`{binding.name}` is bound to {binding.role}" if wrong else f"`{part.text}`",
+            help=suggest(part.text, BLOCK_PARTS),
+        )
+    return BranchPart(binding.name, part.text, node.span)
+
+
+def _merge(scope: Scope, node: s.Call) -> tuple[str, dict[str, Value], OperatorSpec | None]:
+    merge: str | None = None
+    options: dict[str, Value] = {}
+    spec: OperatorSpec | None = None
+    for argument in node.named:
+        name, value = argument.name, argument.value
+        if name.text not in _PARALLEL:
+            fail("G103", f"`parallel` has no argument `{name.text}`", span=name.span, wanted=listed(_PARALLEL),
+                 found=f"`{name.text}`", help=suggest(name.text, _PARALLEL))  # fmt: skip
+        if name.text == "norm":
+            options["norm"] = _one_of(scope, value, _NORMS, "norm")
+            continue
+        if isinstance(value, s.Call) and isinstance(value.head, s.Path):
+            merge = _known_merge(scope, value.head.text, value.head)
+            spec = scope.merges[merge]
+            given = check_constant_options(scope, value, spec)
+            options |= {k: v.value for k, v in given.items() if isinstance(v, Literal_)}
+        else:
+            chosen = typed(scope, value, "symbol")
+            merge = _known_merge(scope, str(getattr(chosen, "value", "")), value)
+            spec = scope.merges[merge]
+    if merge is None:
+        fail("G123", "`parallel` needs `merge`: how the outputs become one", span=node.head.span,
+             wanted=f"merge = {listed(scope.merges)}", help="write `merge = sum`, or `merge = linear`")  # fmt: skip
+    start = options.get("start")
+    if isinstance(start, (int, float)) and not 0 <= start <= 1:
+        fail("G122", "`start` lies between the two branches", span=node.span, wanted="0 to 1", found=str(start))
+    return merge, options, spec
+
+
+def _known_merge(scope: Scope, name: str, node: s.Expr) -> str:
+    if name not in scope.merges:
+        fail("G121", f"unknown merge `{name}`", span=node.span, wanted=listed(scope.merges),
+             found=f"`{name}`", help=suggest(name, scope.merges))  # fmt: skip
+    return name
+
+
+def _one_of(scope: Scope, node: s.Expr, choices: tuple[str, ...], what: str) -> Value:
+    chosen = typed(scope, node, "symbol")
+    value = chosen.value if isinstance(chosen, Literal_) else None
+    if value not in choices:
+        fail("G121", f"`{what}` cannot be `{node.span.text}`", span=node.span, wanted=listed(choices),
+             help=suggest(str(value), choices) or f"write `{choices[0]}`")  # fmt: skip
+    return value

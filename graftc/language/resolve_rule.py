@@ -1,0 +1,195 @@
+"""A rule's clauses together: what must be there, what may be there once, what contradicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+from graftc.diagnostics import Diagnostic, fail
+from graftc.language import syntax as s
+from graftc.language.expressions import condition, folded, whole
+from graftc.language.resolve_edit import Edited, edit_of
+from graftc.language.resolve_init import inits_of
+from graftc.language.resolve_match import matches_of, report_unused
+from graftc.language.resolve_training import distill_of, drops_of, trains_inserted
+from graftc.language.rules import Distill, Expr, Literal_, Operation, Remove, Rule, Skip, Unapplied
+from graftc.language.scope import NotYet, Scope, already
+
+_EDITS = (s.ReplaceClause, s.RewriteClause, s.SiteClause, s.InsertClause)
+Contract = Literal["exact", "approx", "learned"]
+ClauseT = TypeVar("ClauseT", bound=s.Clause)
+
+
+def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
+    """The rule, or None where it has mistakes; they go to the scope's log."""
+    scope = outer.for_rule()
+    before = len(scope.log.errors)
+    clauses = item.clauses
+    _repeated(scope, item)
+    matches = matches_of(scope, _all(clauses, s.MatchSites) + _all(clauses, s.MatchDataflow) + _all(clauses, s.MatchPython))
+    dataflow = any(isinstance(m, Unapplied) for m in matches.matches)
+    if not matches.matches and len(scope.log.errors) == before:
+        _missing(scope, item, "match", "match   a = self_attention in blocks all")
+    where = _where(scope, clauses)
+    edited = _edit(scope, item)
+    inits = tuple(i for c in _all(clauses, s.InitClause) for i in c.items)
+    if inits and edited is not None and isinstance(edited.edit, (Skip, Remove)):
+        _nothing_new(scope, _all(clauses, s.InitClause)[0])
+    spec = edited.spec if edited else None
+    resolved_inits = inits_of(scope, inits, spec)
+    distill = next((distill_of(scope, c, spec) for c in _all(clauses, s.DistillClause)), None)
+    words = _all(clauses, s.WordsClause)
+    drop = drops_of(scope, [w for w in words if w.keyword == "drop"])
+    inserted = trains_inserted(scope, [w for w in words if w.keyword == "train"])
+    contract = _contract(scope, item, distill)
+    expect, expect_clause = _expect(scope, clauses)
+    if matches.groups is not None and isinstance(expect, int) and expect_clause and expect != matches.groups:
+        scope.log.add(_wrong_expectation(item, expect, matches.groups, expect_clause))
+    if len(scope.log.errors) == before or edited is not None:
+        report_unused(scope)
+    if len(scope.log.errors) > before or edited is None:
+        return None
+    edit = edited.edit
+    repeat = next((h for h in item.head if h.word == "repeat"), None)
+    if repeat is not None:
+        edit = Unapplied("`repeat`", repeat.span)
+    elif dataflow and not isinstance(edit, Unapplied):
+        edit = next(m for m in matches.matches if isinstance(m, Unapplied))
+    return Rule(
+        name=item.name.text,
+        span=item.name.span,
+        matches=matches.matches,
+        edit=edit,
+        contract=contract,
+        summary=item.summary,
+        where=where,
+        inits=resolved_inits,
+        distill=distill,
+        expect=expect,
+        expect_span=expect_clause.span if expect_clause else None,
+        after=tuple(n.text for h in item.head for n in h.names),
+        drop=drop,
+        train_inserted=inserted,
+    )
+
+
+def _all(clauses: Sequence[s.Clause], kind: type[ClauseT]) -> tuple[ClauseT, ...]:
+    return tuple(c for c in clauses if isinstance(c, kind))
+
+
+def _repeated(scope: Scope, item: s.RuleItem) -> None:
+    """`match`, `where`, `train` and `drop` may stand several times; the rest once, and one edit."""
+    edits = [c for c in item.clauses if isinstance(c, _EDITS)]
+    for second in edits[1:]:
+        message = "a rule makes one edit"
+        scope.log.add(already("G013", message, second.span, edits[0].span, "write a rule for each edit"))
+    for keyword in ("init", "distill", "expect"):
+        same = [c for c in item.clauses if c.keyword == keyword]
+        for second in same[1:]:
+            message = f"`{keyword}` stands twice in rule `{item.name.text}`"
+            scope.log.add(already("G011", message, second.span, same[0].span, "write one clause"))
+    contracts = [h for h in item.head if h.word in ("exact", "approx", "learned")]
+    for words in (contracts, [h for h in item.head if h.word == "repeat"]):
+        for second in words[1:]:
+            message = f"`{second.word}` after `{words[0].word}`: a rule has one contract"
+            scope.log.add(already("G011", message, second.span, words[0].span, "leave one out"))
+
+
+def _missing(scope: Scope, item: s.RuleItem, clause: str, example: str) -> None:
+    scope.log.add(
+        Diagnostic(
+            "G012",
+            f"rule `{item.name.text}` has no `{clause}`",
+            span=item.name.span,
+            wanted=f"a `{clause}` clause",
+            help=f"add `{example}`",
+        )
+    )
+
+
+def _edit(scope: Scope, item: s.RuleItem) -> Edited | None:
+    edits = [c for c in item.clauses if isinstance(c, _EDITS)]
+    if not edits:
+        scope.log.add(
+            Diagnostic(
+                "G012",
+                f"rule `{item.name.text}` changes nothing",
+                span=item.name.span,
+                wanted="one of `replace`, `rewrite`, `remove`, `skip`, `insert`",
+                help=f"add `replace {next(iter(scope.bindings), 'a')} with …`",
+            )
+        )
+        return None
+    with scope.log.attempt():
+        return edit_of(scope, edits[0])
+    return None
+
+
+def _where(scope: Scope, clauses: Sequence[s.Clause]) -> Expr | None:
+    found: list[Expr] = []
+    for node in (n for c in _all(clauses, s.Where) for n in c.conditions):
+        with scope.log.attempt():
+            try:
+                guard = folded(condition(scope, node))
+            except NotYet:
+                continue  # such guards are of dataflow rules, which are not applied yet
+            if isinstance(guard, Literal_):
+                always = "always" if guard.value else "never"
+                fail("G128", f"this {always} holds", span=node.span, wanted="a guard that depends on the site",
+                     found=node.span.text, help="leave it out" if guard.value else None)  # fmt: skip
+            found.append(guard)
+    if not found:
+        return None
+    return found[0] if len(found) == 1 else Operation("and", tuple(found), found[0].span.to(found[-1].span))
+
+
+def _nothing_new(scope: Scope, clause: s.InitClause) -> None:
+    scope.log.add(
+        Diagnostic("G127", "there is nothing new to fill", span=clause.span, help="leave out `init`")
+    )
+
+
+def _contract(scope: Scope, item: s.RuleItem, distill: Distill | None) -> Contract:
+    word = next((h for h in item.head if h.word in ("exact", "approx", "learned")), None)
+    if word is None:
+        return "learned" if distill else "approx"
+    if word.word == "learned":
+        if distill is None:
+            scope.log.add(
+                Diagnostic("G127", "a learned rule needs `distill`", span=word.span, help="add `distill l2`")
+            )
+        return "learned"
+    if distill is not None:
+        scope.log.add(
+            Diagnostic(
+                "G127",
+                f"a rule that is `{word.word}` is not distilled",
+                span=distill.span,
+                help=f"leave out `distill`, or `{word.word}`",
+            )
+        )
+    return "exact" if word.word == "exact" else "approx"
+
+
+def _expect(
+    scope: Scope, clauses: Sequence[s.Clause]
+) -> tuple[int | Literal["all"] | None, s.ExpectClause | None]:
+    for clause in _all(clauses, s.ExpectClause):
+        if clause.value is None:
+            return "all", clause
+        with scope.log.attempt():
+            return whole(scope, clause.value, "`expect`", 1), clause
+    return None, None
+
+
+def _wrong_expectation(item: s.RuleItem, expect: int, groups: int, clause: s.ExpectClause) -> Diagnostic:
+    return Diagnostic(
+        "G128",
+        f"rule `{item.name.text}` can never match {expect} times",
+        span=clause.span,
+        wanted=f"{groups}: the block set has as many groups",
+        found=str(expect),
+        help=f"write `expect {groups}`",
+    )
+
+

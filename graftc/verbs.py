@@ -1,0 +1,219 @@
+"""The verbs: the command line's, as functions. Each takes words or values and returns values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftc.diagnostics import fail
+from graftc.doctor import doctor
+from graftc.language.check import check
+
+if TYPE_CHECKING:
+    from graftc.distill import RunResult
+    from graftc.emit.build import Build
+    from graftc.emit.verify import Verification
+    from graftc.program.analysis import Analysis
+    from graftc.program.model import Model
+    from graftc.rewrite.plan import Plan
+
+__all__ = [
+    "check", "compile", "distill", "doctor", "export", "finetune", "format_files", "inspect", "plan", "verify",
+]  # fmt: skip
+
+
+def inspect(model: str | Model) -> Analysis:
+    """The roles, chains of blocks, sites, parameters and FLOPs of a model, captured on the meta device.
+
+    `model`: `file.py:function`, `package.module:function`, or a `graftc.Model`. Raises GraftError.
+
+    >>> import torch, graftc
+    >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    >>> model = graftc.Model(torch.nn.Sequential(layer), {"input": torch.zeros(2, 3, 4)})
+    >>> [(s.path, s.facts["params"]) for s in graftc.inspect(model).of_role("mlp")]
+    [('0', 76)]
+    """
+    from graftc.program.analysis import analyse
+    from graftc.program.capture import capture
+
+    return analyse(capture(_model(model, on_meta=True)))
+
+
+def plan(
+    file: str | Path,
+    model: str | Model,
+    *,
+    data: str | Any = None,
+    overrides: Mapping[str, str] | None = None,
+    output: str | Path | None = None,
+) -> Plan:
+    """What `file` does to `model`: sites, parameters and FLOPs before and after, origins of new weights.
+
+    `overrides` are the file's `set` parameters; `output` receives the plan as YAML. Raises GraftError.
+    """
+    from graftc.program.analysis import analyse
+    from graftc.program.capture import capture
+    from graftc.rewrite.plan import make_plan, plan_dict
+
+    rules = check(file, dict(overrides or {}))
+    made = make_plan(rules, analyse(capture(_model(model, on_meta=True))))
+    if data is not None:
+        load_data(data)
+    if output is not None:
+        from graftc.emit.atomic import write_yaml
+
+        write_yaml(Path(output), plan_dict(made))
+    return made
+
+
+def compile(
+    file: str | Path,
+    model: str | Model,
+    output: str | Path,
+    *,
+    data: str | Any = None,
+    task: str | Any = None,
+    overrides: Mapping[str, str] | None = None,
+    seed: int = 0,
+    copy_teacher: bool = False,
+    command: str = "",
+) -> Build:
+    """The student and its distillation targets, as a build directory at `output`.
+
+    With `data`, first weights that need data are solved now; without, they stay pending for `distill`.
+    Raises GraftError, and then an old build at `output` is as it was.
+    """
+    from graftc.compiler import compile_build
+
+    return compile_build(
+        Path(file), model, Path(output), data=data, task=task, overrides=dict(overrides or {}), seed=seed,
+        copy_teacher=copy_teacher, command=command,
+    )
+
+
+def distill(build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any) -> RunResult:
+    """Stage 1: every learned site is trained on the teacher's activations; see `graftc.distill.distill`."""
+    from graftc.distill import distill as engine
+
+    return _train(engine, build, data, task, options)
+
+
+def finetune(build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any) -> RunResult:
+    """Stage 2: the student is trained end to end on the task's loss; see `graftc.distill.finetune`."""
+    from graftc.distill import finetune as engine
+
+    return _train(engine, build, data, task, options)
+
+
+def _train(engine: Any, build: str | Path | Build, data: Any, task: Any, options: dict[str, Any]) -> RunResult:
+    opened = _build(build)
+    return engine(opened, load_data(data), _task(opened, task), **options)
+
+
+def export(
+    build: str | Path | Build, *, to: str = "onnx", output: str | Path | None = None, run: str | None = None
+) -> Path:
+    """Write the student as ONNX (opset 20, dynamic batch); returns the file's path.
+
+    `run`: whose weights, by default the latest finished run's; "none" for the untrained student.
+    """
+    from graftc.emit.onnx import export_onnx
+
+    if to != "onnx":
+        hint = "TensorRT export is not built yet" if to == "tensorrt" else None
+        fail("G600", f"cannot export to `{to}`", site="--to", wanted="onnx", found=to, help=hint)
+    return export_onnx(_build(build), Path(output) if output else None, run=run)
+
+
+def verify(build: str | Path | Build, *, onnx: str | Path | None = None) -> Verification:
+    """Check the exported file against the student; every check is PASS, FAIL or NOT RUN (reason)."""
+    from graftc.emit.verify import verify as check_file
+
+    opened = _build(build)
+    return check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened))
+
+
+def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Path]:
+    """Format `.graft` files; returns those that changed (or would)."""
+    from graftc.emit.atomic import write_text
+    from graftc.language.check import read
+    from graftc.language.formatter import format_text
+
+    changed: list[Path] = []
+    for file in map(Path, files):
+        before = read(file).text
+        after = format_text(before, str(file))
+        if after != before:
+            changed.append(file)
+            if write:
+                write_text(file, after)
+    return changed
+
+
+# -- words to values ---------------------------------------------------------------------------
+
+
+def _model(model: str | Model, *, on_meta: bool) -> Model:
+    from graftc.program.model import as_model, load_model
+
+    return load_model(model, on_meta=on_meta) if isinstance(model, str) else as_model(model)
+
+
+def _build(build: str | Path | Build) -> Build:
+    from graftc.emit.build import Build
+
+    return build if isinstance(build, Build) else Build.open(Path(build))
+
+
+def load_data(data: str | Any) -> Any:
+    """DATA by name (`file.py:function`, called), or the object itself."""
+    from graftc.program.model import Reference, user_error
+
+    if not isinstance(data, str):
+        return data
+    function = Reference(data, "DATA").resolve()
+    try:
+        return function()
+    except Exception as error:
+        raise user_error(error, "DATA", data) from error
+
+
+def load_task(task: str | Any) -> Any:
+    """TASK by name: a shipped one, `file.py:Task` (called if it is a class or a function), or the object."""
+    from graftc.program.model import Reference, user_error
+    from graftc.tasks import get_task
+
+    if not isinstance(task, str):
+        return task
+    if ":" not in task:
+        try:
+            return get_task(task)()
+        except ValueError as error:
+            fail("G230", str(error), site="-t")
+    found = Reference(task, "TASK").resolve()
+    try:
+        return found() if callable(found) else found
+    except Exception as error:
+        raise user_error(error, "TASK", task) from error
+
+
+def _task(build: Build, task: str | Any) -> Any:
+    if task is not None:
+        return load_task(task)
+    recorded = build.manifest.get("task")
+    if recorded:
+        return load_task(recorded)
+    model = build.manifest.get("model", {}).get("reference")
+    own = _model(model, on_meta=True).task if model else None
+    if own is None:
+        fail("G231", "no task: the model names none", site=str(build.path), wanted="-t TASK",
+             help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)")
+    return load_task(own)
+
+
+def _task_inputs(build: Build) -> Any:
+    """Inputs for verification: the Task's own where DATA was recorded, else random ones in the example's ranges."""
+    return None
+
+

@@ -1,0 +1,326 @@
+"""Reading the sources of an `init` clause or of a spec: what they say, and what they give.
+
+The policies, with `x`, `y` for sources (a part `a.q`, or another policy):
+`concat(x, y, …)`, `rows(x, start, stop)` (also `slice`), `mean_pool(a.k, groups = n)`,
+`repeat(a.k, times = n)`, `product(x, y)`, `identity`, `zero`, `random(seed)`, `least_squares`;
+for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; in specs only `argument(name)`,
+`constant(name)`, `mean_of_branches`, `sum_of_branches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graftc.diagnostics import Span, fail, nearest
+from graftc.operators.spec import SITE, Apply, Arguments, Const, InitSource, Part, Value
+from graftc.weights import policies
+from graftc.weights.fresh import fresh
+from graftc.weights.parts import Affine, Heads, SiteParts
+
+_PER_HEAD = ("mean_pool", "repeat")
+WHOLE_POLICIES = ("resize", "keep_top")
+POLICIES = (
+    *("concat", "rows", "slice", "mean_pool", "repeat", "product", "identity", "zero", "random"),
+    *("least_squares", "argument", "constant", "mean_of_branches", "sum_of_branches"),
+    *WHOLE_POLICIES,
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a source is read against: the operator and its site, for messages and for values."""
+
+    operator: str
+    arguments: Arguments
+    path: str
+    binding: str
+    parts: Mapping[str, SiteParts]
+    heads: Mapping[str, Heads]
+    seed: int
+    span: Span | None = None
+
+    def refuse(self, code: str, message: str, help: str | None = None) -> None:
+        fail(code, message, span=self.span, site=self.path, help=help)
+
+    def name(self, site: str) -> str:
+        return self.binding if site == SITE else site
+
+
+def text(source: InitSource, binding: str = SITE) -> str:
+    """The source as the rule file would write it.
+
+    >>> text(Apply("concat", (Part("site", "q"), Part("a", "k"))), "b")
+    'concat(b.q, a.k)'
+    """
+    if isinstance(source, Const):
+        return str(source.value)
+    if isinstance(source, Part):
+        site = binding if source.site == SITE else source.site
+        return site if source.name is None else f"{site}.{source.name}"
+    options = [f"{k} = {text(v, binding)}" for k, v in source.options.items() if k != "otherwise"]
+    inside = ", ".join([*(text(a, binding) for a in source.args), *options])
+    return f"{source.policy}({inside})" if inside else source.policy
+
+
+def pending(source: InitSource) -> bool:
+    """Whether the source's last word needs calibration data."""
+    return isinstance(source, Apply) and (
+        source.policy == "least_squares" or any(pending(a) for a in source.args)
+    )
+
+
+def parts_of(source: InitSource) -> tuple[Part, ...]:
+    """Every part that the source reads."""
+    if isinstance(source, Part):
+        return (source,)
+    if isinstance(source, Const):
+        return ()
+    inside = (*source.args, *source.options.values())
+    return tuple(part for x in inside for part in parts_of(x))
+
+
+def unfold(source: InitSource, arguments: Arguments) -> InitSource:
+    """`argument(name)` replaced by the policy that the operator's argument names."""
+    if isinstance(source, Apply) and source.policy == "argument":
+        return Apply(str(arguments[str(_constant(source.args[0]))]))
+    return source
+
+
+def _constant(source: InitSource) -> Value:
+    return source.value if isinstance(source, Const) else None
+
+
+def _whole_number(context: Context, source: Apply, name: str, position: int) -> int:
+    given = source.options.get(name)
+    if given is None and len(source.args) > position:
+        given = source.args[position]
+    value = _constant(given) if given is not None else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(
+            "G405",
+            f"`{source.policy}` needs a whole number `{name}`",
+            span=context.span,
+            site=context.path,
+        )
+    return value
+
+
+def evaluate(
+    source: InitSource, context: Context, submodule: nn.Module, path: str, repeats: bool = True
+) -> Affine:
+    """What the source gives for `submodule`, at `path` inside the operator.
+
+    `repeats`: k and v of a site with fewer key-value heads than the operator are repeated.
+    """
+    if isinstance(source, Part):
+        return _part(source, context, repeats)
+    if isinstance(source, Const):
+        fail(
+            "G405",
+            f"`{source.value}` is a number, and no source of weights",
+            span=context.span,
+            site=context.path,
+        )
+    inner = [
+        evaluate(a, context, submodule, path, repeats and source.policy not in _PER_HEAD)
+        for a in source.args
+        if not isinstance(a, Const)
+    ]
+    try:
+        return _apply(source, inner, context, submodule, path)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        shapes = ", ".join(str(list(i.weight.shape)) for i in inner)
+        fail(
+            "G405",
+            f"`{text(source, context.binding)}` cannot be computed: {error}",
+            span=context.span,
+            site=context.path,
+            found=shapes or None,
+        )
+
+
+def _part(source: Part, context: Context, repeats: bool) -> Affine:
+    binding = context.name(source.site)
+    if binding not in context.parts:
+        fail(
+            "G403",
+            f"`{binding}` is no site of this rule with weights to read",
+            span=context.span,
+            site=context.path,
+        )
+    if source.name is None:
+        fail(
+            "G405",
+            f"`{binding}` is a whole site; this slot takes one of its parts",
+            span=context.span,
+            site=context.path,
+            wanted=", ".join(f"{binding}.{n}" for n in context.parts[binding]),
+        )
+    found = context.parts[binding].get(source.name)
+    if found is None:
+        missing_part(binding, source.name, tuple(context.parts[binding]), context)
+    heads = context.heads.get(binding)
+    if not repeats or heads is None or source.name not in ("k", "v"):
+        return found
+    wanted = context.arguments.get("kv_heads", heads.heads)
+    if isinstance(wanted, int) and wanted > heads.kv_heads and wanted % heads.kv_heads == 0:
+        return policies.repeat(found, heads.kv_heads, wanted // heads.kv_heads)
+    return found
+
+
+def missing_part(binding: str, name: str, available: tuple[str, ...], context: Context) -> Affine:
+    """G403: the site has no such part."""
+    near = nearest(name, available)
+    fail(
+        "G403",
+        f"the site `{binding}` has no part `{name}`, which init of `{context.operator}` reads",
+        span=context.span,
+        site=context.path,
+        wanted=f"one of {', '.join(available)}" if available else None,
+        help=f"write `{binding}.{near}`" if near else "give the slot another source in `init`",
+    )
+
+
+def _filled(submodule: nn.Module, value: float) -> Affine:
+    state = {n: torch.full_like(p.detach(), value) for n, p in submodule.named_parameters()}
+    return Affine(state["weight"], state.get("bias"))
+
+
+def _identity(context: Context, submodule: nn.Module) -> Affine:
+    if isinstance(submodule, nn.Conv1d):
+        causal = context.arguments.get("causal") is True
+        return policies.dirac(submodule.out_channels, submodule.kernel_size[0], causal)
+    if isinstance(submodule, nn.Linear):
+        return policies.identity(submodule.out_features, submodule.in_features)
+    raise ValueError(f"a {type(submodule).__name__} has no identity")
+
+
+def _merge(context: Context, mean: bool) -> Affine:
+    dim, branches = context.arguments["dim"], context.arguments["branches"]
+    if not isinstance(dim, int) or not isinstance(branches, int):
+        raise TypeError("dim and branches are whole numbers")
+    return policies.branch_merge(dim, branches, 1 / branches if mean else 1.0)
+
+
+def _per_head(source: Apply, inner: list[Affine], context: Context) -> Affine:
+    part = source.args[0]
+    if not isinstance(part, Part) or part.name is None:
+        raise ValueError("it takes a part of a site, such as a.k")
+    heads = context.heads.get(context.name(part.site))
+    if heads is None:
+        raise ValueError(f"the heads of {context.name(part.site)} are not known")
+    count = heads.of(part.name)
+    if source.policy == "repeat":
+        return policies.repeat(inner[0], count, _whole_number(context, source, "times", 1))
+    return policies.mean_pool(inner[0], count, _whole_number(context, source, "groups", 1))
+
+
+def _apply(
+    source: Apply, inner: list[Affine], context: Context, submodule: nn.Module, path: str
+) -> Affine:
+    name = source.policy
+    simple: dict[str, Callable[[], Affine]] = {
+        "concat": lambda: policies.concat(inner),
+        "product": lambda: policies.product(inner[0], inner[1]),
+        "zero": lambda: _filled(submodule, 0.0),
+        "identity": lambda: _identity(context, submodule),
+        "mean_of_branches": lambda: _merge(context, mean=True),
+        "sum_of_branches": lambda: _merge(context, mean=False),
+        "mean_pool": lambda: _per_head(source, inner, context),
+        "repeat": lambda: _per_head(source, inner, context),
+    }
+    if name in simple:
+        return simple[name]()
+    if name in ("rows", "slice"):
+        start = _whole_number(context, source, "start", 1)
+        stop = _whole_number(context, source, "stop", 2)
+        if not 0 <= start < stop <= inner[0].weight.shape[0]:
+            raise ValueError(f"rows {start} to {stop} of {inner[0].weight.shape[0]}")
+        return policies.rows(inner[0], start, stop)
+    if name == "random":
+        seeded = bool(source.args) or "seed" in source.options
+        seed = _whole_number(context, source, "seed", 0) if seeded else context.seed
+        return fresh(submodule, seed, f"{context.path}.{path}")
+    if name == "least_squares":
+        otherwise = source.options.get("otherwise", Apply("zero"))
+        return evaluate(otherwise, context, submodule, path)
+    unknown_policy(name, context)
+
+
+def unknown_policy(name: str, context: Context) -> Affine:
+    """G405: no policy of this name gives a slot its weights."""
+    near = nearest(name, POLICIES)
+    fail(
+        "G405",
+        f"`{name}` is no init policy for a slot of `{context.operator}`",
+        span=context.span,
+        site=context.path,
+        wanted=", ".join(p for p in POLICIES if p not in WHOLE_POLICIES),
+        help=f"write `{near}`" if near and near != name else None,
+    )
+
+
+def evaluate_whole(
+    source: InitSource, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
+) -> dict[str, Affine]:
+    """What a source of the whole operator gives each slot: slot → (path, submodule) in."""
+    if isinstance(source, Apply) and source.policy in WHOLE_POLICIES:
+        return _resized(source, context, slots)
+    if isinstance(source, Part) and source.name is None:
+        parts = context.parts.get(context.name(source.site), {})
+        wanted = {slot: parts.get(slot) for slot in slots}
+        return {
+            slot: part or missing_part(context.name(source.site), slot, tuple(parts), context)
+            for slot, part in wanted.items()
+        }
+    return {
+        slot: evaluate(source, context, submodule, path)
+        for slot, (path, submodule) in slots.items()
+    }
+
+
+def _resized(
+    source: Apply, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
+) -> dict[str, Affine]:
+    """`resize` and `keep_top`: an MLP of another width."""
+    site = source.args[0] if source.args else Part(SITE)
+    binding = context.name(site.site) if isinstance(site, Part) else context.binding
+    parts = context.parts.get(binding, {})
+    for slot in slots:
+        if slot not in parts:
+            missing_part(binding, slot, tuple(parts), context)
+    # A gate that the operator has no place for must not vanish without a word.
+    if "gate" in parts and "gate" not in slots:
+        context.refuse("G404", f"`{binding}` is gated, and `{context.operator}` is not")
+    by = _constant(source.options.get("by", Const("magnitude")))
+    if by != "magnitude":
+        context.refuse("G405", f"`{source.policy}` cannot choose by `{by}`", "write `by = magnitude`")
+    mlp = {name: parts[name] for name in slots}
+    width = slots["up"][1].get_parameter("weight").shape[0]
+    have = mlp["up"].weight.shape[0]
+    if width == have:
+        return {name: policies.copy(part) for name, part in mlp.items()}
+    if width < have:
+        return policies.keep_top(mlp, width, policies.magnitude(mlp))
+    if source.policy == "keep_top":
+        context.refuse(
+            "G405",
+            f"`keep_top` cannot choose {width} neurons of {have}",
+            "drop the clause: the default copies all and zeroes the new columns",
+        )
+    made = {
+        name: fresh(submodule, context.seed, f"{context.path}.{path}")
+        for name, (path, submodule) in slots.items()
+    }
+    device = mlp["up"].weight
+    return policies.widen(
+        mlp,
+        {n: Affine(m.weight.to(device), None if m.bias is None else m.bias.to(device))
+         for n, m in made.items()},
+    )
