@@ -53,7 +53,8 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
         operator=edit.new[-1].spec.name if edit.kind == "parallel" else after_text(edit),
         pending=tuple(
             dict.fromkeys(
-                Pending(*o.parameter.rpartition(".")[0].rpartition(".")[::2]) for o in step.origins if o.pending
+                Pending(o.parameter.removesuffix(f".{o.module}.{o.parameter.rpartition('.')[2]}"), o.module)
+                for o in step.origins if o.pending
             )
         ),
         loss=_loss(rule.distill),

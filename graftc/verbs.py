@@ -61,7 +61,7 @@ def plan(
     if data is not None:
         load_data(data)
     if output is not None:
-        from graftc.emit.atomic import write_yaml
+        from graftc.emit.files import write_yaml
 
         write_yaml(Path(output), plan_dict(made))
     return made
@@ -136,7 +136,7 @@ def verify(build: str | Path | Build, *, onnx: str | Path | None = None) -> Veri
 
 def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Path]:
     """Format `.graft` files; returns those that changed (or would)."""
-    from graftc.emit.atomic import write_text
+    from graftc.emit.files import write_text
     from graftc.language.check import read
     from graftc.language.formatter import format_text
 

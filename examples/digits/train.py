@@ -1,6 +1,6 @@
 """Train the digits teacher on one CPU core.
 
-    OMP_NUM_THREADS=1 python examples/digits/train.py --minutes 70
+    OMP_NUM_THREADS=1 python examples/digits/train.py --minutes 48
 
 Muon (Jordan et al. 2024) for the matrices of attention and MLP, AdamW for the rest; warm-up, then a cosine to zero that is laid
 over the wall-clock budget, so that a slow machine ends with a finished schedule. Averaged (EMA) weights are kept and are what
@@ -171,7 +171,7 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=70)
+    parser.add_argument("--minutes", type=float, default=48)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.999)

@@ -202,7 +202,7 @@ def finetune(
     directory: BuildArgument,
     data: DataOption,
     task: TaskOption = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="the run to start from; default: the latest of stage 1")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="the run to start from, or `untrained`; default: the latest of stage 1")] = None,
     steps: StepsOption = None,
     batch: BatchOption = None,
     lr: RateOption = None,
@@ -219,7 +219,7 @@ def export(
     directory: BuildArgument,
     to: Annotated[str, typer.Option("--to", help="onnx")],
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="whose weights; default: the latest finished run's; `none` for the untrained student")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="whose weights; default: the latest finished run's; or `untrained`")] = None,
 ) -> None:
     """Write the student as an ONNX file."""
     from graftc import verbs

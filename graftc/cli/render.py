@@ -121,7 +121,7 @@ def analysis_dict(analysis: Analysis) -> dict[str, Any]:
 
 def show_plan(plan: Plan) -> None:
     console = _console()
-    table = _table("site", "rule", "becomes", "parameters", "FLOPs", "weights")
+    table = _table("site", "rule", "becomes", "parameters", "FLOPs")
     for step in plan.steps:
         table.add_row(
             step.edit.name,
@@ -129,9 +129,10 @@ def show_plan(plan: Plan) -> None:
             _after(step),
             f"{count(step.before.params)} → {count(step.after.params)}",
             f"{count(step.before.flops)} → {count(step.after.flops)}",
-            _weights(step),
         )
     console.print(table)
+    for line in dict.fromkeys(f"{s.edit.rule.name}: {_weights(s)}" for s in plan.steps if s.origins):
+        console.print(f"first weights of {line}")
     for matches in plan.selections:
         for f in matches.filtered:
             console.print(f"rule `{matches.rule.name}` left {f.path}: {f.reason}")
@@ -152,7 +153,7 @@ def _after(step: Step) -> str:
 def _weights(step: Step) -> str:
     """Where the new parameters come from; pending ones need data."""
     lines = dict.fromkeys(
-        f"{o.parameter.rpartition('.')[0].rpartition('.')[2] or o.parameter}: {o.description}"
+        f"{o.parameter.rpartition('.')[0].rpartition('.')[2] or o.parameter}: {o.text}"
         + (" (needs data)" if o.pending else "")
         for o in step.origins
     )
@@ -179,13 +180,16 @@ def show_build(build: Build) -> None:
 
 def show_run(result: RunResult) -> None:
     console = _console()
-    console.print(f"run {result.id}: {result.stage}, {result.steps} steps")
+    console.print(f"run {result.id}: {result.steps} steps in {result.seconds:.0f} s; weights in {result.weights}")
     if result.sites:
-        table = _table("site", "error at start", "error at end", "")
+        table = _table("site", "operator", "error at start", "error at end", "steps")
         for site in result.sites:
-            table.add_row(site.name, f"{site.start:.4f}", f"{site.end:.4f}", site.note)
+            skipped = f", {site.skipped_steps} skipped" if site.skipped_steps else ""
+            table.add_row(site.name, site.operator, f"{site.error_start:.4f}", f"{site.error_end:.4f}",
+                          f"{site.steps}{skipped}")
         console.print(table)
-    for name, value in result.values.items():
+        console.print("errors are of the site's output on held-out samples, relative to its energy")
+    for name, value in result.metrics.items():
         console.print(f"  {name}: {value:.5g}")
 
 

@@ -7,11 +7,15 @@ files.
 
 from graftc.distill.cuts import capture_graph, extract
 from graftc.distill.data import call_data, open_data
+from graftc.distill.finetune import UNTRAINED, finetune
 from graftc.distill.run import Progress, RunResult, SiteResult, finished, latest, runs
 from graftc.distill.stage1 import distill
+from graftc.distill.stage2 import Finetuned, finetune_module
 from graftc.distill.targets import Targets, from_dict, load_targets, save_targets, to_dict
 
 __all__ = [
+    "UNTRAINED",
+    "Finetuned",
     "Progress",
     "RunResult",
     "SiteResult",
@@ -20,6 +24,8 @@ __all__ = [
     "capture_graph",
     "distill",
     "extract",
+    "finetune",
+    "finetune_module",
     "finished",
     "from_dict",
     "latest",

@@ -122,7 +122,7 @@ class Generation:
         sums: dict[str, list[float]] = {s.site.name: [0.0, 0.0, 0.0] for s in self.students}
         for where, prepared in self._held_out():
             values = self.values(self.students, prepared, where)
-            _check_teacher(self.students, values, where)
+            check_teacher(self.students, values, where)
             for student, given in zip(self.students, values, strict=True):
                 target = given[-1].double()
                 sums[student.site.name][0] += float(target.abs().sum())
@@ -245,7 +245,7 @@ class Generation:
             good = clip_or_drop(list(student.parameters.values()), norm + 0 * loss, CLIP * weight)
             self._in_a_row[name] = 0 if good else self._in_a_row.get(name, 0) + 1
             if not good:
-                _check_teacher(students, values, f"step {step}")
+                check_teacher(students, values, f"step {step}")
                 self.state.skipped[name] = self.state.skipped.get(name, 0) + 1
             if self._in_a_row[name] >= _HOPELESS:
                 fail("G545", f"the student of `{name}` gave no finite gradient in {_HOPELESS} steps",
@@ -278,7 +278,7 @@ class Generation:
                     parameter.copy_(self.best[name])
 
 
-def _check_teacher(students: Sequence[Student], values: Sequence[Values], where: str) -> None:
+def check_teacher(students: Sequence[Student], values: Sequence[Values], where: str) -> None:
     """Refuse to train on a teacher that emits NaN or Inf."""
     for student, given in zip(students, values, strict=True):
         cut = student.site.teacher

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from graftc.diagnostics import fail
-from graftc.distill.generation import Generation
+from graftc.distill.generation import Generation, check_teacher
 from graftc.distill.students import Student
 from graftc.distill.targets import Pending
 
@@ -39,6 +39,7 @@ def solve_pending(generation: Generation, phase: str) -> Iterator[tuple[int, int
         for number in range(batches):
             prepared = generation.train_batch(number, phase)
             values = generation.values(chunk, prepared, f"init batch {number}")
+            check_teacher(chunk, values, f"init batch {number}")
             for student, given, row in zip(chunk, values, rows, strict=True):
                 row.append((student.inputs(given), given[-1]))
         for done, (student, row) in enumerate(zip(chunk, rows, strict=True), start + 1):
@@ -50,12 +51,16 @@ def solve_pending(generation: Generation, phase: str) -> Iterator[tuple[int, int
 def _solve(
     student: Student, pending: Pending, rows: Sequence[tuple[tuple[Tensor, ...], Tensor]]
 ) -> None:
-    from graftc.weights import solve_least_squares
+    from graftc.weights.solve import solve_least_squares
 
     if pending.policy != "least_squares":
         fail("G547", f"no way is known to solve `{pending.policy}` from data",
              site=student.site.name, wanted="least_squares", found=pending.policy)  # fmt: skip
-    solve_least_squares(student.region, _inside(student, pending), rows)
+    try:
+        solve_least_squares(student.region, _inside(student, pending), rows)
+    except ValueError as error:
+        fail("G547", f"`{pending.linear}` of `{pending.module}` cannot be solved: {error}",
+             site=student.site.name)  # fmt: skip
 
 
 def _inside(student: Student, pending: Pending) -> str:

@@ -198,7 +198,7 @@ def open_run(
             "status": "running",
             "options": dict(options),
             "targets": digest,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         }
     else:
         path = _existing(Path(build.path), resume)

@@ -118,7 +118,7 @@ class _Stage1:
         self.setting = setting
         self.student = student.train()
         self.generations = targets.generations()
-        self.progress = progress or _silent
+        self.progress = progress or silent
         self.saver = Saver(checkpoint_every)
         names = trainable_names(student, targets.sites)
         parameters = dict(student.named_parameters())
@@ -168,10 +168,10 @@ class _Stage1:
             generation.begin()
             self._log_start(generation)
         else:
-            generation.best = _under(tensors, "best.")
+            generation.best = under(tensors, "best.")
         optimiser = generation.make_optimiser()
         if state is not None:
-            optimiser.load(_under(tensors, "optimiser."))
+            optimiser.load(under(tensors, "optimiser."))
         else:
             self._save(generation, optimiser)
         total = generation.steps
@@ -240,7 +240,7 @@ class _Stage1:
             return 0, None, {}
         tensors, facts = found
         with torch.no_grad():
-            for name, value in _under(tensors, "model.").items():
+            for name, value in under(tensors, "model.").items():
                 self.tensors[name].copy_(value)
         self.results = {r["name"]: SiteResult(**r) for r in facts["results"]}
         self.steps, self.seconds = facts["steps"], facts["seconds"]
@@ -271,11 +271,11 @@ def _summary(sites: Sequence[SiteResult]) -> dict[str, float]:
     }
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _silent(phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
+def silent(phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
     pass
 
 

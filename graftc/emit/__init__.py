@@ -6,7 +6,7 @@ build directory, and `Build` reads it back; `export_onnx` and `verify` make an O
 was checked. Nothing is pickled: weights are safetensors, descriptions YAML, code is source.
 """
 
-from graftc.emit.build import Build, RunInfo, write_build
+from graftc.emit.build import Build, RunInfo, weights_of, write_build
 from graftc.emit.files import state_hash
 from graftc.emit.package import load_package, write_package
 from graftc.emit.source import source
@@ -17,6 +17,7 @@ __all__ = [
     "load_package",
     "source",
     "state_hash",
+    "weights_of",
     "write_build",
     "write_package",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from graftc.emit.loops import Loop, Run, find_loops
-from graftc.emit.names import Style, is_stream, suggestions
+from graftc.emit.names import RESERVED, Style, is_float, is_stream, layout_base, suggestions
 from graftc.emit.statements import Layout, Statement, layout, written
 
 
@@ -68,7 +69,10 @@ class _Writer:
         for i, statement in enumerate(self.layout.statements):
             lines += self._loop(i, statement) if statement.loop else [self._assignment(i, statement)]
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
-        lines.append(f"return {ast.unparse(self._returned(output, result))}")
+        returned = self._returned(output, result)
+        text = ast.unparse(returned)
+        bare = isinstance(returned, ast.Tuple) and len(returned.elts) > 1
+        lines.append(f"return {text[1:-1] if bare else text}")
         self._collect_hints()
         return Forward(tuple(parameters), tuple(lines), self.children)
 
@@ -88,6 +92,7 @@ class _Writer:
             name for node, name in self.names.items()
             if self.layout.last_use.get(node, -1) > at or (at < 0)
         }  # fmt: skip
+        wanted = [f"{n}_" if n in RESERVED else n for n in wanted]
         for name in wanted:
             if name not in live:
                 return name
@@ -103,24 +108,29 @@ class _Writer:
         return written(node, self.layout.inlined, name, self.access.paths, self.site)
 
     def _wanted(self, node: fx.Node, at: int) -> list[str]:
+        """Names for a value that statement `at` assigns, the best first."""
         wanted = suggestions(node, self.style)
+        purpose = [w for w in wanted[:1] if w in ("q", "k", "v", "mask", "angles")]
         returned = self._output_hint(node)
-        if returned:
-            wanted = [returned, *wanted]
         reused = self._reused(node, at)
-        return [reused, *wanted] if reused and not returned else wanted
+        return [w for w in (*purpose, returned, reused, *wanted) if w]
 
     def _reused(self, node: fx.Node, at: int) -> str | None:
-        """`x = f(x)`: the name of a stream that is read here for the last time."""
+        """`x = f(x)`: the name of what is read here for the last time, where it stays what it was."""
+        last = [s for s in self.layout.sources(node) if self.layout.last_use.get(s) == at]
+        names = {s: self.names[s] for s in last if s in self.names}
+        base = layout_base(node)
+        if base in names and base is not node:
+            return names[base]
+        if not is_float(node, 3):
+            alone = len(last) == 1 and is_float(node, 2)
+            return next((n for n in names.values() if alone and n in self.style.inputs), None)
+        if any(n == self.style.stream and is_float(s, 3) for s, n in names.items()):
+            return self.style.stream
         if not is_stream(node):
             return None
-        sources = [s for s in self.layout.sources(node) if self.layout.last_use.get(s) == at]
-        streams = [s for s in sources if is_stream(s)]
-        names = [self.names[s] for s in streams]
-        if self.style.stream in names:
-            return self.style.stream
-        inputs = [n for n in names if n in self.style.inputs]
-        return inputs[0] if len(inputs) == 1 and len(streams) == 1 else None
+        carried = [n for s, n in names.items() if n in self.style.inputs]
+        return carried[0] if len(last) == 1 and carried else None
 
     def _output_hint(self, node: fx.Node) -> str | None:
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
@@ -154,32 +164,41 @@ class _Writer:
     def _loop(self, at: int, statement: Statement) -> list[str]:
         loop = statement.loop
         assert loop is not None
-        start = self.names[loop.start]
+        carried = self.names[loop.start]
         lines: list[str] = []
-        if self.layout.last_use.get(loop.start, -1) > at:
-            carried = self._free([self.style.stream, "h"], at)
-            lines.append(f"{carried} = {start}")
-        else:
-            carried = start
+        if self.layout.last_use.get(loop.start, -1) > at:  # read again after the loop
+            taken = {self.names[n] for n in loop.fixed if n in self.names}
+            carried = self._free([n for n in (self.style.stream, "h", "out") if n not in taken], at)
+            lines.append(f"{carried} = {self.names[loop.start]}")
         items = self._loop_names(loop)
         self.names[loop.nodes[-1]] = carried
-        names: dict[fx.Node, ast.expr] = {loop.start: ast.Name(carried)}
-        inner: list[ast.expr] = []
-        for node, item in zip(loop.turn, items, strict=True):
-            uses = [n for n in loop.turn if node in n.all_input_nodes]
-
-            def operand(n: fx.Node) -> ast.expr:
-                return names[n] if n in names else ast.Name(self.names[n])
-
-            path = {str(node.target): ast.Name(item)}
-            call = written(node, self.layout.inlined, operand, {**self.access.paths, **path}, self.site)
-            if node is loop.turn[-1] or len(uses) == 1:
-                names[node] = call
-            inner.append(call)
         lists = [self._members(run) for run in loop.runs]
         over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
-        lines.append(f"for {', '.join(items)} in {over}:")
-        return [*lines, f"    {carried} = {ast.unparse(inner[-1])}"]
+        return [*lines, f"for {', '.join(items)} in {over}:", *self._turn(loop, items, carried)]
+
+    def _turn(self, loop: Loop, items: list[str], carried: str) -> list[str]:
+        """The body of a loop: calls within calls, or a line each where one is read twice."""
+        known: dict[fx.Node, ast.expr] = {loop.start: ast.Name(carried)}
+        lines: list[str] = []
+
+        def operand(n: fx.Node) -> ast.expr:
+            if n in known:
+                return known[n]
+            return self._text(n) if n in self.layout.inlined else ast.Name(self.names[n])
+
+        for node, item in zip(loop.turn, items, strict=True):
+            paths = {**self.access.paths, str(node.target): ast.Name(item)}
+            call = written(node, self.layout.inlined, operand, paths, self.site)
+            if node is loop.turn[-1]:
+                return [*lines, f"    {carried} = {ast.unparse(call)}"]
+            readers = [n for n in loop.turn if node in n.all_input_nodes]
+            if len(readers) == 1 and list(readers[0].args).count(node) == 1:
+                known[node] = call
+            else:
+                name = f"{item}_output"
+                known[node] = ast.Name(name)
+                lines.append(f"    {name} = {ast.unparse(call)}")
+        raise AssertionError("a turn has at least one call")
 
     def _loop_names(self, loop: Loop) -> list[str]:
         used = set(self.names.values())
@@ -230,7 +249,7 @@ class _Writer:
                 continue
             arguments = [a for a in node.args if isinstance(a, fx.Node)]
             inputs = [self._hint(a) for a in arguments]
-            outputs = {u.args[1]: self._hint(u) for u in node.users if u.target.__class__.__name__ == "builtin_function_or_method"}
+            outputs = {u.args[1]: self._hint(u) for u in node.users if u.target is operator.getitem}
             self.children[str(node.target)] = Hints(
                 tuple(inputs), {int(str(k)): v for k, v in outputs.items() if isinstance(k, int)}
             )

@@ -30,6 +30,14 @@ _NOUNS = {
     "bmm": "product",
     "sum": "total",
     "mean": "mean",
+    "mul": "scaled",
+    "add": "total",
+    "sub": "difference",
+    "div": "ratio",
+    "exp": "rates",
+    "linear": "projected",
+    "unsqueeze": "widened",
+    "transpose": "turned",
     "rsqrt": "inverse_rms",
     "where": "chosen",
     "softmax": "weights",
@@ -40,6 +48,7 @@ _NOUNS = {
     "to": "cast",
     "_to_copy": "cast",
 }
+RESERVED = frozenset({"torch", "nn", "F", "math", "self", "range", "zip", "str", "float", "super"})
 _SDPA_ROLES = {0: "q", 1: "k", 2: "v", 3: "mask"}
 
 
@@ -80,10 +89,20 @@ def operation(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
+def is_float(node: fx.Node, least: int) -> bool:
+    """Whether a value is a floating-point tensor of at least so many dimensions."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= least
+
+
 def is_stream(node: fx.Node) -> bool:
     """Whether a value looks like tokens: floating point, [batch, tokens, channels]."""
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3
+    return is_float(node, 3) and node.meta["val"].ndim == 3
+
+
+def layout_base(node: fx.Node) -> fx.Node:
+    """The value that `node` is another view of: what a chain of reshapes began with, or itself."""
+    return node if node.target is operator.getitem else _base(node)
 
 
 def suggestions(node: fx.Node, style: Style) -> list[str]:
@@ -98,10 +117,8 @@ def suggestions(node: fx.Node, style: Style) -> list[str]:
     base = _base(node)
     if base.op == "call_module":
         name = clean(str(base.target))
-        of_list = str(base.target).rpartition(".")[2].isdigit() and is_stream(node)
-        found += [style.stream, name] if of_list else [name]
-    elif base.op == "placeholder" and str(base.target) in style.inputs:
-        found.append(str(base.target))
+        part = node.target is operator.getitem or str(base.target).rpartition(".")[2].isdigit()
+        found += [style.stream, "h", name] if part and is_stream(node) else [name]
     if is_stream(node):
         found.append(style.stream)
     if _sum_of_stream(node):
@@ -136,6 +153,8 @@ def _size_name(node: fx.Node, style: Style) -> str | None:
 
 def _purpose(node: fx.Node) -> str | None:
     """What a value's one use says that it is: q, k, v, a mask, an angle; shift, scale or gate."""
+    if not isinstance(node.meta.get("val", torch.Tensor), (torch.Tensor, type)):
+        return None
     users = list(node.users)
     if len(users) == 2 and {operation(u) for u in users} == {"sin", "cos"}:
         return "angles"
@@ -164,12 +183,12 @@ def _modulation(node: fx.Node, seen: fx.Node, user: fx.Node) -> str | None:
             product = next(iter(user.users), None)
             acted = _other(product, user) if product is not None else None
             return f"scale_{_made_by(acted)}" if acted is not None and _made_by(acted) else "scale"
-        made = _made_by(_base(other)) or _made_by(_factor(other))
+        if operation(other) != "mul":
+            return None
+        made = _made_by(_factor(other))
         return f"shift_{made}" if made else "shift"
-    if isinstance(other, fx.Node):
-        made = _made_by(other)
-        return f"gate_{made}" if made else "gate"
-    return None
+    made = _made_by(other) if isinstance(other, fx.Node) else None
+    return f"gate_{made}" if made else None
 
 
 def _other(user: fx.Node, seen: fx.Node) -> fx.Node | None:

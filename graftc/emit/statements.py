@@ -12,10 +12,11 @@ from torch import fx
 
 from graftc.emit.expressions import Operand, expression, is_mutating, is_random, literal
 from graftc.emit.loops import Loop
+from graftc.emit.names import operation
 
 # A statement longer than this, or with more operations, is cut in two.
-_WIDEST = 84
-_MOST_OPERATIONS = 7
+_WIDEST = 86
+_MOST_OPERATIONS = 8
 
 
 @dataclass
@@ -126,9 +127,15 @@ def _candidates(
         if unpacked[node] is not None or len(node.users) != 1:
             continue
         user = next(iter(node.users))
-        if _occurrences(user, node) == 1:
+        if _occurrences(user, node) == 1 and not _stands_alone(node, user):
             found.add(node)
     return found
+
+
+def _stands_alone(node: fx.Node, user: fx.Node) -> bool:
+    """q, k and v have their names, however short they are."""
+    attention = operation(user) == "scaled_dot_product_attention"
+    return attention and any(a is node for a in user.args[:3])
 
 
 def _occurrences(user: fx.Node, node: fx.Node) -> int:
@@ -148,23 +155,39 @@ def _too_long(
 ) -> fx.Node | None:
     """A node to take out of a statement that is too long, the one nearest to its middle."""
     for node in graph.nodes:
-        if node.op in ("placeholder", "output") or node in inlined:
+        if node.op == "placeholder" or node in inlined:
             continue
         inner = _inner(node, inlined)
-        text = ast.unparse(written(node, inlined, lambda n: ast.Name("_" * 8), access, site))
-        if len(text) <= _WIDEST and len(inner) < _MOST_OPERATIONS:
+        if not inner or _is_short(node, inner, inlined, access, site):
             continue
-        if inner:
-            half = (len(inner) + 1) / 2
-            return min(inner, key=lambda n: abs(len(_inner(n, inlined)) + 1 - half))
-    output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    several = isinstance(output.args[0], (tuple, list)) and len(output.args[0]) > 1
-    for source in output.all_input_nodes:
-        # In a tuple of results only what is short stands in the return itself.
-        limit = 2 if several else _MOST_OPERATIONS
-        if source in inlined and source.op != "get_attr" and len(_inner(source, inlined)) >= limit:
-            return source
+        if node.op == "output" and len(node.all_input_nodes) > 1:
+            return next(v for v in node.all_input_nodes if v in inlined and not _is_brief(v, inlined))
+        half = (len(inner) + 1) / 2
+        return min(inner, key=lambda n: abs(len(_inner(n, inlined)) + 1 - half))
     return None
+
+
+def _is_short(
+    node: fx.Node,
+    inner: list[fx.Node],
+    inlined: set[fx.Node],
+    access: Mapping[str, ast.expr],
+    site: str,
+) -> bool:
+    def name(_: fx.Node) -> ast.expr:
+        return ast.Name("_" * 10)
+
+    if node.op != "output":
+        written_out = written(node, inlined, name, access, site)
+        return len(inner) < _MOST_OPERATIONS and len(ast.unparse(written_out)) <= _WIDEST
+    values = [v for v in node.all_input_nodes if v in inlined]
+    if len(node.all_input_nodes) > 1:  # in a tuple of results only what is short is written in place
+        return all(_is_brief(v, inlined) for v in values)
+    return all(_is_short(v, _inner(v, inlined), inlined, access, site) for v in values)
+
+
+def _is_brief(node: fx.Node, inlined: set[fx.Node]) -> bool:
+    return node.op == "get_attr" or len(_inner(node, inlined)) < 2
 
 
 def _inner(node: fx.Node, inlined: set[fx.Node]) -> list[fx.Node]:

@@ -36,8 +36,9 @@ def _nodes(children: Children, *kinds: type) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _has(children: Children, kind: str) -> bool:
-    return any(isinstance(c, Token) and c.type == kind for c in children)
+def _at(children: Children, kind: str) -> int:
+    """Where the first token of a kind stands."""
+    return next(i for i, c in enumerate(children) if isinstance(c, Token) and c.type == kind)
 
 
 def _name(token: Token) -> s.Name:
@@ -140,7 +141,7 @@ class Builder:
         return s.Number(-number(c[1].value), _span(c))
 
     def rule(self, c: Children) -> s.RuleItem:
-        brace = next(i for i, x in enumerate(c) if isinstance(x, Token) and x.type == "LBRACE")
+        brace = _at(c, "LBRACE")
         before = c[brace - 1]
         quoted = isinstance(before, Token) and before.type == "STRING"
         return s.RuleItem(
@@ -168,7 +169,7 @@ class Builder:
             _name(c[1]),
             _nodes(c, s.Parameter),
             _nodes(c, s.Typed),
-            next(x for x in c if isinstance(x, tuple)),
+            c[_at(c, "LBRACE") - 1],
             _nodes(c, s.Assign, s.Returns),
             _span(c),
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from graftc.diagnostics import Span, fail
+from graftc.diagnostics import fail
 from graftc.language.rules import Expr, Fact, Literal_, Operation
 from graftc.operators.spec import Value
 
@@ -27,7 +27,7 @@ def evaluate(expr: Expr, facts: Facts) -> Value:
 
     `/` on integers must divide; `%` is the remainder. Raises GraftError at the operation.
 
-    >>> from graftc.diagnostics import Source
+    >>> from graftc.diagnostics import Source, Span
     >>> here = Span(Source("a.graft", "x"), 0, 1)
     >>> heads = Fact("heads", "a", {}, here)
     >>> evaluate(Operation("/", (heads, Literal_(4, here)), here), lambda fact: 16)
@@ -111,7 +111,7 @@ def _inexact(left: int, right: int, expr: Operation) -> NoReturn:
 def holds(expr: Expr, facts: Facts) -> Verdict:
     """Whether a guard holds. The reason names what decided: the first part that fails.
 
-    >>> from graftc.diagnostics import Source
+    >>> from graftc.diagnostics import Source, Span
     >>> here = Span(Source("a.graft", "x"), 0, 1)
     >>> tokens = Fact("tokens", "a", {}, here)
     >>> holds(Operation(">=", (tokens, Literal_(64, here)), here), lambda fact: 16)
@@ -184,7 +184,7 @@ _BINDS = {"or": 1, "and": 2, "not": 3, "+": 5, "-": 5, "*": 6, "/": 6, "%": 6, "
 def shown(expr: Expr) -> str:
     """An expression as it is written.
 
-    >>> from graftc.diagnostics import Source
+    >>> from graftc.diagnostics import Source, Span
     >>> here = Span(Source("a.graft", "x"), 0, 1)
     >>> four = Literal_(4, here)
     >>> shown(Operation("*", (Operation("+", (four, four), here), Fact("dim", "a", {}, here)), here))

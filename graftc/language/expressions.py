@@ -55,8 +55,12 @@ def expression(scope: Scope, node: s.Expr) -> tuple[Expr, Type]:
         case s.IsKind() | s.HasShape():
             raise NotYet("a guard on a value of a dataflow pattern", node.span)
         case s.Maybe() | s.Alternatives():
-            fail("G120", "this is a dataflow pattern, not a value", span=node.span,
-                 help="use it in `match { … }`")  # fmt: skip
+            fail(
+                "G120",
+                "this is a dataflow pattern, not a value",
+                span=node.span,
+                help="use it in `match { … }`",
+            )
         case s.Braces() | s.ListOf():
             fail("G120", "a list is not a value here", span=node.span, wanted="one number or word")
 
@@ -82,11 +86,18 @@ def _word(scope: Scope, name: s.Name, depth: int) -> tuple[Expr, Type]:
 
 def _of_setting(scope: Scope, setting: Setting, name: s.Name, depth: int) -> tuple[Expr, Type]:
     if depth > _DEEPEST_SETTING:
-        fail("G116", f"`set {setting.name}` is defined by itself", span=setting.span,
-             help="give it a value")  # fmt: skip
+        fail(
+            "G116",
+            f"`set {setting.name}` is defined by itself",
+            span=setting.span,
+            help="give it a value",
+        )
     value, span = setting.value, name.span
     match value:
-        case s.Number(value=number) | s.BlockRange(first=s.Number(value=number), last=None, step=None):
+        case (
+            s.Number(value=number)
+            | s.BlockRange(first=s.Number(value=number), last=None, step=None)
+        ):
             return Literal_(number, span), "int" if isinstance(number, int) else "float"
         case s.Percent(value=fraction):
             return Literal_(fraction, span), "float"
@@ -211,8 +222,12 @@ def _call(scope: Scope, node: s.Call) -> tuple[Expr, Type]:
     name = node.head.text
     if name in FUNCTIONS:
         if node.named or len(node.positional) < 2:
-            fail("G126", f"`{name}` takes two or more values", span=node.span,
-                 help=f"write `{name}(x, y)`")  # fmt: skip
+            fail(
+                "G126",
+                f"`{name}` takes two or more values",
+                span=node.span,
+                help=f"write `{name}(x, y)`",
+            )
         parts = [_number(scope, a) for a in node.positional]
         kind: Type = "int" if all(k == "int" for _, k in parts) else "float"
         return Operation(name, tuple(p for p, _ in parts), node.span), kind
@@ -235,8 +250,13 @@ def _call(scope: Scope, node: s.Call) -> tuple[Expr, Type]:
 def _fact(scope: Scope, node: s.Call, name: str, word: FactWord) -> Fact:
     arguments = node.positional
     if len(arguments) != 1:
-        fail("G126", f"`{name}` takes one site", span=node.span, wanted=f"{name}(a)",
-             found=f"{len(arguments)} values")  # fmt: skip
+        fail(
+            "G126",
+            f"`{name}` takes one site",
+            span=node.span,
+            wanted=f"{name}(a)",
+            found=f"{len(arguments)} values",
+        )
     site = arguments[0]
     if not isinstance(site, s.Path):
         fail("G120", f"`{name}` takes a site", span=site.span, wanted="a name that `match` binds")
@@ -320,25 +340,47 @@ def _wrong_kind(scope: Scope, node: s.Expr, resolved: Expr, kind: Type, wanted: 
         f"`{node.span.text}` is not {_IN_WORDS[wanted]}",
         span=node.span,
         wanted=_IN_WORDS[wanted],
-        found=_IN_WORDS[kind] if kind != "symbol" else f"the word `{node.span.text}`",
+        found=_IN_WORDS[kind] if kind != "symbol" else f"the word `{getattr(resolved, 'value', '')}`",
+        notes=origin(scope, node),
         help=help,
     )
+
+
+def origin(scope: Scope, node: s.Expr) -> tuple[Note, ...]:
+    """A note of where a parameter got the value that is wrong here."""
+    name = node.names[0] if isinstance(node, s.Path) else node
+    setting = scope.settings.get(name.text) if isinstance(name, s.Name) else None
+    if setting is None:
+        return ()
+    return (Note(f"parameter `{setting.name}` is {setting.value.span.text}", setting.value.span),)
 
 
 def constant(scope: Scope, node: s.Expr, wanted: Wanted) -> Value:
     """The value of an expression that no model is needed for. Raises GraftError."""
     resolved = typed(scope, node, wanted)
     if not isinstance(resolved, Literal_):
-        fail("G120", "this must not depend on the model", span=node.span,
-             wanted="a number or a word", found=shown(resolved))  # fmt: skip
+        fail(
+            "G120",
+            "this must not depend on the model",
+            span=node.span,
+            wanted="a number or a word",
+            found=shown(resolved),
+        )
     return resolved.value
 
 
-def whole(scope: Scope, node: s.Expr, what: str, least: int, span: Span | None = None) -> int:
+def whole(scope: Scope, node: s.Expr, what: str, least: int) -> int:
     """A constant integer of at least `least`. Raises GraftError."""
     value = constant(scope, node, "int")
     assert isinstance(value, int)
     if value < least:
-        fail("G122", f"{what} must be at least {least}", span=span or node.span,
-             wanted=f"{least} or more", found=str(value), help=f"write `{least}`")  # fmt: skip
+        fail(
+            "G122",
+            f"{what} must be at least {least}",
+            span=node.span,
+            wanted=f"{least} or more",
+            found=str(value),
+            notes=origin(scope, node),
+            help=f"write `{least}`",
+        )
     return value

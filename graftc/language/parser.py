@@ -82,8 +82,8 @@ class _Stop(Exception):
 
 def _drive(tokens: Sequence[Token], start: str) -> Any:
     """The result of the start symbol. Raises `_Stop`."""
-    session = grammar().lark.parse_interactive(start=start)
-    state = cast(Any, session.parser_state)
+    lark = cast(Any, grammar().lark)  # Lark's types leave the parser's state open
+    state = lark.parse_interactive(start=start).parser_state
     table: Table = state.parse_conf.parse_table.states
     feed: Callable[[Any, bool], Any] = state.feed_token
     at = 0
@@ -91,7 +91,7 @@ def _drive(tokens: Sequence[Token], start: str) -> Any:
     earlier: list[int] = []
     stack: list[int] = state.state_stack.copy()
     try:
-        for at, token in enumerate(tokens):
+        for at, token in enumerate(tokens):  # noqa: B007 (read where it fails)
             earlier, stack = stack, state.state_stack.copy()
             if token.keyword is not None:
                 token.type = token.keyword if token.keyword in table[stack[-1]] else "NAME"

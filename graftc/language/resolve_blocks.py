@@ -24,8 +24,12 @@ def blocks_of(scope: Scope, choice: s.Choice) -> Blocks:
     if choice.chain is None:
         return found
     if not choice.chain.value.strip():
-        fail("G122", "the name of the chain is empty", span=choice.chain.span,
-             help='write `blocks of "transformer_blocks" …`, or leave out `of`')  # fmt: skip
+        fail(
+            "G122",
+            "the name of the chain is empty",
+            span=choice.chain.span,
+            help='write `blocks of "transformer_blocks" …`, or leave out `of`',
+        )
     return replace(found, chain=choice.chain.value, chain_span=choice.chain.span)
 
 
@@ -53,16 +57,27 @@ def _set(scope: Scope, node: s.SetValue, depth: int) -> Blocks:
             index = int(value) if value == int(value) else -1
             return Blocks("ranges", span, ranges=(_checked(Range(index, index, 1, span)),))
         case s.Percent() | s.Text():
-            fail("G120", "this is not a block set", span=span, wanted="`8..20`, `{8, 10}`, `odd`, …",
-                 found=span.text, help="write `first …`" if isinstance(node, s.Percent) else None)  # fmt: skip
+            fail(
+                "G120",
+                "this is not a block set",
+                span=span,
+                wanted="`8..20`, `{8, 10}`, `odd`, …",
+                found=span.text,
+                help="write `first …`" if isinstance(node, s.Percent) else None,
+            )
 
 
 def _range(scope: Scope, node: s.BlockRange, depth: int) -> Blocks:
     if node.last is None and isinstance(node.first, s.Name):
         return _named(scope, node.first, node, depth)
     if node.last is None and node.step is not None:
-        fail("G133", "`step` needs a range", span=node.span, wanted="8..20 step 2",
-             help=f"write `{node.first.span.text}..… step {node.step.span.text}`")  # fmt: skip
+        fail(
+            "G133",
+            "`step` needs a range",
+            span=node.span,
+            wanted="8..20 step 2",
+            help=f"write `{node.first.span.text}..… step {node.step.span.text}`",
+        )
     found = _bounds(scope, node.first, node.last or node.first, node.step, node.span)
     return Blocks("ranges", node.span, ranges=(found,))
 
@@ -80,7 +95,12 @@ def _named(scope: Scope, name: s.Name, node: s.BlockRange, depth: int) -> Blocks
             help=f"write `{near}`" if near else f"add `set {name.text} = 8..20`",
         )
     if depth > 8:
-        fail("G116", f"`set {name.text}` is defined by itself", span=setting.span, help="give it a value")
+        fail(
+            "G116",
+            f"`set {name.text}` is defined by itself",
+            span=setting.span,
+            help="give it a value",
+        )
     try:
         found = _set(scope, setting.value, depth + 1)
     except GraftError as error:
@@ -89,8 +109,14 @@ def _named(scope: Scope, name: s.Name, node: s.BlockRange, depth: int) -> Blocks
     if node.step is None:
         return found
     if found.kind != "ranges" or len(found.ranges) != 1 or found.ranges[0].step != 1:
-        fail("G133", "`step` needs a range", span=node.span, wanted="a parameter such as 8..20",
-             found=setting.value.span.text, notes=[Note("it is set here", setting.span)])  # fmt: skip
+        fail(
+            "G133",
+            "`step` needs a range",
+            span=node.span,
+            wanted="a parameter such as 8..20",
+            found=setting.value.span.text,
+            notes=[Note("it is set here", setting.span)],
+        )
     step = whole(scope, node.step, "a step", 1)
     return replace(found, ranges=(replace(found.ranges[0], step=step, span=node.span),))
 
@@ -105,16 +131,27 @@ def _bounds(scope: Scope, first: s.Expr, last: s.Expr, step: s.Expr | None, span
     low = whole(scope, first, "a block", 0)
     high = whole(scope, last, "a block", 0)
     if high < low:
-        fail("G130", f"the range {low}..{high} is empty", span=span, wanted="the smaller end first",
-             found=f"{low}..{high}", help=f"write `{high}..{low}`")  # fmt: skip
+        fail(
+            "G130",
+            f"the range {low}..{high} is empty",
+            span=span,
+            wanted="the smaller end first",
+            found=f"{low}..{high}",
+            help=f"write `{high}..{low}`",
+        )
     by = 1 if step is None else whole(scope, step, "a step", 1)
     return _checked(Range(low, high, by, span))
 
 
 def _checked(found: Range) -> Range:
     if found.first < 0 or found.last > _MOST_BLOCKS:
-        fail("G122", f"no chain has a block {found.last}", span=found.span,
-             wanted=f"0..{_MOST_BLOCKS}", found=found.span.text)  # fmt: skip
+        fail(
+            "G122",
+            f"no chain has a block {found.last}",
+            span=found.span,
+            wanted=f"0..{_MOST_BLOCKS}",
+            found=found.span.text,
+        )
     return found
 
 
@@ -130,13 +167,23 @@ def ranges_of(scope: Scope, node: s.Braces) -> tuple[Range, ...]:
             index = whole(scope, item, "a block", 0)
             found.append(_checked(Range(index, index, 1, item.span)))
     if not found:
-        fail("G132", "the block set is empty", span=node.span, help="write `all`, or the blocks: `{8, 10}`")
+        fail(
+            "G132",
+            "the block set is empty",
+            span=node.span,
+            help="write `all`, or the blocks: `{8, 10}`",
+        )
     seen: dict[int, Range] = {}
     for r in found:
         for index in range(r.first, r.last + 1, r.step):
             if index in seen:
-                fail("G134", f"block {index} is listed twice", span=r.span,
-                     notes=[Note("it is also here", seen[index].span)], help="list it once")  # fmt: skip
+                fail(
+                    "G134",
+                    f"block {index} is listed twice",
+                    span=r.span,
+                    notes=[Note("it is also here", seen[index].span)],
+                    help="list it once",
+                )
             seen[index] = r
     return tuple(found)
 
@@ -144,8 +191,13 @@ def ranges_of(scope: Scope, node: s.Braces) -> tuple[Range, ...]:
 def _excluded(scope: Scope, node: s.Braces | s.BlockRange, depth: int) -> tuple[Range, ...]:
     found = _set(scope, node, depth)
     if found.kind != "ranges" or found.excluded:
-        fail("G133", "`except` takes blocks by number", span=node.span, wanted="`{0, 27}` or `0..3`",
-             found=node.span.text)  # fmt: skip
+        fail(
+            "G133",
+            "`except` takes blocks by number",
+            span=node.span,
+            wanted="`{0, 27}` or `0..3`",
+            found=node.span.text,
+        )
     return found.ranges
 
 
@@ -164,8 +216,13 @@ def _amount(scope: Scope, node: s.Expr | None, span: Span) -> tuple[float, bool]
 
 def _fraction(value: float, span: Span) -> float:
     if not 0 < value <= 1:
-        fail("G122", "a share of the blocks is more than 0% and at most 100%", span=span,
-             wanted="0% < share ≤ 100%", found=span.text)  # fmt: skip
+        fail(
+            "G122",
+            "a share of the blocks is more than 0% and at most 100%",
+            span=span,
+            wanted="0% < share ≤ 100%",
+            found=span.text,
+        )
     return value
 
 
@@ -174,9 +231,14 @@ def _every(scope: Scope, node: s.BlockEvery) -> Blocks:
     period = whole(scope, node.period, "the period", 1)
     start = 0 if node.start is None else whole(scope, node.start, "the first block", 0)
     if count > period:
-        fail("G133", f"{count} of every {period} is more than all", span=node.span,
-             wanted=f"at most {period} of every {period}", found=f"{count}",
-             help=f"write `{period} of every {count}`, or `all`")  # fmt: skip
+        fail(
+            "G133",
+            f"{count} of every {period} is more than all",
+            span=node.span,
+            wanted=f"at most {period} of every {period}",
+            found=f"{count}",
+            help=f"write `{period} of every {count}`, or `all`",
+        )
     return Blocks("every", node.span, count=count, period=period, start=start)
 
 
@@ -186,14 +248,30 @@ def _measured(scope: Scope, node: s.BlockMeasured) -> Blocks:
     head = node.measure.head if isinstance(node.measure, s.Call) else node.measure
     name = head.text if isinstance(head, s.Path) else ""
     if name not in measured:
-        fail("G104", f"unknown measure `{name}`", span=head.span, wanted=listed(measured),
-             found=f"`{name}`", help=suggest(name, measured))  # fmt: skip
-    options = options_of(scope, node.measure, FACTS[name].options or {}) if isinstance(node.measure, s.Call) else {}
+        fail(
+            "G104",
+            f"unknown measure `{name}`",
+            span=head.span,
+            wanted=listed(measured),
+            found=f"`{name}`",
+            help=suggest(name, measured),
+        )
+    options = (
+        options_of(scope, node.measure, FACTS[name].options or {})
+        if isinstance(node.measure, s.Call)
+        else {}
+    )
     if isinstance(node.measure, s.Call) and node.measure.positional:
-        fail("G126", f"`{name}` takes no site here: it is measured in each block",
-             span=node.measure.span, help="leave the site out")  # fmt: skip
+        fail(
+            "G126",
+            f"`{name}` takes no site here: it is measured in each block",
+            span=node.measure.span,
+            help="leave the site out",
+        )
     measure = Fact(name, "", options, node.measure.span)
-    return Blocks("measured", node.span, count=count, fraction=fraction, top=node.top, measure=measure)
+    return Blocks(
+        "measured", node.span, count=count, fraction=fraction, top=node.top, measure=measure
+    )
 
 
 def known_indices(blocks: Blocks) -> tuple[int, ...] | None:
@@ -201,7 +279,9 @@ def known_indices(blocks: Blocks) -> tuple[int, ...] | None:
     if blocks.kind != "ranges":
         return None
     chosen = {i for r in blocks.ranges for i in range(r.first, r.last + 1, r.step)}
-    return tuple(sorted(chosen - {i for r in blocks.excluded for i in range(r.first, r.last + 1, r.step)}))
+    return tuple(
+        sorted(chosen - {i for r in blocks.excluded for i in range(r.first, r.last + 1, r.step)})
+    )
 
 
 def check_groups(blocks: Blocks, size: int) -> int | None:

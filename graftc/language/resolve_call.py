@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from graftc.diagnostics import Note, fail, nearest
 from graftc.language import syntax as s
-from graftc.language.expressions import constant, typed
+from graftc.language.expressions import constant, origin, typed
 from graftc.language.resolve_init import source_of
 from graftc.language.rules import Expr, Literal_, OperatorCall
 from graftc.language.scope import NotYet, Scope, listed, suggest
@@ -22,14 +24,26 @@ def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
     """
     if isinstance(node, s.Path):
         name = node.text
-        fail("G120", f"`{name}` is called with its arguments", span=node.span,
-             wanted=f"{name}(…)", help=f"write `{name}()`")  # fmt: skip
+        fail(
+            "G120",
+            f"`{name}` is called with its arguments",
+            span=node.span,
+            wanted=f"{name}(…)",
+            help=f"write `{name}()`",
+        )
     if not isinstance(node, s.Call) or isinstance(node.head, s.Alternatives):
-        fail("G120", "this is not an operator", span=node.span, wanted="operator(argument = value, …)",
-             found=node.span.text[:40])  # fmt: skip
+        fail(
+            "G120",
+            "this is not an operator",
+            span=node.span,
+            wanted="operator(argument = value, …)",
+            found=node.span.text[:40],
+        )
     spec = _lookup(scope, node, node.head)
     if role is not None and not any(may_be(role, r) for r in spec.roles):
-        fits = tuple(n for n, other in scope.operators.items() if any(may_be(role, r) for r in other.roles))
+        fits = tuple(
+            n for n, other in scope.operators.items() if any(may_be(role, r) for r in other.roles)
+        )
         fail(
             "G124",
             f"`{spec.name}` cannot replace {'an' if role[0] in 'aeiou' else 'a'} {role}",
@@ -44,6 +58,14 @@ def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
 def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
     name = head.text
     if name in scope.operators:
+        if name in scope.defined:
+            fail(
+                "G118",
+                f"`{name}` is an operator of this file and one of graftc's own",
+                span=head.span,
+                notes=[Note("this file defines it here", scope.defined[name].item.name.span)],
+                help="give the one of this file another name",
+            )
         return scope.operators[name]
     if name in scope.defined:
         _check_defined(scope, node, name)
@@ -83,17 +105,26 @@ def _check_defined(scope: Scope, node: s.Call, name: str) -> None:
     for argument in node.named:
         if argument.name.text not in parameters:
             with scope.log.attempt():
-                fail("G103", f"`{name}` has no argument `{argument.name.text}`", span=argument.name.span,
-                     wanted=listed(parameters) or "no arguments",
-                     help=suggest(argument.name.text, parameters))  # fmt: skip
+                fail(
+                    "G103",
+                    f"`{name}` has no argument `{argument.name.text}`",
+                    span=argument.name.span,
+                    wanted=listed(parameters) or "no arguments",
+                    help=suggest(argument.name.text, parameters),
+                )
 
 
 def _check_python(node: s.Call) -> None:
     first = node.positional[0] if len(node.positional) == 1 else None
     file, _, cls = first.value.rpartition(":") if isinstance(first, s.Text) else ("", "", "")
     if not file.endswith(".py") or not cls.isidentifier():
-        fail("G120", "`python` takes a file and a class", span=node.span, wanted='python("file.py:Class")',
-             found=node.span.text[:60])  # fmt: skip
+        fail(
+            "G120",
+            "`python` takes a file and a class",
+            span=node.span,
+            wanted='python("file.py:Class")',
+            found=node.span.text[:60],
+        )
 
 
 def arguments_of(
@@ -107,9 +138,13 @@ def arguments_of(
     for value in node.positional:
         with scope.log.attempt():
             first = next(iter(takes), None)
-            fail("G126", f"`{spec.name}` takes its arguments by name", span=value.span,
-                 wanted=listed(takes, 30) or "no arguments",
-                 help=f"write `{first} = {value.span.text[:40]}`" if first else "leave it out")  # fmt: skip
+            fail(
+                "G126",
+                f"`{spec.name}` takes its arguments by name",
+                span=value.span,
+                wanted=listed(takes, 30) or "no arguments",
+                help=f"write `{first} = {value.span.text[:40]}`" if first else "leave it out",
+            )
     found: dict[str, Expr] = {}
     for argument in node.named:
         with scope.log.attempt():
@@ -120,7 +155,9 @@ def arguments_of(
             if name.text in found:
                 fail("G119", f"`{name.text}` is given twice", span=name.span, help="give it once")
             found[name.text] = _value(scope, arg, argument.value)
-    missing = [a for a in takes.values() if a.required and a.name not in {n.name.text for n in node.named}]
+    missing = [
+        a for a in takes.values() if a.required and a.name not in {n.name.text for n in node.named}
+    ]
     for arg in missing:
         with scope.log.attempt():
             fail(
@@ -133,7 +170,7 @@ def arguments_of(
     return found
 
 
-def _no_argument(name: s.Name, spec: OperatorSpec, takes: dict[str, Arg]) -> None:
+def _no_argument(name: s.Name, spec: OperatorSpec, takes: dict[str, Arg]) -> NoReturn:
     slot = spec.slot(name.text)
     fail(
         "G103",
@@ -161,15 +198,22 @@ def _value(scope: Scope, arg: Arg, node: s.Expr) -> Expr:
         )
     if isinstance(value.value, (int, float)) and not isinstance(value.value, bool):
         if arg.minimum is not None and value.value < arg.minimum:
-            _too_small(arg, node, f"{arg.minimum:g} or more", f"{arg.minimum:g}")
+            _too_small(scope, arg, node, f"{arg.minimum:g} or more", f"{arg.minimum:g}")
         if arg.above is not None and value.value <= arg.above:
-            _too_small(arg, node, f"more than {arg.above:g}", None)
+            _too_small(scope, arg, node, f"more than {arg.above:g}", None)
     return value
 
 
-def _too_small(arg: Arg, node: s.Expr, wanted: str, least: str | None) -> None:
-    fail("G122", f"`{arg.name}` is too small", span=node.span, wanted=wanted, found=node.span.text,
-         help=f"write `{arg.name} = {least}`" if least else None)  # fmt: skip
+def _too_small(scope: Scope, arg: Arg, node: s.Expr, wanted: str, least: str | None) -> None:
+    fail(
+        "G122",
+        f"`{arg.name}` is too small",
+        span=node.span,
+        wanted=wanted,
+        found=node.span.text,
+        notes=origin(scope, node),
+        help=f"write `{arg.name} = {least}`" if least else None,
+    )
 
 
 def check_copy(scope: Scope, node: s.Call) -> s.Name:
@@ -179,16 +223,29 @@ def check_copy(scope: Scope, node: s.Call) -> s.Name:
         fail("G126", "`copy` takes one bound block", span=node.span, wanted="copy(b)")
     binding = scope.binding(first.names[0])
     if binding.role not in (None, "block"):
-        fail("G124", "`copy` takes a block", span=first.span, wanted="a name bound to a block",
-             found=binding.role, notes=[Note("it is bound here", binding.span)])  # fmt: skip
+        fail(
+            "G124",
+            "`copy` takes a block",
+            span=first.span,
+            wanted="a name bound to a block",
+            found=binding.role,
+            notes=[Note("it is bound here", binding.span)],
+        )
     for option in node.named:
         if option.name.text != "zero":
-            fail("G103", f"`copy` has no option `{option.name.text}`", span=option.name.span, wanted="`zero`",
-                 help=suggest(option.name.text, ("zero",)))  # fmt: skip
+            fail(
+                "G103",
+                f"`copy` has no option `{option.name.text}`",
+                span=option.name.span,
+                wanted="`zero`",
+                help=suggest(option.name.text, ("zero",)),
+            )
         items = option.value.items if isinstance(option.value, s.Braces) else (option.value,)
         for item in items:
             if not isinstance(item, s.Path):
-                fail("G120", "`zero` takes parts", span=item.span, wanted="zero = {b.attention.out}")
+                fail(
+                    "G120", "`zero` takes parts", span=item.span, wanted="zero = {b.attention.out}"
+                )
             source_of(scope, item)
         raise NotYet("`copy` with `zero`", option.span)
     return first.names[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from graftc.diagnostics import Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import typed
 from graftc.language.resolve_call import check_constant_options, check_copy, operator_call
+from graftc.language.resolve_match import check_rewrite
 from graftc.language.rules import (
     Branch,
     BranchPart,
@@ -21,7 +23,6 @@ from graftc.language.rules import (
     Skip,
     Unapplied,
 )
-from graftc.language.resolve_match import check_rewrite
 from graftc.language.scope import NotYet, Scope, listed, suggest
 from graftc.language.vocabulary import BLOCK_PARTS
 from graftc.operators.spec import OperatorSpec, Value
@@ -86,23 +87,38 @@ def _replace(scope: Scope, clause: s.ReplaceClause) -> Edited:
     is_parallel = _is_call(clause.value, "parallel")
     if is_parallel and clause.names:
         names = ", ".join(n.text for n in clause.names)
-        fail("G120", "`parallel` names its own branches", span=clause.names[0].span,
-             wanted="replace with parallel(…)", found=f"replace {names} with …",
-             help="leave out the name: `replace with parallel(…)`")  # fmt: skip
+        fail(
+            "G120",
+            "`parallel` names its own branches",
+            span=clause.names[0].span,
+            wanted="replace with parallel(…)",
+            found=f"replace {names} with …",
+            help="leave out the name: `replace with parallel(…)`",
+        )
     if is_parallel:
         assert isinstance(clause.value, s.Call)
         return _parallel(scope, clause.value, clause)
     if not clause.names:
         bound = next(iter(scope.bindings), "a")
-        fail("G123", "which site is replaced?", span=clause.span, wanted="replace NAME with …",
-             help=f"write `replace {bound} with {clause.value.span.text[:60]}`")  # fmt: skip
-    if len(clause.names) > 1:
-        for name in clause.names:
-            scope.binding(name)
-        fail("G120", "one site is replaced at a time", span=clause.names[1].span, wanted="one name",
-             found=f"{len(clause.names)} names",
-             help="to put several on one input, write `replace with parallel(…)`")  # fmt: skip
-    name = clause.names[0]
+        fail(
+            "G123",
+            "which site is replaced?",
+            span=clause.span,
+            wanted="replace NAME with …",
+            help=f"write `replace {bound} with {clause.value.span.text[:60]}`",
+        )
+    name, *others = clause.names
+    if others:
+        for bound in clause.names:
+            scope.binding(bound)
+        fail(
+            "G120",
+            "one site is replaced at a time",
+            span=others[0].span,
+            wanted="one name",
+            found=f"{len(clause.names)} names",
+            help="to put several on one input, write `replace with parallel(…)`",
+        )
     binding = scope.binding(name)
     if clause.one_of:
         _candidates(scope, clause.value, binding.role)
@@ -114,18 +130,19 @@ def _replace(scope: Scope, clause: s.ReplaceClause) -> Edited:
 def _candidates(scope: Scope, node: s.Expr, role: str | None) -> None:
     items = node.items if isinstance(node, s.Braces) else (node,)
     if len(items) < 2:
-        fail("G123", "`one of` chooses between two or more", span=node.span,
-             wanted="one of {op(…), op(…), keep}")  # fmt: skip
+        fail(
+            "G123",
+            "`one of` chooses between two or more",
+            span=node.span,
+            wanted="one of {op(…), op(…), keep}",
+        )
     for item in items:
         if isinstance(item, (s.RangeItem, s.Pair)):
             fail("G120", "this is not an operator", span=item.span, wanted="op(…) or keep")
         if isinstance(item, s.Path) and item.text == "keep":
             continue
-        with scope.log.attempt():
-            try:
-                operator_call(scope, item, role)
-            except NotYet:
-                pass
+        with scope.log.attempt(), suppress(NotYet):
+            operator_call(scope, item, role)
 
 
 def _is_call(node: s.Expr, name: str) -> bool:
@@ -143,11 +160,22 @@ def _parallel(scope: Scope, node: s.Call, clause: s.ReplaceClause) -> Edited:
                 waits = waits or not_yet.unapplied
     merge, options, spec = _merge(scope, node)
     if len(node.positional) < 2:
-        fail("G123", "`parallel` takes two or more branches", span=node.span,
-             wanted="parallel(a, b, merge = …)", found=f"{len(node.positional)}")  # fmt: skip
+        fail(
+            "G123",
+            "`parallel` takes two or more branches",
+            span=node.span,
+            wanted="parallel(a, b, merge = …)",
+            found=f"{len(node.positional)}",
+        )
     if merge == "lerp" and len(node.positional) != 2:
-        fail("G122", "`lerp` goes between two branches", span=node.span, wanted="2 branches",
-             found=f"{len(node.positional)}", help="write `merge = linear`")  # fmt: skip
+        fail(
+            "G122",
+            "`lerp` goes between two branches",
+            span=node.span,
+            wanted="2 branches",
+            found=f"{len(node.positional)}",
+            help="write `merge = linear`",
+        )
     if waits is not None:
         return Edited(waits)
     return Edited(Parallel(tuple(branches), merge, options, clause.span), spec)
@@ -168,9 +196,13 @@ def _branch(scope: Scope, node: s.Expr, earlier: list[Branch]) -> Branch:
         return operator_call(scope, node, role)
     for other in earlier:
         if not isinstance(other, OperatorCall) and other.span.text == branch.span.text:
-            fail("G119", f"`{node.text}` is a branch twice", span=node.span,
-                 notes=[Note("the first is here", other.span)],
-                 help=f"write `copy({node.text})` for a second one")  # fmt: skip
+            fail(
+                "G119",
+                f"`{node.text}` is a branch twice",
+                span=node.span,
+                notes=[Note("the first is here", other.span)],
+                help=f"write `copy({node.text})` for a second one",
+            )
     return branch
 
 
@@ -197,8 +229,14 @@ def _merge(scope: Scope, node: s.Call) -> tuple[str, dict[str, Value], OperatorS
     for argument in node.named:
         name, value = argument.name, argument.value
         if name.text not in _PARALLEL:
-            fail("G103", f"`parallel` has no argument `{name.text}`", span=name.span, wanted=listed(_PARALLEL),
-                 found=f"`{name.text}`", help=suggest(name.text, _PARALLEL))  # fmt: skip
+            fail(
+                "G103",
+                f"`parallel` has no argument `{name.text}`",
+                span=name.span,
+                wanted=listed(_PARALLEL),
+                found=f"`{name.text}`",
+                help=suggest(name.text, _PARALLEL),
+            )
         if name.text == "norm":
             options["norm"] = _one_of(scope, value, _NORMS, "norm")
             continue
@@ -212,18 +250,35 @@ def _merge(scope: Scope, node: s.Call) -> tuple[str, dict[str, Value], OperatorS
             merge = _known_merge(scope, str(getattr(chosen, "value", "")), value)
             spec = scope.merges[merge]
     if merge is None:
-        fail("G123", "`parallel` needs `merge`: how the outputs become one", span=node.head.span,
-             wanted=f"merge = {listed(scope.merges)}", help="write `merge = sum`, or `merge = linear`")  # fmt: skip
+        fail(
+            "G123",
+            "`parallel` needs `merge`: how the outputs become one",
+            span=node.head.span,
+            wanted=f"merge = {listed(scope.merges)}",
+            help="write `merge = sum`, or `merge = linear`",
+        )
     start = options.get("start")
     if isinstance(start, (int, float)) and not 0 <= start <= 1:
-        fail("G122", "`start` lies between the two branches", span=node.span, wanted="0 to 1", found=str(start))
+        fail(
+            "G122",
+            "`start` lies between the two branches",
+            span=node.span,
+            wanted="0 to 1",
+            found=str(start),
+        )
     return merge, options, spec
 
 
 def _known_merge(scope: Scope, name: str, node: s.Expr) -> str:
     if name not in scope.merges:
-        fail("G121", f"unknown merge `{name}`", span=node.span, wanted=listed(scope.merges),
-             found=f"`{name}`", help=suggest(name, scope.merges))  # fmt: skip
+        fail(
+            "G121",
+            f"unknown merge `{name}`",
+            span=node.span,
+            wanted=listed(scope.merges),
+            found=f"`{name}`",
+            help=suggest(name, scope.merges),
+        )
     return name
 
 
@@ -231,6 +286,11 @@ def _one_of(scope: Scope, node: s.Expr, choices: tuple[str, ...], what: str) -> 
     chosen = typed(scope, node, "symbol")
     value = chosen.value if isinstance(chosen, Literal_) else None
     if value not in choices:
-        fail("G121", f"`{what}` cannot be `{node.span.text}`", span=node.span, wanted=listed(choices),
-             help=suggest(str(value), choices) or f"write `{choices[0]}`")  # fmt: skip
+        fail(
+            "G121",
+            f"`{what}` cannot be `{node.span.text}`",
+            span=node.span,
+            wanted=listed(choices),
+            help=suggest(str(value), choices) or f"write `{choices[0]}`",
+        )
     return value

@@ -10,11 +10,13 @@ from graftc.language import syntax as s
 from graftc.language.expressions import constant, typed
 from graftc.language.rules import Computed, Init, Literal_
 from graftc.language.scope import Scope, already, listed, suggest
-from graftc.language.vocabulary import ALL_PARTS, BLOCK_PARTS, PARTS, POLICIES, Policy, covers
+from graftc.language.vocabulary import ALL_PARTS, BLOCK_PARTS, PARTS, POLICIES, Policy, Type, covers
 from graftc.operators.spec import Apply, Const, InitSource, OperatorSpec, Part, Slot
 
 
-def inits_of(scope: Scope, items: Sequence[s.InitItem], spec: OperatorSpec | None) -> tuple[Init, ...]:
+def inits_of(
+    scope: Scope, items: Sequence[s.InitItem], spec: OperatorSpec | None
+) -> tuple[Init, ...]:
     """The init clause of a rule whose new operator is `spec` (None: not known yet).
 
     Mistakes go to the scope's log.
@@ -23,7 +25,7 @@ def inits_of(scope: Scope, items: Sequence[s.InitItem], spec: OperatorSpec | Non
     for item in items:
         with scope.log.attempt():
             if item.slot is None:
-                _check_whole(item.source)
+                _check_whole(scope, item.source)
             source = source_of(scope, item.source)
             if item.slot is not None and spec is not None:
                 _check_slot(item.slot, spec)
@@ -69,13 +71,14 @@ def _same_weights(a: Slot, b: Slot) -> bool:
     return a.rows is None or b.rows is None or a.rows[0] == b.rows[0]
 
 
-def _check_whole(node: s.Expr) -> None:
+def _check_whole(scope: Scope, node: s.Expr) -> None:
     """A source without a slot must be one that fills a whole operator."""
-    name = node.head.text if isinstance(node, s.Call) and isinstance(node.head, s.Path) else None
-    if isinstance(node, s.Path) or (name in POLICIES and POLICIES[name].whole):
+    head = node.head if isinstance(node, s.Call) else node
+    name = head.text if isinstance(head, s.Path) else None
+    if name is not None and (name not in POLICIES or POLICIES[name].whole):
+        return  # a bound site as it is; or unknown, and source_of says so
+    if isinstance(head, s.Path) and head.names[0].text in scope.bindings and len(head.names) == 1:
         return
-    if name is not None and name not in POLICIES:
-        return  # source_of says so
     whole = tuple(n for n, p in POLICIES.items() if p.whole)
     fail(
         "G107",
@@ -90,7 +93,9 @@ def _check_whole(node: s.Expr) -> None:
 def source_of(scope: Scope, node: s.Expr) -> InitSource:
     """A source of weights. Raises GraftError."""
     match node:
-        case s.Path(names=(name,)) if name.text not in scope.bindings and name.text not in scope.settings:
+        case s.Path(names=(name,)) if (
+            name.text not in scope.bindings and name.text not in scope.settings
+        ):
             return _call(scope, name.text, name, (), ())
         case s.Path(names=(name,)) if name.text in scope.bindings:
             scope.binding(name)
@@ -100,8 +105,13 @@ def source_of(scope: Scope, node: s.Expr) -> InitSource:
         case s.Call(head=s.Path(names=(name,))):
             return _call(scope, name.text, name, node.positional, node.named)
         case _:
-            fail("G120", "this is not a source of weights", span=node.span,
-                 wanted="a part such as `a.q`, or a source such as `zero`", found=node.span.text)  # fmt: skip
+            fail(
+                "G120",
+                "this is not a source of weights",
+                span=node.span,
+                wanted="a part such as `a.q`, or a source such as `zero`",
+                found=node.span.text,
+            )
 
 
 def part_of(scope: Scope, node: s.Path) -> Part:
@@ -111,21 +121,34 @@ def part_of(scope: Scope, node: s.Path) -> Part:
     role = binding.role
     for name in inner:
         if name.text not in BLOCK_PARTS or (role is not None and role != "block"):
-            fail("G109", f"`{binding.name}` has no site `{name.text}` inside", span=name.span,
-                 wanted=listed(BLOCK_PARTS) + " of a block", help=suggest(name.text, BLOCK_PARTS))  # fmt: skip
+            fail(
+                "G109",
+                f"`{binding.name}` has no site `{name.text}` inside",
+                span=name.span,
+                wanted=listed(BLOCK_PARTS) + " of a block",
+                help=suggest(name.text, BLOCK_PARTS),
+            )
         role = name.text
     parts = ALL_PARTS if role is None else PARTS.get(role, ())
     if role == "block":
         parts = BLOCK_PARTS
     if last.text not in parts:
-        where = {r for r, names in PARTS.items() if last.text in names and not covers("attention", r)}
+        where = {
+            r for r, names in PARTS.items() if last.text in names and not covers("attention", r)
+        }
         fail(
             "G109",
             f"`{'.'.join(n.text for n in node.names[:-1])}` has no part `{last.text}`",
             span=last.span,
             wanted=listed(parts) or f"`{binding.name}` itself: {_an(role)} has no parts",
-            found=f"`{last.text}`" + (f", a part of {_an(next(iter(where)))}" if where and role else ""),
-            notes=[Note(f"`{binding.name}` is bound here" + (f" to {role}" if role else ""), binding.span)],
+            found=f"`{last.text}`"
+            + (f", a part of {_an(next(iter(where)))}" if where and role else ""),
+            notes=[
+                Note(
+                    f"`{binding.name}` is bound here" + (f" to {role}" if role else ""),
+                    binding.span,
+                )
+            ],
             help=suggest(last.text, parts),
         )
     return Part(".".join(n.text for n in node.names[:-1]), last.text)
@@ -136,16 +159,27 @@ def _an(role: str | None) -> str:
 
 
 def _call(
-    scope: Scope, policy: str, name: s.Name, positional: tuple[s.Expr, ...], named: tuple[s.Named, ...]
+    scope: Scope,
+    policy: str,
+    name: s.Name,
+    positional: tuple[s.Expr, ...],
+    named: tuple[s.Named, ...],
 ) -> Apply:
     known = POLICIES.get(policy)
     if known is None:
         _unknown_policy(scope, name)
     options: dict[str, InitSource] = {}
     if known.number is not None:
-        if len(positional) > 1 or (not positional and not any(n.name.text == known.number for n in named)):
-            fail("G123", f"`{policy}` takes its {known.number}", span=name.span,
-                 wanted=f"{policy}({known.number})", help=f"write `{policy}(0)`")  # fmt: skip
+        if len(positional) > 1 or (
+            not positional and not any(n.name.text == known.number for n in named)
+        ):
+            fail(
+                "G123",
+                f"`{policy}` takes its {known.number}",
+                span=name.span,
+                wanted=f"{policy}({known.number})",
+                help=f"write `{policy}(0)`",
+            )
         if positional:
             options[known.number] = Const(constant(scope, positional[0], "int"))
         positional = ()
@@ -165,19 +199,32 @@ def _call(
         _option(scope, policy, known, option, options)
     for required in known.required:
         if required not in options:
-            fail("G123", f"`{policy}` needs `{required}`", span=name.span,
-                 wanted=f"{required} = …", help=f"write `{policy}(…, {required} = 4)`")  # fmt: skip
+            fail(
+                "G123",
+                f"`{policy}` needs `{required}`",
+                span=name.span,
+                wanted=f"{required} = …",
+                help=f"write `{policy}(…, {required} = 4)`",
+            )
     return Apply(policy, args, options)
 
 
 def _option(
     scope: Scope, policy: str, known: Policy, option: s.Named, options: dict[str, InitSource]
 ) -> None:
-    kinds = {**(known.options or {}), **({known.number: ("int", ())} if known.number else {})}
+    kinds: dict[str, tuple[Type, tuple[str, ...]]] = {
+        **(known.options or {}),
+        **({known.number: ("int", ())} if known.number else {}),
+    }
     name = option.name
     if name.text not in kinds:
-        fail("G103", f"`{policy}` has no option `{name.text}`", span=name.span,
-             wanted=listed(kinds) or "no options", help=suggest(name.text, kinds))  # fmt: skip
+        fail(
+            "G103",
+            f"`{policy}` has no option `{name.text}`",
+            span=name.span,
+            wanted=listed(kinds) or "no options",
+            help=suggest(name.text, kinds),
+        )
     if name.text in options:
         fail("G119", f"`{name.text}` is given twice", span=name.span, help="give it once")
     kind, choices = kinds[name.text]
@@ -186,10 +233,17 @@ def _option(
         options[name.text] = Computed(None, value)
         return
     if choices and value.value not in choices:
-        fail("G121", f"`{name.text}` cannot be `{value.value}`", span=option.value.span,
-             wanted=listed(choices), help=suggest(str(value.value), choices))  # fmt: skip
+        fail(
+            "G121",
+            f"`{name.text}` cannot be `{value.value}`",
+            span=option.value.span,
+            wanted=listed(choices),
+            help=suggest(str(value.value), choices),
+        )
     if kind == "int" and isinstance(value.value, int) and value.value < 0:
-        fail("G122", f"`{name.text}` cannot be negative", span=option.value.span, wanted="0 or more")
+        fail(
+            "G122", f"`{name.text}` cannot be negative", span=option.value.span, wanted="0 or more"
+        )
     options[name.text] = Const(value.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from graftc.diagnostics import Note, fail
 from graftc.language import syntax as s
@@ -21,7 +22,9 @@ class Matched:
     groups: int | None = None
 
 
-def matches_of(scope: Scope, clauses: tuple[s.MatchSites | s.MatchDataflow | s.MatchPython, ...]) -> Matched:
+def matches_of(
+    scope: Scope, clauses: tuple[s.MatchSites | s.MatchDataflow | s.MatchPython, ...]
+) -> Matched:
     """The patterns of a rule, their names bound in `scope`. Mistakes go to its log."""
     found: list[Match] = []
     groups: int | None = None
@@ -52,7 +55,13 @@ def _bind(scope: Scope, item: s.MatchItem) -> None:
         first = scope.bindings.get(name.text)
         if first is not None:
             scope.log.add(
-                already("G113", f"`{name.text}` is bound twice", name.span, first.span, "give it another name")
+                already(
+                    "G113",
+                    f"`{name.text}` is bound twice",
+                    name.span,
+                    first.span,
+                    "give it another name",
+                )
             )
             continue
         if item.kind == "then" and at < len(item.roles):
@@ -73,9 +82,14 @@ def _item(scope: Scope, item: s.MatchItem) -> tuple[Match, int | None]:
             blocks_of(scope, item.choice)
         return Unapplied("`then` between sites", item.span), None
     if len(names) != 1:
-        fail("G120", "one pattern binds one name", span=item.names[1].span,
-             wanted="one name, or `each pair of blocks …`", found=f"{len(names)} names",
-             help=f"write a `match` line for `{names[1]}`")  # fmt: skip
+        fail(
+            "G120",
+            "one pattern binds one name",
+            span=item.names[1].span,
+            wanted="one name, or `each pair of blocks …`",
+            found=f"{len(names)} names",
+            help=f"write a `match` line for `{names[1]}`",
+        )
     within = tuple(_role(w) for w in item.within)
     blocks = blocks_of(scope, item.choice) if item.choice else None
     if item.kind == "role":
@@ -107,7 +121,7 @@ def _role(name: s.Name) -> str:
 
 def _check_nesting(roles: tuple[s.Name, ...]) -> None:
     """`linear in mlp` can be; `mlp in linear` never."""
-    for inner, outer in zip(roles, roles[1:], strict=False):
+    for inner, outer in pairwise(roles):
         if not any(covers(inner.text, r) for r in HOLDS.get(outer.text, ())):
             fail(
                 "G128",
@@ -124,12 +138,18 @@ def _check_nesting(roles: tuple[s.Name, ...]) -> None:
 
 def _check_name(text: s.Text, kind: str) -> None:
     value = text.value
-    bad = not value.strip() or any(c.isspace() for c in value) or value.startswith(".") or value.endswith(".")
+    bad = (
+        not value.strip()
+        or any(c.isspace() for c in value)
+        or value.startswith(".")
+        or value.endswith(".")
+    )
     if bad or ".." in value or "***" in value or (kind == "class" and "*" in value):
         example = '"transformer_blocks.*.ff"' if kind == "path" else '"package.module.Class"'
         fail(
             "G128",
-            "this can never match: no " + ("module has such a path" if kind == "path" else "class has such a name"),
+            "this can never match: no "
+            + ("module has such a path" if kind == "path" else "class has such a name"),
             span=text.span,
             wanted=f"a name such as {example}",
             found=f'"{value}"',
@@ -165,8 +185,13 @@ def bind_dataflow(scope: Scope, clause: s.MatchDataflow) -> None:
     for statement in clause.statements:
         if isinstance(statement, s.Returns):
             scope.log.add(
-                already("G120", "a pattern returns nothing", statement.span, clause.span,
-                        "name the value: `o = …`")  # fmt: skip
+                already(
+                    "G120",
+                    "a pattern returns nothing",
+                    statement.span,
+                    clause.span,
+                    "name the value: `o = …`",
+                )
             )
             continue
         for target in statement.targets:

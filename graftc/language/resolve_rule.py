@@ -26,11 +26,14 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
     before = len(scope.log.errors)
     clauses = item.clauses
     _repeated(scope, item)
-    matches = matches_of(scope, _all(clauses, s.MatchSites) + _all(clauses, s.MatchDataflow) + _all(clauses, s.MatchPython))
+    matches = matches_of(
+        scope,
+        _all(clauses, s.MatchSites) + _all(clauses, s.MatchDataflow) + _all(clauses, s.MatchPython),
+    )
     dataflow = any(isinstance(m, Unapplied) for m in matches.matches)
     if not matches.matches and len(scope.log.errors) == before:
         _missing(scope, item, "match", "match   a = self_attention in blocks all")
-    where = _where(scope, clauses)
+    where, waiting = _where(scope, clauses)
     edited = _edit(scope, item)
     inits = tuple(i for c in _all(clauses, s.InitClause) for i in c.items)
     if inits and edited is not None and isinstance(edited.edit, (Skip, Remove)):
@@ -43,9 +46,14 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
     inserted = trains_inserted(scope, [w for w in words if w.keyword == "train"])
     contract = _contract(scope, item, distill)
     expect, expect_clause = _expect(scope, clauses)
-    if matches.groups is not None and isinstance(expect, int) and expect_clause and expect != matches.groups:
+    if (
+        matches.groups is not None
+        and isinstance(expect, int)
+        and expect_clause
+        and expect != matches.groups
+    ):
         scope.log.add(_wrong_expectation(item, expect, matches.groups, expect_clause))
-    if len(scope.log.errors) == before or edited is not None:
+    if edited is not None and not any(d.code == "G105" for d in scope.log.errors[before:]):
         report_unused(scope)
     if len(scope.log.errors) > before or edited is None:
         return None
@@ -53,6 +61,8 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
     repeat = next((h for h in item.head if h.word == "repeat"), None)
     if repeat is not None:
         edit = Unapplied("`repeat`", repeat.span)
+    elif waiting is not None:
+        edit = waiting
     elif dataflow and not isinstance(edit, Unapplied):
         edit = next(m for m in matches.matches if isinstance(m, Unapplied))
     return Rule(
@@ -82,7 +92,9 @@ def _repeated(scope: Scope, item: s.RuleItem) -> None:
     edits = [c for c in item.clauses if isinstance(c, _EDITS)]
     for second in edits[1:]:
         message = "a rule makes one edit"
-        scope.log.add(already("G013", message, second.span, edits[0].span, "write a rule for each edit"))
+        scope.log.add(
+            already("G013", message, second.span, edits[0].span, "write a rule for each edit")
+        )
     for keyword in ("init", "distill", "expect"):
         same = [c for c in item.clauses if c.keyword == keyword]
         for second in same[1:]:
@@ -125,27 +137,38 @@ def _edit(scope: Scope, item: s.RuleItem) -> Edited | None:
     return None
 
 
-def _where(scope: Scope, clauses: Sequence[s.Clause]) -> Expr | None:
+def _where(scope: Scope, clauses: Sequence[s.Clause]) -> tuple[Expr | None, Unapplied | None]:
+    """The guards joined, and one that this version cannot judge."""
+    waiting: Unapplied | None = None
     found: list[Expr] = []
     for node in (n for c in _all(clauses, s.Where) for n in c.conditions):
         with scope.log.attempt():
             try:
                 guard = folded(condition(scope, node))
-            except NotYet:
-                continue  # such guards are of dataflow rules, which are not applied yet
+            except NotYet as not_yet:
+                waiting = not_yet.unapplied
+                continue
             if isinstance(guard, Literal_):
                 always = "always" if guard.value else "never"
-                fail("G128", f"this {always} holds", span=node.span, wanted="a guard that depends on the site",
-                     found=node.span.text, help="leave it out" if guard.value else None)  # fmt: skip
+                fail(
+                    "G128",
+                    f"this {always} holds",
+                    span=node.span,
+                    wanted="a guard that depends on the site",
+                    found=node.span.text,
+                    help="leave it out" if guard.value else None,
+                )
             found.append(guard)
-    if not found:
-        return None
-    return found[0] if len(found) == 1 else Operation("and", tuple(found), found[0].span.to(found[-1].span))
+    if len(found) < 2:
+        return next(iter(found), None), waiting
+    return Operation("and", tuple(found), found[0].span.to(found[-1].span)), waiting
 
 
 def _nothing_new(scope: Scope, clause: s.InitClause) -> None:
     scope.log.add(
-        Diagnostic("G127", "there is nothing new to fill", span=clause.span, help="leave out `init`")
+        Diagnostic(
+            "G127", "there is nothing new to fill", span=clause.span, help="leave out `init`"
+        )
     )
 
 
@@ -156,7 +179,12 @@ def _contract(scope: Scope, item: s.RuleItem, distill: Distill | None) -> Contra
     if word.word == "learned":
         if distill is None:
             scope.log.add(
-                Diagnostic("G127", "a learned rule needs `distill`", span=word.span, help="add `distill l2`")
+                Diagnostic(
+                    "G127",
+                    "a learned rule needs `distill`",
+                    span=word.span,
+                    help="add `distill l2`",
+                )
             )
         return "learned"
     if distill is not None:
@@ -182,7 +210,9 @@ def _expect(
     return None, None
 
 
-def _wrong_expectation(item: s.RuleItem, expect: int, groups: int, clause: s.ExpectClause) -> Diagnostic:
+def _wrong_expectation(
+    item: s.RuleItem, expect: int, groups: int, clause: s.ExpectClause
+) -> Diagnostic:
     return Diagnostic(
         "G128",
         f"rule `{item.name.text}` can never match {expect} times",
@@ -191,5 +221,3 @@ def _wrong_expectation(item: s.RuleItem, expect: int, groups: int, clause: s.Exp
         found=str(expect),
         help=f"write `expect {groups}`",
     )
-
-

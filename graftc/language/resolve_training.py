@@ -7,7 +7,7 @@ from typing import Any
 
 from graftc.diagnostics import Note, fail
 from graftc.language import syntax as s
-from graftc.language.expressions import constant, typed, whole
+from graftc.language.expressions import constant, origin, typed, whole
 from graftc.language.rules import Distill, Finetune, Literal_, Lora
 from graftc.language.scope import Scope, already, listed, suggest
 from graftc.language.vocabulary import DISTILL, DROPS, FINETUNE, LOSSES, TRAIN_WORDS, OptionWord
@@ -26,14 +26,24 @@ def distill_of(scope: Scope, clause: s.DistillClause, spec: OperatorSpec | None)
     loss = "l2"
     with scope.log.attempt():
         if not words:
-            fail("G123", "`distill` needs its loss", span=clause.span, wanted=listed(LOSSES),
-                 help="write `distill l2, …`")  # fmt: skip
+            fail(
+                "G123",
+                "`distill` needs its loss",
+                span=clause.span,
+                wanted=listed(LOSSES),
+                help="write `distill l2, …`",
+            )
         loss = _loss(words)
     values = _options(scope, clause.options, DISTILL, "distill")
     if "delta" in values and loss != "huber":
         with scope.log.attempt():
-            fail("G127", "`delta` is for the loss `huber`", span=clause.span, found=f"`{loss}`",
-                 help="write `distill huber, …`, or leave out `delta`")  # fmt: skip
+            fail(
+                "G127",
+                "`delta` is for the loss `huber`",
+                span=clause.span,
+                found=f"`{loss}`",
+                help="write `distill huber, …`, or leave out `delta`",
+            )
     for option in clause.options:
         if option.name.text == "train" and spec is not None and "train" in values:
             with scope.log.attempt():
@@ -45,24 +55,38 @@ def _loss(words: Sequence[s.Option]) -> Any:
     name = words[0].name
     if name.text not in LOSSES:
         takes = (*LOSSES, *DISTILL)
-        fail("G121", f"unknown loss `{name.text}`", span=name.span, wanted=listed(LOSSES),
-             found=f"`{name.text}`",
-             help=f"write `{name.text} = …`" if name.text in DISTILL else suggest(name.text, takes))  # fmt: skip
+        fail(
+            "G121",
+            f"unknown loss `{name.text}`",
+            span=name.span,
+            wanted=listed(LOSSES),
+            found=f"`{name.text}`",
+            help=f"write `{name.text} = …`" if name.text in DISTILL else suggest(name.text, takes),
+        )
     if len(words) > 1:
         second = words[1].name
         value = second.text in DISTILL
-        fail("G119" if second.text in LOSSES else "G123",
-             "one loss at a time" if second.text in LOSSES else f"`{second.text}` needs a value",
-             span=second.span, notes=[Note("the loss is here", name.span)],
-             help=f"write `{second.text} = …`" if value else suggest(second.text, tuple(DISTILL)))  # fmt: skip
+        fail(
+            "G119" if second.text in LOSSES else "G123",
+            "one loss at a time" if second.text in LOSSES else f"`{second.text}` needs a value",
+            span=second.span,
+            notes=[Note("the loss is here", name.span)],
+            help=f"write `{second.text} = …`" if value else suggest(second.text, tuple(DISTILL)),
+        )
     return name.text
 
 
 def _check_group(option: s.Option, group: str, spec: OperatorSpec) -> None:
     known = (*spec.groups, *_DISTILL_GROUPS)
     if group not in known:
-        fail("G121", f"`{spec.name}` has no group of parameters `{group}`", span=option.span,
-             wanted=listed(known), found=f"`{group}`", help=suggest(group, known))  # fmt: skip
+        fail(
+            "G121",
+            f"`{spec.name}` has no group of parameters `{group}`",
+            span=option.span,
+            wanted=listed(known),
+            found=f"`{group}`",
+            help=suggest(group, known),
+        )
 
 
 def finetune_of(scope: Scope, item: s.FinetuneItem) -> Finetune:
@@ -71,15 +95,25 @@ def finetune_of(scope: Scope, item: s.FinetuneItem) -> Finetune:
         if option.value is None:
             with scope.log.attempt():
                 name = option.name
-                fail("G123", f"`{name.text}` needs a value", span=name.span, wanted=f"{name.text} = …",
-                     help=suggest(name.text, tuple(FINETUNE)))  # fmt: skip
+                fail(
+                    "G123",
+                    f"`{name.text}` needs a value",
+                    span=name.span,
+                    wanted=f"{name.text} = …",
+                    help=suggest(name.text, tuple(FINETUNE)),
+                )
     values = _options(scope, item.options, FINETUNE, "finetune")
     warmup, steps = values.get("warmup"), values.get("steps")
     if isinstance(warmup, int) and isinstance(steps, int) and warmup > steps:
         with scope.log.attempt():
             at = next(o for o in item.options if o.name.text == "warmup")
-            fail("G122", "the warm-up is longer than the training", span=at.span,
-                 wanted=f"at most {steps} steps", found=str(warmup))  # fmt: skip
+            fail(
+                "G122",
+                "the warm-up is longer than the training",
+                span=at.span,
+                wanted=f"at most {steps} steps",
+                found=str(warmup),
+            )
     return Finetune(item.span, **values)
 
 
@@ -96,8 +130,14 @@ def _options(
         with scope.log.attempt():
             word = words.get(name)
             if word is None:
-                fail("G110", f"`{clause}` has no option `{name}`", span=option.name.span,
-                     wanted=listed(words, 30), found=f"`{name}`", help=suggest(name, words))  # fmt: skip
+                fail(
+                    "G110",
+                    f"`{clause}` has no option `{name}`",
+                    span=option.name.span,
+                    wanted=listed(words, 30),
+                    found=f"`{name}`",
+                    help=suggest(name, words),
+                )
             if name in seen:
                 first = seen[name].span
                 message = f"`{name}` is given twice"
@@ -118,7 +158,7 @@ def _option(scope: Scope, name: str, word: OptionWord, node: s.Expr) -> Any:
     if word.kind == "percent":
         value = constant(scope, node, "float")
         assert isinstance(value, (int, float))
-        _in_range(name, value, word, node)
+        _in_range(scope, name, value, word, node)
         return float(value)
     if word.kind == "counts":
         return _counts(scope, name, node)
@@ -128,22 +168,34 @@ def _option(scope: Scope, name: str, word: OptionWord, node: s.Expr) -> Any:
         return constant(scope, node, "symbol")
     value = constant(scope, node, "int" if word.kind == "int" else "float")
     assert isinstance(value, (int, float))
-    _in_range(name, value, word, node)
+    _in_range(scope, name, value, word, node)
     return value if word.kind == "int" else float(value)
 
 
-def _in_range(name: str, value: float, word: OptionWord, node: s.Expr) -> None:
+def _in_range(scope: Scope, name: str, value: float, word: OptionWord, node: s.Expr) -> None:
     low_ok = value > word.low if word.above else value >= word.low
     if low_ok and value <= word.high:
         return
     help: str | None = None
     if word.kind == "percent":
         wanted = "a share of DATA, such as 10%: more than 0% and at most 100%"
-        help = f"write `{name} = {value:g}%`" if 1 < value <= 100 else f"for a number, write `samples = {value:g}`"
+        help = (
+            f"write `{name} = {value:g}%`"
+            if 1 < value <= 100
+            else f"for a number, write `samples = {value:g}`"
+        )
     else:
         low = f"more than {word.low:g}" if word.above else f"{word.low:g} or more"
         wanted = low if word.high >= 1e12 else f"{low}, at most {word.high:g}"
-    fail("G122", f"`{name}` is out of range", span=node.span, wanted=wanted, found=node.span.text, help=help)
+    fail(
+        "G122",
+        f"`{name}` is out of range",
+        span=node.span,
+        wanted=wanted,
+        found=node.span.text,
+        notes=origin(scope, node),
+        help=help,
+    )
 
 
 def _counts(scope: Scope, name: str, node: s.Expr) -> tuple[int, ...]:
@@ -158,8 +210,13 @@ def _counts(scope: Scope, name: str, node: s.Expr) -> tuple[int, ...]:
             fail("G120", f"`{name}` takes numbers of steps", span=item.span, wanted="{75k, 150k}")
         found.append(whole(scope, item, f"a step of `{name}`", 1))
         if len(found) > 1 and found[-1] <= found[-2]:
-            fail("G122", f"the steps of `{name}` rise", span=item.span, wanted=f"more than {found[-2]}",
-                 found=str(found[-1]))  # fmt: skip
+            fail(
+                "G122",
+                f"the steps of `{name}` rise",
+                span=item.span,
+                wanted=f"more than {found[-2]}",
+                found=str(found[-1]),
+            )
     if not found:
         fail("G123", f"`{name}` names no step", span=node.span, wanted="{75k, 150k}")
     return tuple(found)
@@ -168,15 +225,26 @@ def _counts(scope: Scope, name: str, node: s.Expr) -> tuple[int, ...]:
 def _train(scope: Scope, node: s.Expr) -> Any:
     if isinstance(node, s.Call) and isinstance(node.head, s.Path):
         if node.head.text != "lora":
-            fail("G121", f"`train` cannot be `{node.head.text}(…)`", span=node.span,
-                 wanted="`all`, `inserted` or `lora(rank = …)`",
-                 help=suggest(node.head.text, ("lora",)))  # fmt: skip
+            fail(
+                "G121",
+                f"`train` cannot be `{node.head.text}(…)`",
+                span=node.span,
+                wanted="`all`, `inserted` or `lora(rank = …)`",
+                help=suggest(node.head.text, ("lora",)),
+            )
         return _lora(scope, node)
     chosen = typed(scope, node, "symbol")
     value = chosen.value if isinstance(chosen, Literal_) else None
     if value not in ("all", "inserted"):
-        fail("G121", f"`train` cannot be `{value}`", span=node.span, wanted="`all`, `inserted` or `lora(rank = …)`",
-             help="write `lora(rank = 16)`" if value == "lora" else suggest(str(value), ("all", "inserted")))  # fmt: skip
+        fail(
+            "G121",
+            f"`train` cannot be `{value}`",
+            span=node.span,
+            wanted="`all`, `inserted` or `lora(rank = …)`",
+            help="write `lora(rank = 16)`"
+            if value == "lora"
+            else suggest(str(value), ("all", "inserted")),
+        )
     return value
 
 
@@ -184,8 +252,13 @@ def _lora(scope: Scope, node: s.Call) -> Lora:
     rank: int | None = None
     alpha: float | None = None
     if node.positional:
-        fail("G126", "`lora` takes its arguments by name", span=node.positional[0].span, wanted="`rank`, `alpha`",
-             help=f"write `rank = {node.positional[0].span.text}`")  # fmt: skip
+        fail(
+            "G126",
+            "`lora` takes its arguments by name",
+            span=node.positional[0].span,
+            wanted="`rank`, `alpha`",
+            help=f"write `rank = {node.positional[0].span.text}`",
+        )
     for argument in node.named:
         name = argument.name.text
         if name == "rank":
@@ -197,10 +270,21 @@ def _lora(scope: Scope, node: s.Call) -> Lora:
                 fail("G122", "`alpha` is more than 0", span=argument.value.span, found=str(value))
             alpha = float(value)
         else:
-            fail("G103", f"`lora` has no argument `{name}`", span=argument.name.span, wanted="`rank`, `alpha`",
-                 help=suggest(name, ("rank", "alpha")))  # fmt: skip
+            fail(
+                "G103",
+                f"`lora` has no argument `{name}`",
+                span=argument.name.span,
+                wanted="`rank`, `alpha`",
+                help=suggest(name, ("rank", "alpha")),
+            )
     if rank is None:
-        fail("G123", "`lora` needs `rank`", span=node.span, wanted="lora(rank = 16)", help="write `lora(rank = 16)`")
+        fail(
+            "G123",
+            "`lora` needs `rank`",
+            span=node.span,
+            wanted="lora(rank = 16)",
+            help="write `lora(rank = 16)`",
+        )
     return Lora(rank, alpha)
 
 
@@ -210,11 +294,20 @@ def drops_of(scope: Scope, clauses: Sequence[s.WordsClause]) -> tuple[str, ...]:
     for name in (n for c in clauses for n in c.names):
         with scope.log.attempt():
             if name.text == "causal":
-                fail("G112", "causality is set, not dropped", span=name.span,
-                     help="write `causal = false` in the operator's arguments")  # fmt: skip
+                fail(
+                    "G112",
+                    "causality is set, not dropped",
+                    span=name.span,
+                    help="write `causal = false` in the operator's arguments",
+                )
             if name.text not in DROPS:
-                fail("G112", f"nothing is called `{name.text}` that a site can drop", span=name.span,
-                     wanted=listed(DROPS), help=suggest(name.text, DROPS))  # fmt: skip
+                fail(
+                    "G112",
+                    f"nothing is called `{name.text}` that a site can drop",
+                    span=name.span,
+                    wanted=listed(DROPS),
+                    help=suggest(name.text, DROPS),
+                )
             if name.text in found:
                 fail("G119", f"`{name.text}` is dropped twice", span=name.span, help="say it once")
             found.append(name.text)
@@ -226,6 +319,11 @@ def trains_inserted(scope: Scope, clauses: Sequence[s.WordsClause]) -> bool:
     for name in (n for c in clauses for n in c.names):
         with scope.log.attempt():
             if name.text not in TRAIN_WORDS:
-                fail("G112", f"a rule cannot train `{name.text}`", span=name.span, wanted=listed(TRAIN_WORDS),
-                     help=suggest(name.text, TRAIN_WORDS) or "write `train inserted`")  # fmt: skip
+                fail(
+                    "G112",
+                    f"a rule cannot train `{name.text}`",
+                    span=name.span,
+                    wanted=listed(TRAIN_WORDS),
+                    help=suggest(name.text, TRAIN_WORDS) or "write `train inserted`",
+                )
     return bool(clauses)

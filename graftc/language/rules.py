@@ -284,7 +284,7 @@ class Rules:
 
     rules: tuple[Rule, ...]
     finetune: Finetune | None
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] = field(default_factory=dict[str, str])
     files: tuple[str, ...] = ()
     digest: str = ""
     notes: tuple[Diagnostic, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -27,7 +27,7 @@ class Log:
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self) -> Generator[None]:
         """Runs the body; a GraftError in it is kept, and the rest of the file goes on."""
         try:
             yield
@@ -131,4 +131,6 @@ def listed(names: Mapping[str, object] | tuple[str, ...], most: int = 14) -> str
 
 def already(code: str, message: str, span: Span, first: Span, help: str) -> Diagnostic:
     """A diagnostic for the second of two things where one may be."""
-    return Diagnostic(code, message, span=span, notes=(Note("the first is here", first),), help=help)
+    return Diagnostic(
+        code, message, span=span, notes=(Note("the first is here", first),), help=help
+    )

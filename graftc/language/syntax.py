@@ -211,7 +211,20 @@ class Braces:
 
 
 Expr = Union[
-    Name, Number, Percent, Text, Path, Call, Unary, Binary, IsKind, HasShape, Maybe, Alternatives, Braces, ListOf
+    Name,
+    Number,
+    Percent,
+    Text,
+    Path,
+    Call,
+    Unary,
+    Binary,
+    IsKind,
+    HasShape,
+    Maybe,
+    Alternatives,
+    Braces,
+    ListOf,
 ]
 Argument = Union[Expr, Named, Spread]
 
@@ -464,7 +477,15 @@ class WordsClause:
 
 EditClause = Union[ReplaceClause, RewriteClause, SiteClause, InsertClause]
 Clause = Union[
-    MatchSites, MatchDataflow, MatchPython, Where, EditClause, InitClause, DistillClause, ExpectClause, WordsClause
+    MatchSites,
+    MatchDataflow,
+    MatchPython,
+    Where,
+    EditClause,
+    InitClause,
+    DistillClause,
+    ExpectClause,
+    WordsClause,
 ]
 
 # -- items -----------------------------------------------------------------------------------

@@ -26,10 +26,26 @@ _SIGNS = {
     "LBRACE": "{", "RBRACE": "}", "LSQB": "[", "RSQB": "]", "BAR": "|",
 }  # fmt: skip
 _OPERATORS = frozenset(
-    "EQ NE LE GE LT GT PLUS MINUS STAR SLASH REMAINDER TILDE OR AND IS".split()
+    [
+        "EQ",
+        "NE",
+        "LE",
+        "GE",
+        "LT",
+        "GT",
+        "PLUS",
+        "MINUS",
+        "STAR",
+        "SLASH",
+        "REMAINDER",
+        "TILDE",
+        "OR",
+        "AND",
+        "IS",
+    ]
 )
 _SYMBOLS = _OPERATORS - {"OR", "AND", "IS"}
-_VALUES = frozenset("NAME NUMBER PERCENT STRING LPAR LBRACE LSQB".split())
+_VALUES = frozenset(["NAME", "NUMBER", "PERCENT", "STRING", "LPAR", "LBRACE", "LSQB"])
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 _SPLIT = re.compile(r"([a-z]+?)([0-9].*|[A-Z_].*)")
 
@@ -103,7 +119,9 @@ def unexpected(
         closing = _CLOSES[opened.value]
         notes.append(Note(f"`{opened.value}` is opened here and not closed", opened.span))
         help = f"close it with `{closing}`"
-    return Diagnostic("G010", f"unexpected {found}", span=span, wanted=wanted, notes=tuple(notes), help=help)
+    return Diagnostic(
+        "G010", f"unexpected {found}", span=span, wanted=wanted, notes=tuple(notes), help=help
+    )
 
 
 def _open_bracket(tokens: Sequence[Token]) -> Token | None:
@@ -130,7 +148,9 @@ def _suggestion(
     last = tokens[at - 1] if at else None
     if last is not None and last.type == "NAME":
         # `expct 14` reads as one more name in the clause above, `in bloks all` as a role
-        words = (*CLAUSE_WORDS, *ITEM_WORDS) if _first_on_line(tokens, at - 1) else _keywords(before)
+        words = (
+            (*CLAUSE_WORDS, *ITEM_WORDS) if _first_on_line(tokens, at - 1) else _keywords(before)
+        )
         word = nearest(last.value, words)
         if word and word != last.value:
             return f"write `{word}` in place of `{last.value}`"
@@ -159,7 +179,9 @@ def _suggestion(
 
 
 def _keywords(terminals: Iterable[str]) -> list[str]:
-    return [t.lower() for t in terminals if t not in _IN_WORDS and t not in _SIGNS and t not in _SYMBOLS]
+    return [
+        t.lower() for t in terminals if t not in _IN_WORDS and t not in _SIGNS and t not in _SYMBOLS
+    ]
 
 
 def _first_on_line(tokens: Sequence[Token], at: int) -> bool:

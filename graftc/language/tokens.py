@@ -45,7 +45,9 @@ class Terminals:
     scanner: re.Pattern[str]
 
     @staticmethod
-    def build(words: Mapping[str, str], signs: Mapping[str, str], shapes: Mapping[str, str]) -> Terminals:
+    def build(
+        words: Mapping[str, str], signs: Mapping[str, str], shapes: Mapping[str, str]
+    ) -> Terminals:
         """From name → text of keywords and of signs, and name → regular expression of the rest."""
         order = ("COMMENT", "SPACE", "NL", "STRING", "PERCENT", "NUMBER", "NAME", "ELLIPSIS")
         whole = {"NAME": r"(?!\w)"}  # `é` may not follow: the word is reported whole
@@ -108,7 +110,10 @@ def _unreadable(source: Source, at: int) -> tuple[Token | None, int, Diagnostic]
         end = (_OPEN_STRING.match(text, at) or re.compile(".").match(text, at)).end()  # type: ignore[union-attr]
         closed = end - at > 1 and text[end - 1] == '"'
         if closed:
-            message, help = "unknown escape in a string", 'write `\\\\` for a backslash, `\\"` for a quote'
+            message, help = (
+                "unknown escape in a string",
+                'write `\\\\` for a backslash, `\\"` for a quote',
+            )
         else:
             message, help = "the string is not closed", 'end it with `"` on the same line'
         token = Token("STRING", '""', source, at, end)
@@ -151,7 +156,9 @@ def _run_on(span: Span) -> Diagnostic:
         help = f"write `{number} {rest}`"
     else:
         help = "put a space after the number, or start the name with a letter"
-    return Diagnostic("G003", f"the number runs into a word: `{span.text[:40]}`", span=span, help=help)
+    return Diagnostic(
+        "G003", f"the number runs into a word: `{span.text[:40]}`", span=span, help=help
+    )
 
 
 def _number_errors(source: Source, value: str, start: int, end: int) -> list[Diagnostic]:
@@ -170,10 +177,50 @@ def _number_errors(source: Source, value: str, start: int, end: int) -> list[Dia
 
 
 _CANNOT_END = frozenset(
-    "COMMA LBRACE EQUAL PLUS MINUS STAR SLASH REMAINDER EQ NE LE GE LT GT TILDE BAR ARROW COLON".split()
+    [
+        "COMMA",
+        "LBRACE",
+        "EQUAL",
+        "PLUS",
+        "MINUS",
+        "STAR",
+        "SLASH",
+        "REMAINDER",
+        "EQ",
+        "NE",
+        "LE",
+        "GE",
+        "LT",
+        "GT",
+        "TILDE",
+        "BAR",
+        "ARROW",
+        "COLON",
+    ]
 )
 _CANNOT_START = frozenset(
-    "COMMA LBRACE EQUAL PLUS STAR SLASH REMAINDER EQ NE LE GE LT GT TILDE BAR ARROW COLON DOTS RPAR RSQB".split()
+    [
+        "COMMA",
+        "LBRACE",
+        "EQUAL",
+        "PLUS",
+        "STAR",
+        "SLASH",
+        "REMAINDER",
+        "EQ",
+        "NE",
+        "LE",
+        "GE",
+        "LT",
+        "GT",
+        "TILDE",
+        "BAR",
+        "ARROW",
+        "COLON",
+        "DOTS",
+        "RPAR",
+        "RSQB",
+    ]
 )
 _JOINING = frozenset({"and", "or"})
 

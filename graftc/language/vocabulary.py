@@ -17,12 +17,12 @@ ROLES = (*ATTENTION, "mlp", "norm", "linear", "conv", "embedding", "block")
 HOLDS: Mapping[str, tuple[str, ...]] = {
     "block": tuple(r for r in ROLES if r != "block"),
     "mlp": ("linear", "norm", "conv", "mlp"),
-    **{a: ("linear", "norm", "conv", "embedding") for a in ATTENTION},
+    **dict.fromkeys(ATTENTION, ("linear", "norm", "conv", "embedding")),
 }
 """Role → the roles that can lie inside a site of it."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {
-    **{a: ("q", "k", "v", "out", "norm") for a in ATTENTION},
+    **dict.fromkeys(ATTENTION, ("q", "k", "v", "out", "norm")),
     "mlp": ("up", "down", "gate", "norm"),
 }
 """Role → the parts of its sites that are affine maps (`a.q`)."""
@@ -59,7 +59,7 @@ class FactWord:
 
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-    **{a: ("self", "cross", "joint") for a in ATTENTION},
+    **dict.fromkeys(ATTENTION, ("self", "cross", "joint")),
     "norm": ("layer_norm", "rms_norm", "group_norm", "batch_norm"),
     "mlp": ("plain", "gated"),
 }
@@ -119,9 +119,15 @@ class Policy:
 POLICIES: Mapping[str, Policy] = {
     "copy": Policy("the source as it is", 1, 1),
     "concat": Policy("the sources' rows, one after the other", 1, None),
-    "slice": Policy("columns first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}),
-    "rows": Policy("rows first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}),
-    "mean_pool": Policy("the mean over groups of heads", 1, 1, {"groups": ("int", ())}, ("groups",)),
+    "slice": Policy(
+        "columns first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}
+    ),
+    "rows": Policy(
+        "rows first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}
+    ),
+    "mean_pool": Policy(
+        "the mean over groups of heads", 1, 1, {"groups": ("int", ())}, ("groups",)
+    ),
     "repeat": Policy("the source's rows, several times", 1, 1, {"times": ("int", ())}, ("times",)),
     "svd": Policy(
         "the best product of the operator's rank",

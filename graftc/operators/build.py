@@ -6,11 +6,7 @@ import importlib
 
 from torch import nn
 
-from graftc.operators.parallel import BlockSumMerge, LerpMerge, LinearMerge, SumMerge
 from graftc.operators.spec import Arguments, OperatorSpec
-from graftc.operators.specs import MERGES
-from graftc.operators.specs._common import number
-from graftc.operators.specs.merges import BLOCK
 
 
 def operator_class(spec: OperatorSpec) -> type[nn.Module]:
@@ -38,20 +34,3 @@ def build(spec: OperatorSpec, arguments: Arguments) -> nn.Module:
     408
     """
     return operator_class(spec)(**arguments)
-
-
-def build_merge(merge: str, role: str, dim: int, branches: int, start: float = 0.5) -> nn.Module:
-    """The merge of `parallel(…, merge = …)` for branches of role `block` or `site`.
-
-    >>> build_merge("sum", "block", dim=8, branches=2)
-    BlockSumMerge()
-    """
-    if merge not in MERGES:
-        raise ValueError(f"unknown merge {merge!r}, wanted {', '.join(MERGES)}")
-    if merge == "linear":
-        return LinearMerge(dim, branches)
-    if merge == "lerp":
-        if branches != 2:
-            raise ValueError(f"merge = lerp: {branches} branches, wanted 2")
-        return LerpMerge(number({"start": start}, "start"))
-    return BlockSumMerge() if role == BLOCK else SumMerge()

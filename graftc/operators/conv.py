@@ -18,9 +18,7 @@ class DepthwiseConv(nn.Module):
     True
     """
 
-    def __init__(
-        self, dim: int, kernel: int, causal: bool = False, init: str = "identity"
-    ) -> None:
+    def __init__(self, dim: int, kernel: int, causal: bool = False, init: str = "identity") -> None:
         super().__init__()
         if kernel < 1:
             raise ValueError(f"depthwise_conv: kernel is {kernel}, wanted at least 1")
@@ -32,8 +30,8 @@ class DepthwiseConv(nn.Module):
         self.right = kernel - 1 - self.left
         self.filter = nn.Conv1d(dim, dim, kernel, groups=dim)
         if init != "random":
-            nn.init.zeros_(self.filter.weight)
-            nn.init.zeros_(self.filter.bias)
+            for parameter in self.filter.parameters():
+                nn.init.zeros_(parameter)
         if init == "identity":
             nn.init.ones_(self.filter.weight[:, :, self.left])
 

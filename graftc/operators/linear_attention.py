@@ -17,7 +17,7 @@ def causal_sum(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     # Row r of what follows is one chunk of one head of one sample. Chunks are cut by index, the
     # last one filled up with its last token, which nothing sees: no shape then depends on a
     # remainder, and torch.export takes any batch and length; it needs the two chunks as well.
-    chunks = torch.sym_max(2, (tokens + chunk - 1) // chunk)
+    chunks: int = torch.sym_max(2, (tokens + chunk - 1) // chunk)  # type: ignore[assignment]
     row = torch.arange(batch * heads * chunks, device=q.device).unsqueeze(1)
     sequence = row // chunks
     block = row - sequence * chunks

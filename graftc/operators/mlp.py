@@ -21,10 +21,11 @@ def activate(x: Tensor, name: str) -> Tensor:
         return F.relu(x).square()
     if name == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
-    raise ValueError(
-        f"mlp: unknown activation {name!r},"
-        " wanted gelu, gelu_tanh, silu, relu, relu_squared or quick_gelu"
-    )
+    if name == "tanh":
+        return torch.tanh(x)
+    if name == "sigmoid":
+        return torch.sigmoid(x)
+    raise ValueError(f"mlp: unknown activation {name!r}")
 
 
 class Mlp(nn.Module):

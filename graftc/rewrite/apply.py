@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from graftc.diagnostics import fail
 from graftc.operators.spec import OperatorSpec, Value
-from graftc.program.program import ATEN, Program, graphs, size_hint, value
+from graftc.program.program import ATEN, Program, graphs, join, size_hint, value
 from graftc.rewrite.claims import inner_first
 from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.tree import copy_graph, prune, set_module, with_own_paths
@@ -20,11 +20,16 @@ from graftc.rewrite.tree import copy_graph, prune, set_module, with_own_paths
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What `apply` took out: the graphs it changed and the modules it replaced or removed."""
+    """What `apply` took out: the graphs it changed and the modules it replaced or removed.
+
+    `added`: paths that the original has not; `order`: the names of the children of each module that
+    lost or gained one, so that undoing gives a state dict in the original's order.
+    """
 
     graphs: Mapping[str, fx.Graph]
     taken: Mapping[str, nn.Module]
     added: tuple[str, ...]
+    order: Mapping[str, tuple[str, ...]]
 
 
 def apply(program: Program, edits: Iterable[Edit]) -> tuple[Program, Patch]:
@@ -58,17 +63,20 @@ def undo(student: Program, patch: Patch) -> Program:
 
     Modules that the patch did not touch are taken from the student.
     """
-    root = with_own_paths(student.root, [*patch.graphs, *(p for p in map(_parent, patch.taken) if _exists(student.root, p))])
+    parents = map(_parent, [*patch.taken, *patch.added, *(join(p, "_") for p in patch.order)])
+    own = [p for p in (*patch.graphs, *parents) if _exists(student.root, p)]
+    root = with_own_paths(student.root, own)
     for path in patch.added:
-        parent = root.get_submodule(_parent(path))
-        parent._modules.pop(path.rpartition(".")[2], None)
+        root.get_submodule(_parent(path))._modules.pop(path.rpartition(".")[2], None)
     for path, module in patch.taken.items():
         set_module(root, path, module)
     for path, graph in patch.graphs.items():
         module = root.get_submodule(path)
         assert isinstance(module, fx.GraphModule)
         module.graph = copy_graph(graph)
-    _drop_empty(root)
+    for path, names in patch.order.items():
+        parent = root.get_submodule(path)
+        parent._modules = {n: parent._modules[n] for n in names}
     return replace(student, root=root)
 
 
@@ -87,6 +95,7 @@ def build_operator(
             module: nn.Module = cls(**dict(arguments))
     except (ValueError, TypeError) as error:
         fail("G358", f"`{spec.name}` cannot be built at {site}: {error}", site=site)
+    module.graft_arguments = dict(arguments)  # how to build it again, for whoever prints it
     return module.to(dtype)
 
 
@@ -96,9 +105,14 @@ def _patch(program: Program, student: Program, before: Mapping[str, fx.Graph], e
     replaced = {n.path for e in edits for n in e.new}
     gone = [p for p in old if p and (p not in new or p in replaced)]
     top_gone = [p for p in gone if not any(p.startswith(g + ".") for g in gone)]
-    added = [p for p in new if p and p not in old]
+    added = [
+        p for p in new
+        if p and p not in old and not any(p.startswith(r + ".") for r in replaced if r in old)
+    ]
     top_added = [p for p in added if not any(p.startswith(a + ".") for a in added)]
-    return Patch(before, {p: old[p] for p in top_gone}, tuple(top_added))
+    parents = {_parent(p) for p in (*top_gone, *top_added)}
+    order = {p: tuple(old[p]._modules) for p in parents if p in old}
+    return Patch(before, {p: old[p] for p in top_gone}, tuple(top_added), order)
 
 
 # -- the four kinds ----------------------------------------------------------------------------
@@ -108,7 +122,7 @@ def _replace(root: fx.GraphModule, program: Program, edit: Edit) -> None:
     (site,), (new,) = edit.sites, edit.new
     graph, node = _call(root, edit.graph, site.node)
     _check_single_use(program, site.path)
-    module = _placed(root, new, node, site.stream)
+    module = _placed(root, new, node.args[site.stream])
     node.args = (node.args[site.stream],)
     _mark(node, edit, site.path)
     _check_shape(module, node, new)
@@ -174,9 +188,9 @@ def _parallel(root: fx.GraphModule, program: Program, edit: Edit) -> None:
             node.args = (*node.args[:index], stream, *node.args[index + 1 :])
         else:
             new = next(n for n in edit.new if n.path == path)
+            module = _placed(root, new, stream)
             with graph.inserting_after(position):
                 node = graph.call_module(_local(edit.graph, path), (stream,))
-            module = _placed(root, new, node, 0)
             node.meta["val"] = value(last)
             _check_shape(module, node, new)
             position = node
@@ -194,10 +208,10 @@ def _merge(
 ) -> fx.Node:
     new = edit.new[-1]
     given = (stream, *results) if edit.of_blocks and edit.merge == "sum" else tuple(results)
+    _placed(root, new, stream)
     with graph.inserting_after(after):
         node = graph.call_module(_local(edit.graph, new.path), given)
     node.meta["val"] = value(results[-1])
-    _placed(root, new, node, 0)
     return node
 
 
@@ -216,8 +230,8 @@ def _call(root: fx.GraphModule, path: str, name: str) -> tuple[fx.Graph, fx.Node
     raise KeyError(f"{path}: no node {name}")
 
 
-def _placed(root: fx.GraphModule, new: NewModule, node: fx.Node, stream: int) -> nn.Module:
-    source = node.args[stream]
+def _placed(root: fx.GraphModule, new: NewModule, source: Any) -> nn.Module:
+    """The new operator, in the dtype of the values it will read, in its place in the tree."""
     assert isinstance(source, fx.Node)
     tensor = value(source)
     dtype = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.float32
@@ -298,14 +312,3 @@ def _exists(root: nn.Module, path: str) -> bool:
 
 def _shape(val: Any) -> tuple[int, ...] | None:
     return tuple(size_hint(s) for s in val.shape) if isinstance(val, torch.Tensor) else None
-
-
-def _drop_empty(root: nn.Module) -> None:
-    """Containers that an edit made and undo emptied."""
-    for path, module in reversed(list(root.named_modules())):
-        if path and type(module) is nn.Module and not module._modules and not list(module.parameters()):
-            parent = root.get_submodule(_parent(path))
-            parent._modules.pop(path.rpartition(".")[2])
-
-
-__all__ = ["Patch", "apply", "build", "build_operator", "undo"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from graftc.diagnostics import Diagnostic, GraftError, fail
+from graftc.diagnostics import Diagnostic, GraftError, Span, fail
 from graftc.language.rules import Finetune, Rules
-from graftc.operators.spec import Cost
+from graftc.operators.spec import Cost, InitSource
 from graftc.program.analysis import Analysis, Site
-from graftc.program.cost import parameter_count
+from graftc.program.parts import part_refs
 from graftc.rewrite.claims import check_claims
 from graftc.rewrite.edits import Edit, NewModule, edits_of
 from graftc.rewrite.match import Matches, match
@@ -77,37 +77,57 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
 
 
 def _step(edit: Edit, analysis: Analysis) -> Step:
-    from graftc.program.parts import part_refs
-
     new = Cost(0, 0, 0)
     origins: list[Origin] = []
     for module in edit.new:
         tokens = module.site.facts.get("tokens")
         cost = module.spec.cost(module.arguments, tokens if isinstance(tokens, int) else 1)
         new = _sum(new, cost)
-        parts = tuple(part_refs(analysis, module.site.path))
-        origins += plan_init(
-            module.spec, module.arguments, module.role, clauses_for(edit, module), parts_of(edit, parts),
-            module.path,
-        )
+        origins += _origins(edit, module, analysis)
     if edit.kind == "parallel":  # the branches stay
         return Step(edit, Cost(0, 0, 0), new, tuple(origins), ())
     (site,) = edit.sites
     before = Cost(_int(site, "params"), _int(site, "flops"), 0)
-    return Step(edit, before, new, tuple(origins), _dropped(site, analysis, origins))
+    return Step(edit, before, new, tuple(origins), _dropped(site, analysis))
 
 
-def clauses_for(edit: Edit, module: NewModule) -> tuple[tuple[str | None, Any], ...]:
-    """The rule's init clauses that fill this module: an operator's, never the merge's of another's."""
-    return tuple((i.slot, i.source) for i in edit.rule.inits) if module is edit.new[0] else ()
+def _origins(edit: Edit, module: NewModule, analysis: Analysis) -> list[Origin]:
+    """Where each parameter comes from, by its name in the student."""
+    clause = init_clause(edit, module)
+    found = plan_init(
+        module.spec,
+        module.arguments,
+        module.role,
+        clause.sources,
+        {name: part_refs(analysis, s.path) for name, s in edit.match.bindings.items()},
+        module.path,
+        binding=clause.binding,
+        spans=clause.spans,
+    )
+    return [replace(o, parameter=f"{module.path}.{o.parameter}") for o in found]
 
 
-def parts_of(edit: Edit, parts: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
-    """Names of parts by binding; the spec's own sources call the site `site`."""
-    return {name: parts for name in ("site", *edit.match.bindings)}
+@dataclass(frozen=True)
+class InitClause:
+    """A rule's init clause for one new module: (slot, source), and the name its default sources mean."""
+
+    sources: tuple[tuple[str | None, InitSource], ...]
+    spans: Mapping[str | None, Span]
+    binding: str
 
 
-def _dropped(site: Site, analysis: Analysis, origins: list[Origin]) -> tuple[str, ...]:
+def init_clause(edit: Edit, module: NewModule) -> InitClause:
+    """The clause fills the rule's operator; a merge beside one keeps its own default."""
+    name = next((n for n, s in edit.match.bindings.items() if s is module.site), "site")
+    if module is not edit.new[0]:
+        return InitClause((), {}, name)
+    inits = edit.rule.inits
+    return InitClause(
+        tuple((i.slot, i.source) for i in inits), {i.slot: i.span for i in inits}, name
+    )
+
+
+def _dropped(site: Site, analysis: Analysis) -> tuple[str, ...]:
     """Teacher parameters that the student no longer has."""
     module = analysis.program.root.get_submodule(site.path)
     return tuple(f"{site.path}.{n}" for n, _ in module.named_parameters())
@@ -156,7 +176,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
             "after_featuriser": step.after.featuriser_flops,
         },
         "weights": [
-            {"parameter": o.parameter, "from": o.description, "pending": o.pending} for o in step.origins
+            {"parameter": o.parameter, "from": o.text, "pending": o.pending} for o in step.origins
         ],
         "dropped": list(step.dropped),
     }

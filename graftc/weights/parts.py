@@ -39,5 +39,3 @@ class Heads:
         2
         """
         return self.kv_heads if part in ("k", "v") else self.heads
-
-

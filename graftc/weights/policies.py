@@ -30,7 +30,6 @@ def bias_of(source: Affine) -> Tensor:
     return source.bias
 
 
-
 def concat(sources: Sequence[Affine]) -> Affine:
     """The maps' outputs one after the other: their rows stacked.
 
@@ -51,6 +50,16 @@ def rows(source: Affine, start: int, stop: int) -> Affine:
     """
     bias = None if source.bias is None else source.bias[start:stop]
     return Affine(source.weight[start:stop], bias)
+
+
+def columns(source: Affine, start: int, stop: int) -> Affine:
+    """The inputs `start` to `stop`, end excluded.
+
+    >>> columns(Affine(torch.eye(2)), 1, 2).weight
+    tensor([[0.],
+            [1.]])
+    """
+    return Affine(source.weight[:, start:stop], source.bias)
 
 
 def permute(source: Affine, order: Tensor) -> Affine:

@@ -77,10 +77,15 @@ def solve_least_squares(
     finally:
         handle.remove()
     bias: Tensor | None = linear.bias
-    before = equations.relative_error(linear.weight, bias)
+    before = _error(equations, linear)
     weight, offset = equations.solve(ridge, bias=bias is not None)
     with torch.no_grad():
         linear.weight.copy_(weight)
         if bias is not None:
             bias.copy_(offset)
-    return Solved(before, equations.relative_error(linear.weight, bias), equations.rows)
+    return Solved(before, _error(equations, linear), equations.rows)
+
+
+def _error(equations: NormalEquations, linear: nn.Linear) -> float:
+    bias: Tensor | None = linear.bias
+    return equations.relative_error(linear.weight.detach(), None if bias is None else bias.detach())

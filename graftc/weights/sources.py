@@ -1,8 +1,9 @@
 """Reading the sources of an `init` clause or of a spec: what they say, and what they give.
 
 The policies, with `x`, `y` for sources (a part `a.q`, or another policy):
-`concat(x, y, …)`, `rows(x, start, stop)` (also `slice`), `mean_pool(a.k, groups = n)`,
-`repeat(a.k, times = n)`, `product(x, y)`, `identity`, `zero`, `random(seed)`, `least_squares`;
+`copy(x)`, `concat(x, y, …)`, `rows(x, first = i, last = j)` and `slice` (columns; both ends in),
+`mean_pool(a.k, groups = n)`, `repeat(a.k, times = n)`, `product(x, y)` (x after y), `identity`,
+`zero`, `random(seed)`, `least_squares`;
 for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; in specs only `argument(name)`,
 `constant(name)`, `mean_of_branches`, `sum_of_branches`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -24,8 +26,8 @@ from graftc.weights.parts import Affine, Heads, SiteParts
 _PER_HEAD = ("mean_pool", "repeat")
 WHOLE_POLICIES = ("resize", "keep_top")
 POLICIES = (
-    *("concat", "rows", "slice", "mean_pool", "repeat", "product", "identity", "zero", "random"),
-    *("least_squares", "argument", "constant", "mean_of_branches", "sum_of_branches"),
+    *("copy", "concat", "rows", "slice", "mean_pool", "repeat", "product", "identity", "zero"),
+    *("random", "least_squares", "argument", "constant", "mean_of_branches", "sum_of_branches"),
     *WHOLE_POLICIES,
 )
 
@@ -43,7 +45,7 @@ class Context:
     seed: int
     span: Span | None = None
 
-    def refuse(self, code: str, message: str, help: str | None = None) -> None:
+    def refuse(self, code: str, message: str, help: str | None = None) -> NoReturn:
         fail(code, message, span=self.span, site=self.path, help=help)
 
     def name(self, site: str) -> str:
@@ -174,7 +176,7 @@ def _part(source: Part, context: Context, repeats: bool) -> Affine:
     return found
 
 
-def missing_part(binding: str, name: str, available: tuple[str, ...], context: Context) -> Affine:
+def missing_part(binding: str, name: str, available: tuple[str, ...], context: Context) -> NoReturn:
     """G403: the site has no such part."""
     near = nearest(name, available)
     fail(
@@ -226,6 +228,7 @@ def _apply(
 ) -> Affine:
     name = source.policy
     simple: dict[str, Callable[[], Affine]] = {
+        "copy": lambda: policies.copy(inner[0]),
         "concat": lambda: policies.concat(inner),
         "product": lambda: policies.product(inner[0], inner[1]),
         "zero": lambda: _filled(submodule, 0.0),
@@ -238,11 +241,13 @@ def _apply(
     if name in simple:
         return simple[name]()
     if name in ("rows", "slice"):
-        start = _whole_number(context, source, "start", 1)
-        stop = _whole_number(context, source, "stop", 2)
-        if not 0 <= start < stop <= inner[0].weight.shape[0]:
-            raise ValueError(f"rows {start} to {stop} of {inner[0].weight.shape[0]}")
-        return policies.rows(inner[0], start, stop)
+        first = _whole_number(context, source, "first", 1)
+        last = _whole_number(context, source, "last", 2)
+        length = inner[0].weight.shape[0 if name == "rows" else 1]
+        if not 0 <= first <= last < length:
+            raise ValueError(f"{first} to {last} of {length}, counted from 0")
+        cut = policies.rows if name == "rows" else policies.columns
+        return cut(inner[0], first, last + 1)
     if name == "random":
         seeded = bool(source.args) or "seed" in source.options
         seed = _whole_number(context, source, "seed", 0) if seeded else context.seed
@@ -253,7 +258,7 @@ def _apply(
     unknown_policy(name, context)
 
 
-def unknown_policy(name: str, context: Context) -> Affine:
+def unknown_policy(name: str, context: Context) -> NoReturn:
     """G405: no policy of this name gives a slot its weights."""
     near = nearest(name, POLICIES)
     fail(
@@ -300,7 +305,9 @@ def _resized(
         context.refuse("G404", f"`{binding}` is gated, and `{context.operator}` is not")
     by = _constant(source.options.get("by", Const("magnitude")))
     if by != "magnitude":
-        context.refuse("G405", f"`{source.policy}` cannot choose by `{by}`", "write `by = magnitude`")
+        context.refuse(
+            "G405", f"`{source.policy}` cannot choose by `{by}`", "write `by = magnitude`"
+        )
     mlp = {name: parts[name] for name in slots}
     width = slots["up"][1].get_parameter("weight").shape[0]
     have = mlp["up"].weight.shape[0]
@@ -321,6 +328,8 @@ def _resized(
     device = mlp["up"].weight
     return policies.widen(
         mlp,
-        {n: Affine(m.weight.to(device), None if m.bias is None else m.bias.to(device))
-         for n, m in made.items()},
+        {
+            n: Affine(m.weight.to(device), None if m.bias is None else m.bias.to(device))
+            for n, m in made.items()
+        },
     )

@@ -16,7 +16,7 @@ _BRANCHES = Arg("branches", "int", required=True, minimum=2, doc="how many run i
 
 
 def _sum_cost(arguments: Arguments, tokens: int) -> Cost:
-    return Cost(0, tokens * integer(arguments, "dim") * (integer(arguments, "branches") - 1), 0)
+    return Cost(0, 0, 0)  # additions on the residual stream are counted nowhere
 
 
 def _linear_cost(arguments: Arguments, tokens: int) -> Cost:
@@ -25,7 +25,7 @@ def _linear_cost(arguments: Arguments, tokens: int) -> Cost:
 
 
 def _lerp_cost(arguments: Arguments, tokens: int) -> Cost:
-    return Cost(1, 3 * tokens * integer(arguments, "dim"), 0)
+    return Cost(1, 0, 0)
 
 
 _LERP = {"factor": Apply("constant", (Const("start"),))}
@@ -33,7 +33,7 @@ _LERP = {"factor": Apply("constant", (Const("start"),))}
 MERGES = {
     "sum": OperatorSpec(
         name="sum",
-        module="graftc.operators.parallel:SumMerge",
+        module="graftc.operators.parallel:SumMerge",  # of blocks: BlockSumMerge
         summary="sites add; blocks give x + Σ (rᵢ(x) − x)",
         roles=(BLOCK, SITE_BRANCH),
         mixes="nothing",

@@ -17,7 +17,7 @@ from graftc.operators.spec import (
 )
 from graftc.operators.specs._common import DIM, MLP, integer, number
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu_squared", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu_squared", "quick_gelu", "tanh", "sigmoid")
 
 
 def hidden_width(dim: int, ratio: float) -> int:

@@ -1,0 +1,185 @@
+"""Compile: a file and a model become a build. Each step is one function from value to value."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc import __version__
+from graftc.diagnostics import fail
+from graftc.distill.targets import Targets, to_dict
+from graftc.emit.build import Build, write_build
+from graftc.language.check import check
+from graftc.language.rules import Rules
+from graftc.program.analysis import Analysis, Site, analyse
+from graftc.program.capture import capture
+from graftc.program.model import Model, Reference, as_model, load_model
+from graftc.program.parts import PartRef, part_refs
+from graftc.program.program import Program
+from graftc.rewrite.apply import Patch, apply
+from graftc.rewrite.exact import check_exact
+from graftc.rewrite.plan import Plan, init_clause, make_plan, plan_dict
+from graftc.targets import make_targets
+from graftc.weights.initialise import initialise
+from graftc.weights.parts import Affine, Heads
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """Everything that compiling a file on a model gives, in memory.
+
+    >>> import graftc.compiler as c, torch
+    >>> layer = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    >>> model = Model(torch.nn.Sequential(layer(), layer()), {"input": torch.zeros(2, 3, 4)})
+    >>> rules = check('rule wide {\\n match m = mlp in blocks all\\n replace m with mlp(ratio = 4)\\n}')
+    >>> c.compile_model(rules, model).plan.parameters
+    (152, 296)
+    """
+
+    analysis: Analysis
+    plan: Plan
+    student: Program
+    patch: Patch
+    targets: Targets
+    checks: tuple[str, ...]
+
+    @property
+    def teacher(self) -> Program:
+        return self.analysis.program
+
+
+def compile_model(rules: Rules, model: Model, seed: int = 0) -> Compiled:
+    """Capture, analyse, plan, apply, initialise, check exact rules. Raises GraftError."""
+    analysis = analyse(capture(model))
+    plan = make_plan(rules, analysis)
+    student, patch = apply(analysis.program, plan.edits)
+    initialise_new(plan, analysis, student, seed)
+    checks = check_exact(plan, analysis, model, lambda p, s: initialise_new(p, analysis, s, seed))
+    return Compiled(analysis, plan, student, patch, make_targets(plan, analysis.program), checks)
+
+
+def initialise_new(plan: Plan, analysis: Analysis, student: Program, seed: int) -> None:
+    """Give every new operator its first weights, in place, from the teacher's parts."""
+    for edit in plan.edits:
+        for module in edit.new:
+            clause = init_clause(edit, module)
+            bound = edit.match.bindings
+            initialise(
+                student.module(module.path),
+                module.spec,
+                module.arguments,
+                module.role,
+                clause.sources,
+                parts={n: _parts(analysis, s) for n, s in bound.items()},
+                heads={n: h for n, s in bound.items() if (h := _heads(s)) is not None},
+                path=module.path,
+                binding=clause.binding,
+                seed=seed,
+                spans=clause.spans,
+            )
+
+
+def _parts(analysis: Analysis, site: Site) -> Mapping[str, Affine]:
+    """The affine parts of a site; what is not affine is absent, and asking for it is an error there."""
+    refs = part_refs(analysis, site.path)
+    return {
+        name: Affine(*ref.tensors(analysis.program)) for name, ref in refs.items() if isinstance(ref, PartRef)
+    }
+
+
+def _heads(site: Site) -> Heads | None:
+    values = [site.facts.get(n) for n in ("heads", "kv_heads", "head_dim")]
+    if all(isinstance(v, int) for v in values):
+        return Heads(*values)  # type: ignore[arg-type]
+    return None
+
+
+def compile_build(
+    file: Path,
+    model: str | Model,
+    output: Path,
+    *,
+    data: Any,
+    task: Any,
+    overrides: Mapping[str, str],
+    seed: int,
+    copy_teacher: bool,
+    command: str,
+) -> Build:
+    """Compile and write the build directory; see `graftc.compile`."""
+    rules = check(file, overrides)
+    loaded = load_model(model) if isinstance(model, str) else as_model(model)
+    _check_weights(loaded.module)
+    compiled = compile_model(rules, loaded, seed)
+    targets = compiled.targets
+    if data is not None and any(s.pending for s in targets.sites):
+        targets = _solve(compiled, data, task, loaded, seed)
+    return write_build(
+        output,
+        student=compiled.student,
+        teacher=compiled.teacher,
+        plan=plan_dict(compiled.plan),
+        targets=to_dict(targets),
+        manifest={
+            "versions": _versions(),
+            "command": command,
+            "seed": seed,
+            "rules": {"file": str(file), "read": list(rules.files), "sha256": rules.digest,
+                      "parameters": dict(rules.parameters)},
+            "model": _named(model, "MODEL"),
+            "data": _named(data, "DATA"),
+            "task": task if isinstance(task, str) else None,
+            "task_source": _named(task, "TASK") if isinstance(task, str) and ":" in task else None,
+            "checks": list(compiled.checks),
+        },
+        copy_teacher=copy_teacher or not isinstance(model, str),
+        provenance={n.path: f"{e.rule.name} @ {e.origin}" for e in compiled.plan.edits for n in e.new},
+        model=model if isinstance(model, str) else "",
+        made_by=f"graftc {__version__} from {file.name}",
+    )  # fmt: skip
+
+
+def _check_weights(module: nn.Module) -> None:
+    meta = next((n for n, p in module.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        fail("G206", f"`{meta}` is on the meta device: the model has no weights", site="MODEL",
+             help="load the weights in the MODEL function")
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            fail("G207", f"`{name}` holds values that are not finite", site="MODEL")
+
+
+def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) -> Targets:
+    """First weights that need data, solved on the teacher's activations."""
+    from graftc.distill.pending import solve_pending
+    from graftc.verbs import load_data, load_task
+
+    chosen = load_task(task if task is not None else model.task)
+    if chosen is None:
+        fail("G231", "DATA was given, and no task that draws the model's inputs from it", site="-d",
+             help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)")
+    return solve_pending(
+        compiled.targets, compiled.teacher.root, compiled.student.root, load_data(data), chosen, seed=seed
+    )
+
+
+def _named(what: Any, kind: str) -> dict[str, str] | None:
+    if not isinstance(what, str):
+        return None
+    return {"reference": what, "sha256": Reference(what, kind).source_hash()}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "graftc": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{p: metadata.version(p) for p in ("lark", "networkx", "safetensors", "onnx", "onnxscript")},
+    }

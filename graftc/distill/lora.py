@@ -1,0 +1,42 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through peft, merged at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graftc.diagnostics import Diagnostic, NotRunError, fail
+from graftc.distill.targets import Lora
+
+
+def inject(module: nn.Module, lora: Lora) -> list[str]:
+    """Put an adapter on every linear layer, in place; returns the names of the adapters' parameters.
+
+    Raises NotRunError (G548) where peft is not installed, GraftError where there is no linear layer.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        text = "LoRA needs peft, which is not installed"
+        raise NotRunError(Diagnostic("G548", text, help="pip install 'graftc[train]'")) from error
+    linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    if not linear:
+        fail("G549", "LoRA finds no linear layer in the model", site=type(module).__name__)
+    config: Any = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=linear, lora_dropout=0.0
+    )
+    peft.inject_adapter_in_model(config, module)
+    return [name for name, _ in module.named_parameters() if ".lora_" in name]
+
+
+def merge(module: nn.Module) -> None:
+    """Add the adapters to the weights and remove them: the module has its plain names again."""
+    for name, layer in list(module.named_modules()):
+        if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
+            adapted: Any = layer
+            adapted.merge()
+            module.set_submodule(name, adapted.get_base_layer())
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if hasattr(module, attribute):
+            delattr(module, attribute)

@@ -1,0 +1,284 @@
+"""Stage 2: end-to-end finetuning on the task's own loss, of a student or of the teacher.
+
+One engine serves both, because a teacher short of convergence gains from any further step: what a
+graft costs is told only against the teacher given the same stage 2.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftc.diagnostics import fail
+from graftc.distill import lora
+from graftc.distill.budget import Plan, stage2_plan
+from graftc.distill.data import Data, Task, open_data
+from graftc.distill.generation import random_of
+from graftc.distill.inputs import check_inputs
+from graftc.distill.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm, named
+from graftc.distill.run import Progress, Run
+from graftc.distill.stage1 import Saver, silent, under
+from graftc.distill.targets import Lora, ModelInput, Stage2
+
+PHASE = "stage2"
+_HOPELESS = 20
+_VALIDATIONS = 8
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What stage 2 measured. Losses are the task's, over the held-out samples, with fixed noise.
+
+    The module holds the averaged (EMA) weights; `loss_raw` is the loss of the last ones.
+    """
+
+    steps: int
+    skipped_steps: int
+    loss_start: float
+    loss_raw: float
+    loss_end: float
+    seconds: float
+    curve: tuple[tuple[int, float], ...] = field(default=())
+
+
+def finetune_module(
+    module: nn.Module,
+    task: Task,
+    data: Any,
+    *,
+    stage2: Stage2 | None = None,
+    inserted: Sequence[str] = (),
+    inputs: Sequence[ModelInput] = (),
+    seed: int = 0,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    validation: Any = None,
+    device: str = "cpu",
+    run: Run | None = None,
+    checkpoint_every: int | None = None,
+    progress: Progress | None = None,
+) -> Finetuned:
+    """Train `module` in place on `task.loss`; it ends with the EMA weights, in its own mode.
+
+    `stage2` gives the terms (`train` "inserted": only parameters under the prefixes `inserted`);
+    `steps`, `batch` and `lr` override it. The rate rises over `warmup` steps (at most a tenth of
+    all), stays, and halves at each of `halve_lr_at`. The average's decay is min(ema, (1+s)/(10+s))
+    at step s, so that a short run does not average in its first weights. Steps without a finite
+    gradient are skipped and counted; 20 in a row are an error (G545). With `run`, checkpoints go
+    there, and one that is there is resumed.
+
+    >>> class Half:
+    ...     def prepare(self, sample, generator):
+    ...         return Ready({"input": sample["x"]})
+    ...     def loss(self, outputs, prepared):
+    ...         return (outputs - prepared.inputs["input"] / 2).square().mean()
+    >>> @dataclass
+    ... class Ready:
+    ...     inputs: dict
+    ...     def to(self, device):
+    ...         return self
+    >>> data = [{"x": torch.full((1,), i / 10)} for i in range(20)]
+    >>> done = finetune_module(nn.Linear(1, 1), Half(), data, steps=60, lr=0.05)
+    >>> done.loss_end < done.loss_start
+    True
+    """
+    terms = stage2 or Stage2()
+    source = open_data(
+        data, seed=seed, fraction=terms.data, samples=terms.samples, validation=validation
+    )
+    plan = stage2_plan(terms, source.size, steps=steps, batch=batch, lr=lr)
+    was_training = module.training
+    adapted = isinstance(terms.train, Lora)
+    if isinstance(terms.train, Lora):
+        with random_of(seed, "lora"):
+            names = lora.inject(module, terms.train)
+    else:
+        names = [
+            n
+            for n, _ in named(module.named_parameters())
+            if terms.train == "all" or any(p in ("", n) or n.startswith(p + ".") for p in inserted)
+        ]
+    if not names:
+        fail("G542", "stage 2 has no parameter to train", site="stage2.train",
+             wanted=", ".join(inserted) or "inserted modules", found="none of them in the model")  # fmt: skip
+    engine = _Stage2(
+        module.to(device), task, source, terms, plan, names, inputs, seed, device, run
+    )
+    before = {p: p.requires_grad for p in module.parameters()}
+    try:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in engine.parameters)
+        result = engine.run_all(Saver(checkpoint_every), progress or silent)
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+        module.train(was_training)
+    if adapted:
+        lora.merge(module)
+        module.requires_grad_(True)
+        module.train(was_training)
+    return result
+
+
+@dataclass
+class _State:
+    step: int = 0
+    skipped: int = 0
+    loss_start: float = math.nan
+    seconds: float = 0.0
+    curve: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+
+
+class _Stage2:
+    """A run of stage 2 in progress."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task: Task,
+        data: Data,
+        terms: Stage2,
+        plan: Plan,
+        names: Sequence[str],
+        inputs: Sequence[ModelInput],
+        seed: int,
+        device: str,
+        run: Run | None,
+    ) -> None:
+        self.module, self.task, self.data, self.plan = module, task, data, plan
+        self.terms, self.inputs, self.seed, self.device = terms, inputs, seed, device
+        self.run = run
+        everything = dict(named(module.named_parameters()))
+        self.parameters = {name: everything[name] for name in names}
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.state = _State()
+        warmup = min(terms.warmup, max(1, plan.steps // 10))
+        schedule = Schedule(plan.steps, warmup, "constant", terms.halve_lr_at)
+        self.optimiser = Optimiser("adamw", [Group("model", self.parameters, plan.lr, schedule)])
+        self.started = time.monotonic()
+
+    def run_all(self, saver: Saver, progress: Progress) -> Finetuned:
+        self._load()
+        if self.state.step == 0:
+            self.state.loss_start = self.validate()
+            self._log(event="start", steps=self.plan.steps, batch=self.plan.batch,
+                      lr=self.plan.lr, samples=self.data.size, parameters=len(self.parameters),
+                      held_out=len(self.data.held_out), loss=self.state.loss_start)  # fmt: skip
+        total, in_a_row = self.plan.steps, 0
+        every = max(1, -(-total // _VALIDATIONS))
+        for step in range(self.state.step, total):
+            loss, norm, good = self._step(step)
+            in_a_row = 0 if good else in_a_row + 1
+            if in_a_row >= _HOPELESS:
+                fail("G545", f"stage 2 gave no finite gradient in {_HOPELESS} steps", site="stage 2",
+                     found=f"loss {loss} at step {step}",
+                     help="lower `lr`; the last checkpoint is whole")  # fmt: skip
+            done = self.state.step = step + 1
+            values = {"loss": loss, "norm": norm}
+            if done % every == 0 and done < total:
+                values["held_out"] = self.validate()
+                self.state.curve.append((done, values["held_out"]))
+            if done % max(1, total // 200) == 0 or done % every == 0 or done == total:
+                self._log(event="step", step=done, **values)
+            if done < total and saver.due(done):
+                self._save()
+            progress("finetune", done, total, values)
+        raw = self.validate()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.ema[name])
+        end = self.validate()
+        self._log(event="finished", loss_raw=raw, loss=end, skipped_steps=self.state.skipped)
+        curve = ((0, self.state.loss_start), *self.state.curve, (total, raw))
+        return Finetuned(
+            total, self.state.skipped, self.state.loss_start, raw, end,
+            round(self._elapsed(), 2), curve,
+        )  # fmt: skip
+
+    def _step(self, step: int) -> tuple[float, float, bool]:
+        self.module.train()
+        prepared = self._checked(
+            self.data.prepared(self.task, step, self.plan.batch, PHASE), f"step {step}"
+        )
+        self.optimiser.zero()
+        with random_of(self.seed, PHASE, step):
+            loss = self.task.loss(self.module(**prepared.inputs), prepared)
+            loss.backward()
+        parameters = list(self.parameters.values())
+        value, norm = torch.stack([loss.detach().float(), gradient_norm(parameters)]).tolist()
+        good = clip_or_drop(parameters, norm + 0 * value, self.terms.clip)
+        if good:
+            self.optimiser.step(step)
+        else:
+            self.state.skipped += 1
+        decay = min(self.terms.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.values()), parameters, 1 - decay)
+        return value, norm, good
+
+    def validate(self) -> float:
+        """The task's mean loss over the held-out samples, always with the same noise."""
+        self.module.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for i, made in enumerate(self.data.validation(self.task, self.plan.batch)):
+                prepared = self._checked(made, f"held-out batch {i}")
+                size = len(next(iter(prepared.inputs.values())))
+                loss = self.task.loss(self.module(**prepared.inputs), prepared)
+                total, count = total + float(loss) * size, count + size
+        return total / count
+
+    def _checked(self, prepared: Any, where: str) -> Any:
+        check_inputs(prepared.inputs, self.inputs, where)
+        return prepared.to(self.device)
+
+    def _elapsed(self) -> float:
+        return self.state.seconds + time.monotonic() - self.started
+
+    def _log(self, **values: Any) -> None:
+        if self.run is not None:
+            self.run.log(**values)
+
+    def _save(self) -> None:
+        if self.run is None:
+            return
+        tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.parameters.items()}
+        tensors.update({f"model.{n}": b for n, b in self.module.named_buffers()})
+        tensors.update({f"ema.{n}": value for n, value in self.ema.items()})
+        tensors.update({f"optimiser.{n}": value for n, value in self.optimiser.state().items()})
+        facts = {"state": {**vars(self.state), "seconds": self._elapsed()}}
+        self.run.save(tensors, facts)
+
+    def _load(self) -> None:
+        found = self.run.load() if self.run is not None else None
+        if found is None:
+            return
+        tensors, facts = found
+        ours: dict[str, Tensor] = {**self.parameters, **dict(self.module.named_buffers())}
+        with torch.no_grad():
+            for name, value in under(tensors, "model.").items():
+                ours[name].copy_(value)
+            for name, value in under(tensors, "ema.").items():
+                self.ema[name].copy_(value)
+        self.optimiser.load(under(tensors, "optimiser."))
+        curve = [(int(s), float(x)) for s, x in facts["state"]["curve"]]
+        self.state = _State(**{**facts["state"], "curve": curve})
+
+
+def terms_of(stage2: Stage2, changes: Mapping[str, Any]) -> Stage2:
+    """`stage2` with what the caller overrides; None leaves a term as it is.
+
+    >>> terms_of(Stage2(), {"ema": 0.9, "clip": None}).ema
+    0.9
+    """
+    return replace(stage2, **{k: v for k, v in changes.items() if v is not None})
+
+
+Which = Literal["student", "teacher"]

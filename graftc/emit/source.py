@@ -1,0 +1,314 @@
+"""A Program as one Python file that reads like a person's and needs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graftc.emit.classes import Class, Tree, build_tree
+from graftc.emit.containers import list_members
+from graftc.emit.forward import Access, Forward, Hints, forward
+from graftc.emit.names import Style, clean, stream_name
+from graftc.emit.standalone import CALL, CHECK, LOAD
+from graftc.emit.wrap import quoted, wrap
+from graftc.program.program import Program, join, value
+
+
+def source(
+    program: Program, *, provenance: Mapping[str, str] | None = None, made_by: str = ""
+) -> str:
+    """The text of `model.py`.
+
+    `provenance`: module path → what to say of it in a comment (`hyena @ dit.graft:5`). `made_by` is one
+    line for the head of the file. Classes, their order and all names depend on the Program alone.
+    Raises GraftError for an operator that is not torch's, or a module that cannot be built again.
+
+    >>> import torch; from graftc.program.capture import capture; from graftc.program.model import Model
+    >>> program = capture(Model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), {"input": torch.zeros(2, 4)}))
+    >>> print(source(program).split("class ")[1].split("INPUTS")[0].strip()[:24])
+    Model(nn.Module):
+    """
+    tree = build_tree(program)
+    style = _style(program)
+    forwards = _forwards(tree, style)
+    root = tree.class_of(program.root)
+    assert root is not None
+    out: list[str] = []
+    for text in tree.foreign.sources.values():
+        out += ["", "", text]
+    for name, cls in tree.classes.items():
+        if cls is root and program.outputs.kind == "named" and _named(program):
+            out += ["", "", *_output_class(program)]
+        out += ["", "", *_class(tree, cls, forwards.get(name), provenance or {}, style, cls is root)]
+    facts = program.facts
+    check = CHECK.format(
+        inputs=_wrapped_literal({p.name: p.shape for p in program.inputs}, "INPUTS: dict[str, tuple[int | str, ...]] = "),
+        absent=quoted(repr(tuple(facts.absent))),
+        constants=quoted(repr(dict(facts.constants))),
+    )
+    load = LOAD.format(root=root.name, mode=facts.mode)
+    body = "\n".join(out)
+    return f"{_head(program, tree, root, made_by, body)}{body}\n\n{check}\n{load}"
+
+
+def _wrapped_literal(value_: Any, before: str) -> str:
+    return "\n".join(wrap(before + quoted(repr(value_)))).removeprefix(before)
+
+
+def _head(program: Program, tree: Tree, root: Class, made_by: str, body: str) -> str:
+    facts = program.facts
+    original = program.classes.get("", "")
+    dynamic = ", ".join(facts.dynamic) or "nothing"
+    what = f"{root.name}, from {original}" if original else root.name
+    lines = [
+        f'"""{what}.', "",
+        *([made_by] if made_by else []),
+        f"Captured in {facts.mode} mode at {facts.dtype}; {dynamic} may vary from call to call.",
+        *[f"Note: {note}" for note in facts.notes],
+        "It needs torch, and safetensors to load its weights: `model = load()`.", '"""', "",
+        "from __future__ import annotations", "",
+    ]  # fmt: skip
+    imports = sorted(tree.foreign.imports - {"import torch", "import math"})
+    standard = [i for i in imports if "torch" not in i]
+    if "math." in body or "import math" in tree.foreign.imports:
+        standard.append("import math")
+    if program.outputs.kind == "named":
+        standard.append("from collections import namedtuple")
+    standard += ["from pathlib import Path", "from typing import Any"]
+    lines += sorted(standard, key=lambda s: (s.startswith("from"), s))
+    lines += ["", "import torch"]
+    lines += [i for i in imports if "torch" in i]
+    if "F." in body:
+        lines.append("import torch.nn.functional as F")
+    lines.append("from torch import Tensor, nn")
+    return "\n".join(lines) + "\n"
+
+
+def _style(program: Program) -> Style:
+    inputs = tuple(p.name for p in program.inputs)
+    sizes: dict[str, str] = {}
+    for node in program.root.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        port = next((p for p in program.inputs if p.name == str(node.target)), None)
+        shape = getattr(value(node), "shape", ())
+        for size, name in zip(shape, port.shape if port else (), strict=False):
+            if isinstance(name, str):
+                sizes[str(size)] = clean(name)
+    return Style(stream_name(inputs), frozenset(inputs), sizes)
+
+
+def _forwards(tree: Tree, style: Style) -> dict[str, Forward]:
+    """Each class's forward, callers first, so that a name is handed down to the callee."""
+    made: dict[str, Forward] = {}
+    root = tree.class_of(tree.program.root)
+    assert root is not None
+
+    def visit(cls: Class, hints: Hints) -> None:
+        if cls.name in made or not isinstance(cls.module, fx.GraphModule):
+            return
+        result = _result(tree.program) if cls is root else None
+        access = _access(tree, cls.module)
+        made[cls.name] = forward(cls.module.graph, access, style, hints, cls.path, result)
+        for target, child_hints in made[cls.name].children.items():
+            descend(cls.module.get_submodule(target), child_hints)
+
+    def descend(module: nn.Module, hints: Hints) -> None:
+        child = tree.class_of(module)
+        if child is not None:
+            visit(child, hints)
+        elif isinstance(module, fx.GraphModule):  # a chain: its members read what it reads
+            first, *rest = [m for _, m in module.named_children()] or [module]
+            descend(first, hints) if first is not module else None
+            for other in rest:
+                descend(other, Hints(("x",)))
+
+    visit(root, Hints())
+    for cls in tree.classes.values():  # called by no graph that is printed
+        visit(cls, Hints(("x",) * 8))
+    return made
+
+
+def _access(tree: Tree, owner: fx.GraphModule) -> Access:
+    paths = {
+        str(n.target): tree.access(owner, str(n.target))
+        for n in owner.graph.nodes if n.op in ("call_module", "get_attr")
+    }  # fmt: skip
+    for path, module in owner.named_modules(remove_duplicate=False):
+        if path and tree.kinds.get(id(module)) in ("list", "dict"):
+            paths[path] = tree.access(owner, path)
+
+    def members(path: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in list_members(owner.get_submodule(path)) if n.isdecimal())
+
+    def keyed(path: str) -> bool:
+        return tree.kinds.get(id(owner.get_submodule(path))) == "dict"
+
+    return Access(paths, members, keyed, _element)
+
+
+def _element(container: str) -> str:
+    """`transformer_blocks` → `block`, `layers` → `layer`: what one member is called."""
+    name = clean(container)
+    for word in ("block", "layer"):
+        if word in name:
+            return word
+    return name[:-1] if name.endswith("s") and len(name) > 3 else "block" if name == "h" else "module"
+
+
+def _result(program: Program) -> Any:
+    def wrap_outputs(values: list[ast.expr]) -> ast.expr:
+        if program.outputs.kind == "tensor" and len(values) == 1:
+            return values[0]
+        if program.outputs.kind == "named" and _named(program, len(values)):
+            pairs = zip(program.outputs.names, values, strict=True)
+            return ast.Call(ast.Name("Output"), [], [ast.keyword(n, v) for n, v in pairs])
+        return ast.Tuple(values)
+
+    return wrap_outputs
+
+
+def _named(program: Program, count: int | None = None) -> bool:
+    returned = next(n for n in reversed(program.root.graph.nodes) if n.op == "output").args[0]
+    found = len(returned) if isinstance(returned, (tuple, list)) else 1
+    return len(program.outputs.names) == (found if count is None else count)
+
+
+def _output_class(program: Program) -> list[str]:
+    names = ", ".join(f'"{n}"' for n in program.outputs.names)
+    return wrap(f'Output = namedtuple("Output", [{names}])')
+
+
+def _class(
+    tree: Tree,
+    cls: Class,
+    made: Forward | None,
+    provenance: Mapping[str, str],
+    style: Style,
+    is_root: bool,
+) -> list[str]:
+    lines = [f"class {cls.name}(nn.Module):"]
+    doc = _doc(tree, cls, style, is_root)
+    init = _init(tree, cls, provenance)
+    if doc:
+        lines += [f'    """{doc}"""']
+    if init:
+        lines += [*([""] if doc else []), "    def __init__(self) -> None:", "        super().__init__()", *init]
+    if is_root:
+        lines += CALL.rstrip().splitlines() if init or doc else CALL.strip("\n").splitlines()
+    if made is not None:
+        parameters = ", ".join(["self", *[f"{p}: Tensor" for p in made.parameters]])
+        returns = _annotation(tree.program, cls, is_root)
+        if len(lines) > 1:
+            lines.append("")
+        lines += wrap(f"def forward({parameters}){returns}:", 4)
+        for line in made.lines:
+            extra = len(line) - len(line.lstrip())
+            lines += wrap(quoted(line.strip()), 8 + extra)
+    elif not init:
+        lines.append("    pass")
+    return lines
+
+
+def _annotation(program: Program, cls: Class, is_root: bool) -> str:
+    if is_root and program.outputs.kind == "named" and _named(program):
+        return " -> Output"
+    assert isinstance(cls.module, fx.GraphModule)
+    returned = next(n for n in reversed(cls.module.graph.nodes) if n.op == "output").args[0]
+    several = isinstance(returned, (tuple, list))
+    if is_root and program.outputs.kind == "tensor":
+        several = False
+    return " -> tuple[Tensor, ...]" if several else " -> Tensor"
+
+
+def _doc(tree: Tree, cls: Class, style: Style, is_root: bool) -> str:
+    """Where a class stands in the model, and the shapes that it was captured with."""
+    where = "" if is_root else f"`{_places(cls.paths)}`"
+    shapes = _shapes(cls.module, style) if isinstance(cls.module, fx.GraphModule) else ""
+    text = ": ".join(t for t in (where, shapes) if t)
+    return f"{text}." if len(text) < 84 else f"{where}." if where and len(where) < 84 else ""
+
+
+def _places(paths: list[str]) -> str:
+    """`blocks.*.attn` for several paths that differ in a number; else the first."""
+    patterns = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", p) for p in paths))
+    if len(paths) == 1:
+        return paths[0]
+    return patterns[0] if len(patterns) == 1 else f"{patterns[0]}` and `{patterns[1]}"
+
+
+def _shapes(module: fx.GraphModule, style: Style) -> str:
+    nodes = list(module.graph.nodes)
+    returned = nodes[-1].args[0]
+    outputs = returned if isinstance(returned, (tuple, list)) else (returned,)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    texts = [[_shape(n, style) for n in side] for side in (inputs, outputs)]
+    if any(t is None for side in texts for t in side):
+        return ""
+    return " -> ".join(", ".join(dict.fromkeys(t for t in side if t)) for side in texts)
+
+
+def _shape(node: Any, style: Style) -> str | None:
+    found = value(node) if isinstance(node, fx.Node) else None
+    if not isinstance(found, torch.Tensor):
+        return None
+    sizes = [str(s) if isinstance(s, int) else style.sizes.get(str(s)) for s in found.shape]
+    return None if None in sizes else f"[{', '.join(s for s in sizes if s)}]"
+
+
+def _init(tree: Tree, cls: Class, provenance: Mapping[str, str]) -> list[str]:
+    lines: list[str] = []
+    module = cls.module
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        options = "" if parameter.requires_grad else ", requires_grad=False"
+        made = f"nn.Parameter({_zeros(parameter)}{options})"
+        set_ = f"self.{name} = {made}" if name.isidentifier() else f'self.register_parameter("{name}", {made})'
+        lines += wrap(set_, 8)
+    for name, buffer in module._buffers.items():
+        if buffer is None:
+            continue
+        options = ", persistent=False" if name in module._non_persistent_buffers_set else ""
+        lines += wrap(f'self.register_buffer("{name}", {_zeros(buffer)}{options})', 8)
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        text = quoted(tree.text[id(child)])
+        set_ = f"self.{name} = {text}" if name.isidentifier() else f'self.add_module("{name}", {text})'
+        comment = _comment(cls, name, child, provenance)
+        wrapped = wrap(set_, 8)
+        if comment and len(wrapped) == 1 and len(wrapped[0]) + len(comment) + 2 <= 96:
+            wrapped = [f"{wrapped[0]}  {comment}"]
+        elif comment:
+            wrapped = [f"        {comment}", *wrapped]
+        lines += wrapped
+    for first, other in tree.ties.get(cls.path, []):
+        left, right = tree.access(module, other), tree.access(module, first)
+        lines += wrap(f"{quoted(ast.unparse(left))} = {quoted(ast.unparse(right))}", 8)
+    return lines
+
+
+def _zeros(tensor: Any) -> str:
+    shape = ", ".join(map(str, tensor.shape))
+    dtype = "" if tensor.is_floating_point() else f", dtype={tensor.dtype}"
+    return f"torch.zeros({shape or '()'}{dtype})"
+
+
+def _comment(cls: Class, name: str, child: nn.Module, provenance: Mapping[str, str]) -> str:
+    """What made this child, in every place where this class stands, each said once."""
+    said: dict[str, None] = {}
+    for path in cls.paths:
+        at = join(path, name)
+        if at in provenance:
+            said[provenance[at]] = None
+        if not isinstance(child, fx.GraphModule):
+            for inner in list(child._modules):
+                if join(at, inner) in provenance:
+                    said[provenance[join(at, inner)]] = None
+    return f"# {'; '.join(said)}" if said else ""

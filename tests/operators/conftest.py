@@ -1,0 +1,67 @@
+"""How every operator is compared with its reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+Reference = Callable[[Weights, Tensor], Tensor]
+LENGTHS = (1, 7, 64, 100)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+@pytest.fixture
+def agrees() -> Callable[..., None]:
+    """`agrees(module, reference)`: outputs and all gradients, at every length and dtype.
+
+    `reference(weights, x)` computes from the definition, in whatever dtype it is given.
+    """
+
+    def check(
+        module: nn.Module, reference: Reference, dim: int, lengths: tuple[int, ...] = LENGTHS
+    ) -> None:
+        torch.manual_seed(0)
+        for length in lengths:
+            for batch in (1, 3) if length == 7 else (2,):
+                _compare(module, reference, torch.randn(batch, length, dim, dtype=torch.float64))
+        for length in (1, 7):
+            x = torch.randn(1, length, dim, dtype=torch.float64, requires_grad=True)
+            assert torch.autograd.gradcheck(module.double(), (x,))
+        assert module(torch.zeros(0, 5, dim).double()).shape == (0, 5, dim)
+
+    return check
+
+
+def _compare(module: nn.Module, reference: Reference, x: Tensor) -> None:
+    module = module.double()
+    weights = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
+    wanted_x = x.clone().requires_grad_()
+    wanted = reference(weights, wanted_x)
+    tangent = torch.randn_like(wanted)
+    wanted_grads = torch.autograd.grad(wanted, [wanted_x, *weights.values()], tangent)
+
+    given_x = x.clone().requires_grad_()
+    given = module(given_x)
+    given_grads = torch.autograd.grad(given, [given_x, *module.parameters()], tangent)
+    assert given.shape == wanted.shape
+    assert _relative(given, wanted) <= 1e-10
+    for name, a, b in zip(["x", *weights], given_grads, wanted_grads, strict=True):
+        assert _relative(a, b) <= 1e-9 or b.norm() < 1e-9, name
+
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
+        with torch.no_grad():
+            low = copy.deepcopy(module).to(dtype)(x.to(dtype))
+            # The reference takes the weights and inputs as they were rounded.
+            rounded = {n: w.to(dtype).double() for n, w in weights.items()}
+            near = reference(rounded, x.to(dtype).double())
+        assert low.dtype == dtype
+        assert _relative(low, near) <= bound, dtype

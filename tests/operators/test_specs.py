@@ -1,0 +1,167 @@
+"""The specs against the modules and against the paper's table 4."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from graftc.operators.build import build, operator_class
+from graftc.operators.spec import SITE, Apply, OfSite, Part
+from graftc.operators.specs import MERGES, SPECS
+from graftc.weights.initialise import plan_init
+
+# DiT-XL/2 at 256 px: 256 tokens, 28 layers.
+DIT = {
+    "dim": 1152,
+    "heads": 16,
+    "kv_heads": 16,
+    "head_dim": 72,
+    "causal": False,
+    "activation": "gelu_tanh",
+    "gated": False,
+}
+TOKENS = 256
+GIVEN = {
+    "sliding_window": {"window": 4},
+    "mlp": {"ratio": 4},
+    "depthwise_conv": {"kernel": 4},
+}
+EVERY = {
+    **SPECS,
+    "merge sum": MERGES["sum"],
+    "merge linear": MERGES["linear"],
+    "merge lerp": MERGES["lerp"],
+}
+
+
+def _arguments(name, **given):
+    spec = EVERY[name]
+    given = {**GIVEN.get(name, {}), **given}
+    arguments = {"branches": 2} if "merge" in name else {}
+    for arg in spec.args:
+        own = DIT[arg.default.fact] if isinstance(arg.default, OfSite) else arg.default
+        arguments[arg.name] = given.get(arg.name, arguments.get(arg.name, own))
+    return {a.name: arguments[a.name] for a in spec.args}
+
+
+def test_specs_need_no_torch():
+    code = "import sys, graftc.operators.specs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("hyena_x", 5_330_304),
+        ("hyena_y", 5_318_784),
+        ("hyena_se", 5_336_064),
+        ("sliding_window", 5_313_024),
+        ("attention", 5_313_024),
+        ("linear_attention", 5_313_024),
+        ("mlp", 10_622_592),
+    ],
+)
+def test_parameter_counts_of_the_paper(name, count):
+    arguments = _arguments(name)
+    with torch.device("meta"):
+        module = build(SPECS[name], arguments)
+    assert sum(p.numel() for p in module.parameters()) == count
+    assert SPECS[name].cost(arguments, TOKENS).params == count
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_cost_counts_the_modules_parameters(name):
+    spec = EVERY[name]
+    small = {"dim": 24, "heads": 6, "kv_heads": 2, "head_dim": 4, "kernel": 3, "gated": True}
+    few = {n: v for n, v in small.items() if spec.arg(n)}
+    for arguments in (_arguments(name), _arguments(name, **few)):
+        with torch.device("meta"):
+            module = build(spec, arguments)
+        assert sum(p.numel() for p in module.parameters()) == spec.cost(arguments, 7).params
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_constructor_takes_the_arguments_of_the_spec(name):
+    spec = EVERY[name]
+    takes = set(inspect.signature(operator_class(spec).__init__).parameters)
+    assert {a.name for a in spec.args} == takes - {"self", "args", "kwargs"}
+    for slot in spec.slots:
+        assert slot.name.isidentifier()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_role_has_defaults_that_leave_no_parameter_out(name):
+    spec = EVERY[name]
+    assert set(spec.inits) == set(spec.roles)
+    for role in spec.roles:
+        for gated in (False, True) if spec.arg("gated") else (False,):
+            plan_init(
+                spec,
+                {**_arguments(name), **({"gated": gated} if spec.arg("gated") else {})},
+                role,
+                path="m",
+            )
+
+
+# Table 4: (operator, arguments, what it replaces) → change in % at 50 %, 75 %, 100 % of the layers.
+TABLE_4 = [
+    ("hyena_se", {}, "attention", "operator", (-49.52, -74.27, -99.03)),
+    ("hyena_se", {}, "attention", "featuriser", (0.13, 0.20, 0.26)),
+    ("hyena_se", {}, "attention", "params", (0.22, 0.33, 0.43)),
+    ("hyena_x", {}, "attention", "operator", (-49.90, -74.85, -99.81)),
+    ("hyena_x", {}, "attention", "featuriser", (0.13, 0.20, 0.26)),
+    ("hyena_x", {}, "attention", "params", (0.16, 0.24, 0.33)),
+    ("hyena_y", {}, "attention", "operator", (-49.52, -74.27, -99.03)),
+    ("hyena_y", {}, "attention", "featuriser", (0, 0, 0)),
+    ("hyena_y", {}, "attention", "params", (0.05, 0.08, 0.11)),
+    ("sliding_window", {"window": 4}, "attention", "operator", (-48.24, -72.36, -96.48)),
+    ("sliding_window", {"window": 4}, "attention", "featuriser", (0, 0, 0)),
+    ("sliding_window", {"window": 4}, "attention", "params", (0, 0, 0)),
+    ("mlp", {"ratio": 3}, "mlp", "operator", (-12.50, -18.75, -25.00)),
+    ("mlp", {"ratio": 3}, "mlp", "params", (-12.50, -18.75, -25.00)),
+    ("mlp", {"ratio": 6}, "mlp", "operator", (25.00, 37.50, 50.00)),
+    ("mlp", {"ratio": 6}, "mlp", "params", (25.00, 37.50, 50.00)),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "old", "column", "cells"), TABLE_4)
+def test_table_4(name, given, old, column, cells):
+    new = SPECS[name].cost(_arguments(name, **given), TOKENS)
+    before = SPECS[old].cost(_arguments(old), TOKENS)
+    pick = {"operator": "operator_flops", "featuriser": "featuriser_flops", "params": "params"}
+    a, b = getattr(new, pick[column]), getattr(before, pick[column])
+    for share, cell in zip((0.5, 0.75, 1.0), cells, strict=True):
+        assert round(100 * share * (a - b) / b, 2) == pytest.approx(cell, abs=0.011)
+
+
+def test_attention_costs_what_the_paper_says():
+    cost = SPECS["attention"].cost(_arguments("attention"), TOKENS)
+    assert (cost.operator_flops, cost.featuriser_flops) == (304_087_040, 2_717_908_992)
+
+
+def test_a_window_wider_than_the_sequence_costs_no_more_than_attention():
+    wide = SPECS["sliding_window"].cost(_arguments("sliding_window", window=500), TOKENS)
+    assert wide == SPECS["attention"].cost(_arguments("attention"), TOKENS)
+
+
+def test_what_is_causal():
+    assert SPECS["hyena_x"].is_causal({"causal": True})
+    assert not SPECS["depthwise_conv"].is_causal({"causal": False})
+    assert SPECS["mlp"].is_causal({}) and SPECS["token_linear"].is_causal({})
+
+
+def test_default_sources_speak_of_the_site_alone():
+    def sites(source):
+        if isinstance(source, Part):
+            return {source.site}
+        if isinstance(source, Apply):
+            return set().union(*(sites(s) for s in (*source.args, *source.options.values())), set())
+        return set()
+
+    for spec in EVERY.values():
+        for sources in spec.inits.values():
+            assert all(sites(s) <= {SITE} for s in sources.values())

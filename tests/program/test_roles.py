@@ -1,0 +1,114 @@
+"""Roles, chains, parts and cost: from dataflow, with no table of architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graftc.program.analysis import Analysis, analyse
+from graftc.program.capture import capture
+from graftc.program.model import Model
+from graftc.program.parts import PartRef, part_refs
+
+
+def roles(analysis: Analysis, role: str) -> list[str]:
+    return [s.path for s in analysis.of_role(role)]
+
+
+def test_dit(dit: Analysis) -> None:
+    assert [(c.name, len(c)) for c in dit.chains] == [("transformer_blocks", 4)]
+    assert roles(dit, "self_attention") == [f"transformer_blocks.{i}.attn1" for i in range(4)]
+    assert roles(dit, "mlp") == [f"transformer_blocks.{i}.ff" for i in range(4)]
+    assert roles(dit, "cross_attention") == []
+
+
+def test_pixart(pixart: Analysis) -> None:
+    assert [(c.name, len(c)) for c in pixart.chains] == [("transformer_blocks", 4)]
+    assert roles(pixart, "self_attention") == [f"transformer_blocks.{i}.attn1" for i in range(4)]
+    assert roles(pixart, "cross_attention") == [f"transformer_blocks.{i}.attn2" for i in range(4)]
+    assert "mask" in pixart.by_path["transformer_blocks.0.attn2"].has
+
+
+def test_digits_facts(digits: Analysis) -> None:
+    site = digits.by_path["blocks.3.attn"]
+    assert {k: site.facts[k] for k in ("dim", "tokens", "heads", "head_dim", "causal")} == {
+        "dim": 64, "tokens": 64, "heads": 4, "head_dim": 16, "causal": False,
+    }  # fmt: skip
+    n, d, h = 64, 64, 4
+    assert site.facts["params"] == 4 * d * d + 4 * d
+    assert site.facts["flops"] == 8 * n * d * d + 4 * n * n * d + 2 * h * n * n
+    mlp = digits.by_path["blocks.3.mlp"]
+    assert (mlp.facts["ratio"], mlp.facts["activation"]) == (4, "gelu_tanh")
+
+
+class Interleaved(nn.Module):
+    """q, k, v interleaved by head in one weight, softmax written out, a permuted output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 2, 3, 4).transpose(1, 2).unbind(3)
+        p = torch.softmax(q @ k.transpose(-2, -1) / 2.0, -1)
+        return self.out((p @ v).transpose(1, 2).reshape(b, n, d))
+
+
+def test_interleaved_projections_are_unpicked() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(Interleaved())
+    x = torch.randn(2, 5, 8)
+    analysis = analyse(capture(Model(module, {"input": x})))
+    assert roles(analysis, "self_attention") == ["0"]
+    refs = part_refs(analysis, "0")
+    net = module[0]
+    assert isinstance(net, Interleaved)
+    wanted = net.qkv(x).view(2, 5, 2, 3, 4)
+    for i, name in enumerate(("q", "k", "v")):
+        ref = refs[name]
+        assert isinstance(ref, PartRef)
+        weight, bias = ref.tensors(analysis.program)
+        assert bias is not None
+        assert torch.allclose(x @ weight.t() + bias, wanted[:, :, :, i].reshape(2, 5, 8), atol=1e-6)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_gated_mlp() -> None:
+    analysis = analyse(capture(Model(nn.Sequential(Gated()), {"input": torch.randn(2, 5, 8)})))
+    assert roles(analysis, "mlp") == ["0"]
+    refs = part_refs(analysis, "0")
+    assert {k: v.weight for k, v in refs.items() if isinstance(v, PartRef)} == {
+        "gate": "0.gate.weight", "up": "0.up.weight", "down": "0.down.weight",
+    }  # fmt: skip
+
+
+def test_timestep_embedder_is_no_mlp(digits: Analysis) -> None:
+    assert all(s.block is not None for s in digits.of_role("mlp"))
+
+
+@pytest.mark.slow
+def test_inspect_at_real_size_within_limits() -> None:
+    """28 layers of DiT-XL/2 on meta: the figures of docs/architecture.md."""
+    from diffusers import DiTTransformer2DModel
+
+    with torch.device("meta"):
+        module = DiTTransformer2DModel().eval()
+        inputs = {
+            "hidden_states": torch.randn(2, 4, 32, 32),
+            "timestep": torch.zeros(2, dtype=torch.long),
+            "class_labels": torch.zeros(2, dtype=torch.long),
+        }
+    analysis = analyse(capture(Model(module, inputs)))
+    assert len(analysis.chains[0]) == 28
+    assert len(roles(analysis, "self_attention")) == len(roles(analysis, "mlp")) == 28
