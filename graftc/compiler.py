@@ -158,14 +158,14 @@ def _check_weights(module: nn.Module) -> None:
 
 def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) -> Targets:
     """First weights that need data, solved on the teacher's activations."""
-    from graftc.distill.pending import solve_pending
+    from graftc.distill.first_weights import solve_first_weights
     from graftc.verbs import load_data, load_task
 
     chosen = load_task(task if task is not None else model.task)
     if chosen is None:
         fail("G231", "DATA was given, and no task that draws the model's inputs from it", site="-d",
              help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)")
-    return solve_pending(
+    return solve_first_weights(
         compiled.targets, compiled.teacher.root, compiled.student.root, load_data(data), chosen, seed=seed
     )
 

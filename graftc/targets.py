@@ -27,8 +27,15 @@ from graftc.rewrite.plan import Plan, Step, after_text
 
 
 def make_targets(plan: Plan, program: Program) -> Targets:
-    """The targets of a plan on the original Program. Edits that are not learned have none."""
-    learned = [s for s in plan.steps if s.edit.rule.contract == "learned" and s.edit.new]
+    """The targets of a plan on the original Program.
+
+    An edit that is not learned has none, unless weights of it wait for data: then it is solved,
+    and not trained.
+    """
+    learned = [
+        s for s in plan.steps
+        if s.edit.new and (_is_learned(s) or any(o.pending for o in s.origins))
+    ]
     return Targets(
         inputs=tuple(ModelInput(p.name, p.shape, p.dtype, p.meaning) for p in program.inputs),
         sites=tuple(_site(s, learned, program) for s in learned),
@@ -58,7 +65,7 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
             )
         ),
         loss=_loss(rule.distill),
-        budget=_budget(rule.distill),
+        budget=_budget(rule.distill) if _is_learned(step) else Budget(steps=0),
         after=tuple(
             other.edit.name
             for other in learned
@@ -69,6 +76,10 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
             )
         ),
     )
+
+
+def _is_learned(step: Step) -> bool:
+    return step.edit.rule.contract == "learned"
 
 
 def _cuts(edit: Edit, program: Program) -> tuple[Cut, Cut]:

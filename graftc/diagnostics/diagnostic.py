@@ -9,6 +9,7 @@ from typing import Literal, NoReturn
 
 from graftc.diagnostics.source import Span
 
+_LONGEST_NAME = 100
 Severity = Literal["error", "warning", "note"]
 
 
@@ -94,5 +95,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     >>> nearest("zzz", ["mlp"]) is None
     True
     """
+    if len(name) > _LONGEST_NAME:
+        return None  # difflib is quadratic, and nobody misspells so much
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return found[0] if found else None

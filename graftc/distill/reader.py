@@ -81,11 +81,11 @@ class Table:
             self.wrong(name, f"`{name}` is negative: {value}")
         return value
 
-    def count(self, name: str) -> int | None:
-        """A whole number from 1 up, or None."""
+    def count(self, name: str, least: int = 1) -> int | None:
+        """A whole number from `least` up, or None."""
         value = self._typed(name, (int,), "a whole number", None)
-        if value is not None and value < 1:
-            self.wrong(name, f"`{name}` must be at least 1, not {value}")
+        if value is not None and value < least:
+            self.wrong(name, f"`{name}` must be at least {least}, not {value}")
         return value
 
     def optional_positive(self, name: str) -> float | None:

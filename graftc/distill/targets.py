@@ -77,7 +77,8 @@ class Loss:
 class Budget:
     """How long a site trains; None leaves it to the engine (`docs/targets.md`, "Budgets").
 
-    `data` is a share of a sized DATA, `samples` a count of distinct samples, `steps` optimiser steps.
+    `data` is a share of a sized DATA, `samples` a count of distinct samples, `steps` optimiser steps;
+    with 0 steps a site's pending weights are solved and nothing is trained.
     """
 
     samples: int | None = None
@@ -295,7 +296,7 @@ def _amounts(table: Table) -> dict[str, Any]:
     return {
         "samples": table.count("samples"),
         "epochs": table.optional_positive("epochs"),
-        "steps": table.count("steps"),
+        "steps": table.count("steps", least=0),
         "batch": table.count("batch"),
         "data": table.fraction("data"),
     }

@@ -34,6 +34,11 @@ class RunInfo:
         return str(self.info.get("stage", ""))
 
     @property
+    def finished(self) -> bool:
+        """Whether the run is done, and trained the student (a baseline may train the teacher)."""
+        return self.info.get("status", "finished") == "finished" and self.weights.is_file()
+
+    @property
     def weights(self) -> Path:
         return self.path / "student.safetensors"
 
@@ -78,12 +83,12 @@ class Build:
     def teacher(
         self, state: State | Callable[[], State | nn.Module] | None = None
     ) -> nn.Module:
-        """The teacher. Weights that the build only links are `state`, or those of its MODEL, called."""
-        link = str(self.config("teacher")["weights"].get("model", ""))
-        if state is None and link:
+        """The teacher. Where the build only links its weights, `state` or else MODEL itself gives them."""
+        linked = self.config("teacher")["weights"].get("model")
+        if state is None and linked:
             from graftc.program.model import load_model
 
-            state = lambda: load_model(link).module  # noqa: E731
+            state = load_model(str(linked)).module
         return load_package(self.path / "teacher", state=state)
 
     def student(self, run: str | None = None) -> nn.Module:
@@ -106,9 +111,9 @@ class Build:
         return [RunInfo(f.parent.name, f.parent, files.read_yaml(f)) for f in folders]
 
     def latest_run(self, stage: str | None = None) -> RunInfo | None:
-        """The last finished run (of a stage): by `run.yaml`'s `finished`, then its name."""
-        done = [r for r in self.runs() if r.weights.is_file() and stage in (None, r.stage)]
-        return max(done, key=lambda r: (str(r.info.get("finished", "")), r.id), default=None)
+        """The last finished run of the student (of a stage): runs are numbered as they start."""
+        done = [r for r in self.runs() if r.finished and stage in (None, r.stage)]
+        return done[-1] if done else None
 
 
 def write_build(

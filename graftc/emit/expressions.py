@@ -281,6 +281,13 @@ def _select(node: fx.Node, given: dict[str, Any], operand: Operand) -> ast.expr 
     return ast.Subscript(operand(given["self"]), _leading(dim, _ndim(given["self"]), at))
 
 
+def _squeeze(node: fx.Node, given: dict[str, Any], operand: Operand) -> ast.expr | None:
+    """A squeeze of a dimension that is not 1 does nothing here, and is an error in ONNX."""
+    value = given["self"].meta.get("val") if isinstance(given["self"], fx.Node) else None
+    size = value.shape[given["dim"]] if isinstance(value, torch.Tensor) and value.ndim else None
+    return operand(given["self"]) if isinstance(size, int) and size != 1 else None
+
+
 def _einsum(node: fx.Node, given: dict[str, Any], operand: Operand) -> ast.expr | None:
     if given.get("path") is not None:
         return None
@@ -312,6 +319,7 @@ _SPECIAL: dict[str, Callable[[fx.Node, dict[str, Any], Operand], ast.expr | None
     "slice.Tensor": _slice,
     "select.int": _select,
     "einsum.default": _einsum,
+    "squeeze.dim": _squeeze,
     "add.Tensor": _sum_with_factor,
     "sub.Tensor": _sum_with_factor,
     "rsub.Scalar": lambda n, g, o: None,

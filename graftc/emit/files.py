@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import yaml
@@ -92,16 +92,21 @@ def whole_file(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def cannot_write(error: OSError, target: Path) -> None:
+def cannot_write(error: OSError, target: Path) -> NoReturn:
     """Raise the GraftError for a write that the system refused."""
     fail("G611", f"cannot write: {error.strerror or error}", site=str(target),
          help="what was there before is unchanged; make room, or write elsewhere")  # fmt: skip
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
-    """A mapping as YAML, keys in the order given."""
-    text = yaml.safe_dump(plain(data), sort_keys=False, allow_unicode=True, width=100)
-    path.write_text(text, encoding="utf-8")
+    """A mapping as YAML, keys in the order given; whole or not at all."""
+    write_text(path, yaml.safe_dump(plain(data), sort_keys=False, allow_unicode=True, width=100))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all. Raises GraftError where it cannot be written."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def write_package(
         "graftc_package": FORMAT,
         **describe(program),
         "weights": {**entry, "ties": ties},
+        "provenance": dict(provenance or {}),
         "versions": versions(),
         **(config or {}),
     }
@@ -67,7 +68,7 @@ def write_package(
         folder.mkdir(parents=True, exist_ok=True)
         if weights == "copy":
             save_state(stored, folder / "model.safetensors")
-        (folder / "model.py").write_text(text, encoding="utf-8")
+        files.write_text(folder / "model.py", text)
         files.write_yaml(folder / "config.yaml", described)
     except OSError as error:
         files.cannot_write(error, folder)

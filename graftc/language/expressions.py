@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NoReturn
 
-from graftc.diagnostics import Note, Span, fail, nearest
+from graftc.diagnostics import Note, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.evaluate import evaluate, shown
 from graftc.language.rules import Expr, Fact, Literal_, Operation
@@ -340,7 +340,9 @@ def _wrong_kind(scope: Scope, node: s.Expr, resolved: Expr, kind: Type, wanted: 
         f"`{node.span.text}` is not {_IN_WORDS[wanted]}",
         span=node.span,
         wanted=_IN_WORDS[wanted],
-        found=_IN_WORDS[kind] if kind != "symbol" else f"the word `{getattr(resolved, 'value', '')}`",
+        found=_IN_WORDS[kind]
+        if kind != "symbol"
+        else f"the word `{getattr(resolved, 'value', '')}`",
         notes=origin(scope, node),
         help=help,
     )

@@ -12,6 +12,8 @@ from graftc.language.parser import parse
 from graftc.language.resources import rules_folder
 
 _MOST_FILES = 100
+_DEEPEST_PATH = 8
+_LONGEST_PATH = 200
 
 
 def read(path: Path, span: Span | None = None) -> Source:
@@ -120,11 +122,11 @@ def _with_note(diagnostic: Diagnostic, note: Note) -> Diagnostic:
 def _shipped(module: s.Path) -> tuple[Path, str | None]:
     root = rules_folder().resolve()
     names = [n.text for n in module.names]
-    path = root.joinpath(*names).with_suffix(".graft")
-    if path.is_file():
+    path = root.joinpath(*names[:_DEEPEST_PATH]).with_suffix(".graft")
+    if len(names) <= _DEEPEST_PATH and len(module.text) < _LONGEST_PATH and path.is_file():
         return path, None
     parent = root.joinpath(*names[:-1]).with_suffix(".graft") if len(names) > 1 else root
-    if len(names) > 2 and parent.is_file():
+    if 2 < len(names) <= _DEEPEST_PATH and len(module.text) < _LONGEST_PATH and parent.is_file():
         return parent, names[-1]
     known = sorted(
         ".".join(p.relative_to(root).with_suffix("").parts) for p in root.rglob("*.graft")
@@ -132,7 +134,7 @@ def _shipped(module: s.Path) -> tuple[Path, str | None]:
     near = nearest(module.text, known)
     fail(
         "G143",
-        f"no rules `{module.text}` ship with graftc",
+        f"no rules `{module.text[:60]}` ship with graftc",
         span=module.span,
         wanted=", ".join(f"`{k}`" for k in known),
         found=f"`{module.text}`",
@@ -143,7 +145,7 @@ def _shipped(module: s.Path) -> tuple[Path, str | None]:
 def _beside(module: s.Text, folder: Path) -> Path:
     text = module.value
     inside = 'a path inside the folder of this file, such as "parts/mixers.graft"'
-    if not text.strip() or "\0" in text or "\\" in text:
+    if not text.strip() or len(text) > _LONGEST_PATH or "\0" in text or "\\" in text:
         fail(
             "G140",
             "this is no path",

@@ -7,25 +7,26 @@ independent mistakes are reported together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 from lark import Lark
-from lark.exceptions import UnexpectedToken
 from lark.lexer import Lexer, PatternStr
+from lark.parsers.lalr_analysis import Shift
 
 from graftc.diagnostics import Diagnostic, GraftError, Source
 from graftc.language import syntax
 from graftc.language.build import Builder
 from graftc.language.resources import grammar_text
 from graftc.language.syntax_errors import ITEM_WORDS, no_value, unexpected
-from graftc.language.tokens import Terminals, Token, lay_out, scan, too_deep
+from graftc.language.tokens import Terminals, Token, lay_out, nested_too_deep, scan
 
 Table = Mapping[int, Mapping[str, tuple[Any, Any]]]
 
 _MOST_ERRORS = 20
+_DEEPEST_STACK = 1000
 
 
 class _NoLexer(Lexer):
@@ -80,28 +81,47 @@ class _Stop(Exception):
     diagnostic: Diagnostic
 
 
+@lru_cache(maxsize=2)
+def _tables(start: str) -> Any:
+    """Lark's tables for a start symbol: `states`, `start_state`, `end_state`, `callbacks`."""
+    lark = cast(Any, grammar().lark)  # Lark's types leave the parser's state open
+    return lark.parse_interactive(start=start).parser_state.parse_conf
+
+
 def _drive(tokens: Sequence[Token], start: str) -> Any:
     """The result of the start symbol. Raises `_Stop`."""
-    lark = cast(Any, grammar().lark)  # Lark's types leave the parser's state open
-    state = lark.parse_interactive(start=start).parser_state
-    table: Table = state.parse_conf.parse_table.states
-    feed: Callable[[Any, bool], Any] = state.feed_token
+    tables = _tables(start)
+    table: Table = tables.states
+    stack: list[int] = [tables.start_state]
+    earlier, before = stack, stack
+    values: list[Any] = []
     at = 0
-    end_state: int = state.parse_conf.end_state
-    earlier: list[int] = []
-    stack: list[int] = state.state_stack.copy()
     try:
-        for at, token in enumerate(tokens):  # noqa: B007 (read where it fails)
-            earlier, stack = stack, state.state_stack.copy()
+        for at, token in enumerate((*tokens, _end(tokens))):
+            earlier, before = before, stack.copy()
+            if len(stack) > _DEEPEST_STACK:
+                raise _Stop(at, nested_too_deep(token.span))
+            kind = token.type
             if token.keyword is not None:
-                token.type = token.keyword if token.keyword in table[stack[-1]] else "NAME"
-            feed(token, False)
-        at = len(tokens)
-        earlier, stack = stack, state.state_stack.copy()
-        return feed(_end(tokens), True)
-    except UnexpectedToken:
-        wanted, wanted_before = (_accepted(table, s, end_state) for s in (stack, earlier))
-        raise _Stop(at, unexpected(tokens, at, wanted, wanted_before, start)) from None
+                kind = token.type = token.keyword if token.keyword in table[stack[-1]] else "NAME"
+            while stack[-1] != tables.end_state:
+                step = table[stack[-1]].get(kind)
+                if step is None:
+                    wanted = _accepted(table, before, tables.end_state)
+                    sooner = _accepted(table, earlier, tables.end_state)
+                    raise _Stop(at, unexpected(tokens, at, wanted, sooner, start))
+                action, target = step
+                if action is Shift:
+                    stack.append(target)
+                    values.append(token)
+                    break
+                size = len(target.expansion)
+                children = values[len(values) - size :]
+                if size:
+                    del stack[-size:], values[-size:]
+                values.append(tables.callbacks[target](children))
+                stack.append(table[stack[-1]][target.origin.name][1])
+        return values[-1]
     except GraftError as error:  # the builder found it nested too deep
         raise _Stop(at, error.diagnostics[0]) from None
 
@@ -119,7 +139,7 @@ def _shifts(table: Table, stack: list[int], terminal: str, end_state: int) -> bo
     states = stack.copy()
     while states[-1] in table and terminal in table[states[-1]]:
         action, target = table[states[-1]][terminal]
-        if str(action) == "Shift":
+        if action is Shift:
             return True
         if target.expansion:
             del states[-len(target.expansion) :]
@@ -137,9 +157,6 @@ def _end(tokens: Sequence[Token]) -> Token:
 def parse_all(source: Source) -> tuple[syntax.Document, list[Diagnostic]]:
     """The items that could be parsed, and every mistake of syntax."""
     raw, errors = scan(source, grammar().terminals)
-    deep = too_deep(raw)
-    if deep is not None:
-        return syntax.Document(source), [*errors, deep]
     spelling_lines = {e.span.line for e in errors if e.span}
     items: list[syntax.Item] = []
     at = 0
@@ -210,9 +227,6 @@ def parse_set_value(source: Source) -> syntax.SetValue:
     """The value of `--set name=value`. Raises GraftError."""
     raw, errors = scan(source, grammar().terminals)
     tokens = lay_out(raw)
-    deep = too_deep(raw)
-    if deep is not None:
-        errors.append(deep)
     if not errors and tokens:
         try:
             return _drive(tokens[:-1], "set_value")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail, nearest
@@ -19,6 +19,7 @@ from graftc.language.scope import DefinedOperator, Log, Scope, Setting, already,
 from graftc.operators.spec import OperatorSpec
 
 _DEEPEST_USE = 20
+_MOST_ERRORS = 50
 
 
 def resolve(
@@ -68,7 +69,7 @@ def resolve(
     errors = log.errors
     if errors:
         found = dict.fromkeys(e for e in errors if e not in earlier)
-        raise GraftError(*earlier, *sorted(found, key=_place))
+        raise GraftError(*_first(*earlier, *sorted(found, key=_place)))
     resolved = tuple(r.rule for r in module.rules if r.rule is not None)
     sources = (document.source, *state.loader.sources.values())
     return Rules(
@@ -88,6 +89,15 @@ def resolve(
 def _place(diagnostic: Diagnostic) -> tuple[str, int]:
     span = diagnostic.span
     return (span.source.name, span.start) if span else ("", 0)
+
+
+def _first(*diagnostics: Diagnostic) -> tuple[Diagnostic, ...]:
+    """As many as somebody reads; the last says how many more there are."""
+    shown, more = diagnostics[:_MOST_ERRORS], len(diagnostics) - _MOST_ERRORS
+    if more <= 0:
+        return shown
+    last = replace(shown[-1], notes=(*shown[-1].notes, Note(f"and {more} more mistakes")))
+    return (*shown[:-1], last)
 
 
 def _notes(rules: Sequence[Rule]) -> list[Diagnostic]:

@@ -17,7 +17,10 @@ from graftc.diagnostics import Diagnostic, Source, Span
 
 LONGEST_TEXT = 1_000_000
 DEEPEST_BRACKETS = 40
+_MOST_TOKENS = 150_000
 _MOST_ERRORS = 20
+_OPENING = frozenset({"LPAR", "LSQB", "LBRACE"})
+_CLOSING = frozenset({"RPAR", "RSQB", "RBRACE"})
 _LARGEST_DIGITS = 15
 
 
@@ -58,13 +61,18 @@ class Terminals:
 
 
 def scan(source: Source, terminals: Terminals) -> tuple[list[Token], list[Diagnostic]]:
-    """Every token, comments and line ends included, and what could not be read."""
+    """Every token, comments and line ends included, and what could not be read.
+
+    Stops at a text or a nesting that is larger than a person writes, before it costs time.
+    """
     text, keywords = source.text, terminals.keywords
     tokens: list[Token] = []
     errors: list[Diagnostic] = []
     if len(text) > LONGEST_TEXT:
-        return [], [_too_long(source)]
-    match, position = terminals.scanner.match, 0
+        return [], [
+            _too_long(source, LONGEST_TEXT, f"{LONGEST_TEXT:,} characters", f"{len(text):,}")
+        ]
+    match, position, depth = terminals.scanner.match, 0, 0
     while position < len(text):
         found = match(text, position)
         if found is None:
@@ -76,21 +84,33 @@ def scan(source: Source, terminals: Terminals) -> tuple[list[Token], list[Diagno
                 break
             continue
         kind, value, end = found.lastgroup or "", found.group(), found.end()
+        if kind in _OPENING:
+            depth += 1
+            if depth > DEEPEST_BRACKETS:
+                return [], [*errors, nested_too_deep(Span(source, position, end))]
+        elif kind in _CLOSING:
+            depth = max(0, depth - 1)
+        elif kind in ("NUMBER", "PERCENT"):
+            too_large = _number_error(source, value, position, end)
+            if too_large is not None:
+                errors.append(too_large)
+                value = "1" if kind == "NUMBER" else "1%"
         if kind != "SPACE":
-            if kind == "NUMBER" or kind == "PERCENT":
-                errors += _number_errors(source, value, position, end)
             tokens.append(Token(kind, value, source, position, end, keywords.get(value)))
         position = end
+        if len(tokens) > _MOST_TOKENS:
+            most = f"{_MOST_TOKENS:,} words and signs"
+            return [], [_too_long(source, position - 1, most, "more")]
     return tokens, errors
 
 
-def _too_long(source: Source) -> Diagnostic:
+def _too_long(source: Source, at: int, most: str, found: str) -> Diagnostic:
     return Diagnostic(
         "G004",
         "the file is too large",
-        span=Span(source, LONGEST_TEXT, LONGEST_TEXT + 1),
-        wanted=f"at most {LONGEST_TEXT:,} characters",
-        found=f"{len(source.text):,}",
+        span=Span(source, at, at + 1),
+        wanted=f"at most {most}",
+        found=found,
         help='split it, and bring the parts together with `use "part.graft"`',
     )
 
@@ -161,19 +181,17 @@ def _run_on(span: Span) -> Diagnostic:
     )
 
 
-def _number_errors(source: Source, value: str, start: int, end: int) -> list[Diagnostic]:
+def _number_error(source: Source, value: str, start: int, end: int) -> Diagnostic | None:
     """A number that no float or no useful integer holds: before int() meets 10 MB of digits."""
     mantissa, _, exponent = value.rstrip("kM%").replace("E", "e").partition("e")
     if len(mantissa.replace(".", "")) <= _LARGEST_DIGITS and abs(int(exponent[:5] or "0")) <= 30:
-        return []
-    return [
-        Diagnostic(
-            "G006",
-            "the number is too large" if len(value) < 40 else f"the number has {len(value)} digits",
-            span=Span(source, start, end),
-            wanted=f"at most {_LARGEST_DIGITS} digits, and an exponent within ±30",
-        )
-    ]
+        return None
+    return Diagnostic(
+        "G006",
+        "the number is too large" if len(value) < 40 else f"the number has {len(value)} digits",
+        span=Span(source, start, end),
+        wanted=f"at most {_LARGEST_DIGITS} digits, and an exponent within ±30",
+    )
 
 
 _CANNOT_END = frozenset(
@@ -265,19 +283,6 @@ def _ends_line(last: Token, following: Token) -> bool:
         or (last.keyword and last.value in _JOINING)
         or (following.keyword and following.value in _JOINING)
     )
-
-
-def too_deep(tokens: Sequence[Token]) -> Diagnostic | None:
-    """A diagnostic at the first bracket that is nested deeper than `DEEPEST_BRACKETS`."""
-    depth = 0
-    for token in tokens:
-        if token.type in ("LPAR", "LSQB", "LBRACE"):
-            depth += 1
-            if depth > DEEPEST_BRACKETS:
-                return nested_too_deep(token.span)
-        elif token.type in ("RPAR", "RSQB", "RBRACE"):
-            depth = max(0, depth - 1)
-    return None
 
 
 def nested_too_deep(span: Span) -> Diagnostic:

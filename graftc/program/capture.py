@@ -8,9 +8,11 @@ under `torch.compile` after an edit).
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graftc.diagnostics import Diagnostic, GraftError, Note
 from graftc.program.dtypes import follow_weights
-from graftc.program.model import Model, user_error
+from graftc.program.model import USER_MODULE, Model, user_error
 from graftc.program.normalise import normalise
 from graftc.program.program import Facts, Outputs, Port, Program, size_hint, value
 
@@ -61,8 +63,7 @@ def capture(model: Model) -> Program:
             notes=tuple(notes),
         ),
         classes={
-            path: f"{type(m).__module__}.{type(m).__qualname__}"
-            for path, m in model.module.named_modules()
+            path: _class_name(type(m)) for path, m in model.module.named_modules()
         },
     )
     return follow_weights(replace(program, root=normalise(program.root)))
@@ -241,6 +242,15 @@ def _field_names(context: Any) -> tuple[str, ...]:
             if found:
                 return found
     return ()
+
+
+def _class_name(cls: type) -> str:
+    """`package.module.Class`; a MODEL file's own classes by the file's name."""
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    if cls.__module__.startswith(USER_MODULE) and file:
+        return f"{Path(file).stem}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _model_dtype(module: nn.Module) -> torch.dtype:

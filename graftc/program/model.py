@@ -18,6 +18,9 @@ from torch import nn
 
 from graftc.diagnostics import Note, fail, nearest
 
+USER_MODULE = "_graftc_user_"
+"""What the names of MODEL, DATA and TASK files begin with among the loaded modules."""
+
 MEANINGS = (
     "noisy_latent",
     "timestep",
@@ -89,7 +92,7 @@ class Reference:
         path = Path(where)
         if not path.is_file():
             fail("G201", f"no such file: {where}", site=self.text)
-        key = f"_graftc_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+        key = f"{USER_MODULE}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
         if key in sys.modules:
             return sys.modules[key]
         spec = importlib.util.spec_from_file_location(key, path)

@@ -79,11 +79,16 @@ def test_hyena_and_pairs() -> None:
     assert indices(hyena, 28) == tuple(range(8, 21))
     assert isinstance(hyena.edit, Replace) and hyena.edit.operator.spec.name == "hyena_x"
     assert arguments(hyena) == {"kernel": 4}
-    assert hyena.distill is not None and hyena.distill.loss == "l1" and hyena.distill.samples == 8000
+    assert (
+        hyena.distill is not None and hyena.distill.loss == "l1" and hyena.distill.samples == 8000
+    )
     assert isinstance(pairs.matches[0], GroupMatch)
     assert pairs.matches[0].bindings == ("first", "second")
     assert isinstance(pairs.edit, Parallel) and pairs.edit.merge == "linear"
-    assert [b.binding for b in pairs.edit.branches if isinstance(b, BranchSite)] == ["first", "second"]
+    assert [b.binding for b in pairs.edit.branches if isinstance(b, BranchSite)] == [
+        "first",
+        "second",
+    ]
     assert rules.finetune is not None
     assert rules.finetune.data_fraction == 0.25 and rules.finetune.warmup == 1000
 
@@ -132,7 +137,10 @@ def test_conv_beside_attention() -> None:
     attention, conv = rule.edit.branches
     assert isinstance(attention, BranchSite) and isinstance(conv, OperatorCall)
     assert conv.spec.name == "depthwise_conv"
-    assert {k: getattr(v, "value", None) for k, v in conv.arguments.items()} == {"kernel": 7, "init": "zero"}
+    assert {k: getattr(v, "value", None) for k, v in conv.arguments.items()} == {
+        "kernel": 7,
+        "init": "zero",
+    }
 
 
 def test_expand_interpolate() -> None:
@@ -191,7 +199,15 @@ def test_what_cannot_be_applied_yet_says_so(name: str, what: str) -> None:
 def test_what_is_known_of_them() -> None:
     assert only("local_2d").matches[0].blocks.chain == "transformer_blocks"  # type: ignore[union-attr]
     assert only("mamba_in_llama").drop == ("rotary",)
-    assert [i.slot for i in only("mamba_in_llama").inits] == ["x", "B", "C", "out_proj", "z", "dt", "conv"]
+    assert [i.slot for i in only("mamba_in_llama").inits] == [
+        "x",
+        "B",
+        "C",
+        "out_proj",
+        "z",
+        "dt",
+        "conv",
+    ]
     assert corpus("lolcats").finetune.train == Lora(8, 16.0)  # type: ignore[union-attr]
     assert only("lolcats").distill.train == "feature_maps"  # type: ignore[union-attr]
     assert site(only("svd_linear")).within == ("mlp",)

@@ -36,7 +36,8 @@ HUGE = {
     "a huge exponent": "set x = 1e99999999999999999999\n",
     "a huge range": RULE.replace("odd", "0..999999999999") + "  remove a\n}\n",
     "a large range": RULE.replace("odd", "{0..99999, 5}") + "  remove a\n}\n",
-    "a huge period": RULE.replace("odd", "1 of every 999999999999 from 999999999999") + "  remove a\n  expect x\n}\n",
+    "a huge period": RULE.replace("odd", "1 of every 999999999999 from 999999999999")
+    + "  remove a\n  expect x\n}\n",
     "null bytes": "rule\0r {}\n" * 100,
     "lone carriage returns": "rule r {\r match a = mlp\r remove a\r}\r",
     "surrogates": "rule \ud800 {}",
@@ -48,10 +49,10 @@ HUGE = {
 @pytest.mark.parametrize("name", HUGE)
 def test_a_diagnostic_soon(name: str) -> None:
     check(fuzz.SEEDS[0])  # the parser is built once a process
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(GraftError) as caught:
         check(Source("a.graft", HUGE[name]))
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     assert all(d.span is not None for d in caught.value.diagnostics)
     assert len(str(caught.value)) < 1_000_000
     assert took < 2.0 if "often" in name else took < 0.6, f"{took:.2f} s"
@@ -59,7 +60,9 @@ def test_a_diagnostic_soon(name: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_line_ends_and_byte_order_marks_do_not_matter(prefix: str, end: str, tmp_path: Path) -> None:
+def test_line_ends_and_byte_order_marks_do_not_matter(
+    prefix: str, end: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.graft"
     for seed in fuzz.SEEDS[:-1]:
         path.write_bytes((prefix + seed.replace("\n", end)).encode())
@@ -83,9 +86,11 @@ def test_any_parameter(value: str) -> None:
 
 
 def test_a_long_file_in_a_few_seconds() -> None:
-    rule = fuzz.SEEDS[0].split("rule ", 1)[1]
-    body = rule[rule.index("{") :]
-    rules = [f"rule r{i} exact {body}" for i in range(10_000 // (body.count("\n") + 1))]
-    begin = time.perf_counter()
+    body = RULE.partition("\n")[2] + "  where tokens(a) >= 64 and dim(a) % 4 == 0\n"
+    body += "  replace a with hyena_x(kernel = 4)\n  init q = a.q, out = least_squares\n"
+    body += "  distill l1, samples = 8k, lr = 1e-3\n  expect 14\n}\n"
+    rules = [f"rule r{i} {{\n{body}" for i in range(1_250)]
+    assert "".join(rules).count("\n") >= 10_000
+    begin = time.process_time()
     check(Source("a.graft", "\n".join(rules)))
-    assert time.perf_counter() - begin < 8.0
+    assert time.process_time() - begin < 8.0

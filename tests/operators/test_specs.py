@@ -134,8 +134,10 @@ def test_table_4(name, given, old, column, cells):
     before = SPECS[old].cost(_arguments(old), TOKENS)
     pick = {"operator": "operator_flops", "featuriser": "featuriser_flops", "params": "params"}
     a, b = getattr(new, pick[column]), getattr(before, pick[column])
+    # The paper's cells for the MLP's parameters leave the biases out: 49.99 % is 50.00 there.
+    near = 0.0151 if (name, column) == ("mlp", "params") else 0.00501
     for share, cell in zip((0.5, 0.75, 1.0), cells, strict=True):
-        assert round(100 * share * (a - b) / b, 2) == pytest.approx(cell, abs=0.011)
+        assert 100 * share * (a - b) / b == pytest.approx(cell, abs=near)
 
 
 def test_attention_costs_what_the_paper_says():
@@ -151,7 +153,8 @@ def test_a_window_wider_than_the_sequence_costs_no_more_than_attention():
 def test_what_is_causal():
     assert SPECS["hyena_x"].is_causal({"causal": True})
     assert not SPECS["depthwise_conv"].is_causal({"causal": False})
-    assert SPECS["mlp"].is_causal({}) and SPECS["token_linear"].is_causal({})
+    assert SPECS["mlp"].is_causal({})
+    assert SPECS["token_linear"].is_causal({})
 
 
 def test_default_sources_speak_of_the_site_alone():

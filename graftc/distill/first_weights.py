@@ -1,0 +1,42 @@
+"""First weights that need data, for a student that is still in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from graftc.distill.budget import site_plans
+from graftc.distill.data import Task, open_data
+from graftc.distill.generation import Generation, Setting
+from graftc.distill.pending import solve_pending
+from graftc.distill.students import students_of
+from graftc.distill.targets import Targets
+
+
+def solve_first_weights(
+    targets: Targets, teacher: nn.Module, student: nn.Module, data: Any, task: Task, *, seed: int
+) -> Targets:
+    """Solve every pending weight of `student` in place, inner sites first; returns what is still pending.
+
+    `teacher` and `student` may be Programs' roots: any modules that `capture_graph` can read. A site
+    that is distilled after others keeps its weights pending too: they are solved again, from the
+    inner sites' trained students, when `distill` reaches it.
+    """
+    source = open_data(data, seed=seed, fraction=None, samples=None, validation=None)
+    setting = Setting(
+        teacher.eval(), targets.inputs, source, task, seed, "adamw", "never"
+    )
+    for number, sites in enumerate(targets.generations()):
+        waiting = tuple(s for s in sites if s.pending)
+        if not waiting:
+            continue
+        generation = Generation(
+            setting, number, students_of(student, waiting), site_plans(waiting, source.size, optimiser=setting.optimiser)
+        )
+        for _ in solve_pending(generation, f"init.{number}"):
+            pass
+    return replace(
+        targets, sites=tuple(s if s.after else replace(s, pending=()) for s in targets.sites)
+    )

@@ -1,0 +1,103 @@
+"""Example inputs for a package: seeded, of the right dtypes, with indices that its tables hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Callable[[int, torch.Generator], Mapping[str, Tensor]]
+"""Named inputs for a batch size; the generator is on the CPU."""
+
+
+def example_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Dynamic dimension → the size it had at capture (2 at least: export fixes a size of 1)."""
+    return {k: max(2, int(v)) for k, v in config["facts"]["dynamic"].items()}
+
+
+def random_inputs(config: Mapping[str, Any], model: nn.Module) -> Inputs:
+    """Random inputs: normal numbers; for masks ones and zeros; for indices what the tables hold.
+
+    Only a stand-in for real data: `Task.prepare` gives what the model was trained on.
+    """
+    limits = index_limits(config, model)
+
+    def make(batch: int, generator: torch.Generator) -> Mapping[str, Tensor]:
+        sizes = {**example_sizes(config), "batch": batch}
+        return {i["name"]: _draw(i, sizes, limits, generator) for i in config["inputs"]}
+
+    return make
+
+
+def _draw(
+    port: Mapping[str, Any], sizes: Mapping[str, int], limits: Mapping[str, int], generator: torch.Generator
+) -> Tensor:
+    shape = [sizes[s] if isinstance(s, str) else int(s) for s in port["shape"]]
+    dtype = getattr(torch, port["dtype"])
+    name, meaning = str(port["name"]), str(port["meaning"])
+    if "mask" in meaning or (meaning == "other" and "mask" in name):
+        mask = torch.randint(0, 2, shape, generator=generator)
+        mask[..., 0] = 1  # a row that sees nothing is no input of a real model
+        return mask.to(dtype)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    if dtype.is_floating_point:
+        if meaning == "timestep":
+            return 1000 * torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randint(0, limits.get(name, 2), shape, generator=generator, dtype=dtype)
+
+
+def index_limits(config: Mapping[str, Any], model: nn.Module) -> dict[str, int]:
+    """Integer input → how many values it can take: the rows of the table it is looked up in, else 1,000."""
+    sizes = example_sizes(config)
+    wanted = {i["name"] for i in config["inputs"] if _is_index(i)}
+    zeros = {
+        i["name"]: torch.zeros(
+            [sizes.get(s, s) if isinstance(s, str) else int(s) for s in i["shape"]],
+            dtype=getattr(torch, i["dtype"]),
+        )
+        for i in config["inputs"]
+    }
+    found = dict.fromkeys(wanted, 1000)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    place = {zeros[n].data_ptr(): n for n in wanted}
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = place.get(args[0].data_ptr()) if args and isinstance(args[0], Tensor) else None
+        if name is not None:
+            found[name] = min(found[name], cast("nn.Embedding", module).num_embeddings)
+
+    hooks = [t.register_forward_pre_hook(see) for t in tables]
+    parameter = next(model.parameters(), None)
+    try:
+        with torch.no_grad():
+            device = parameter.device if parameter is not None else torch.device("cpu")
+            if device.type == "cpu":
+                model(**zeros)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _is_index(port: Mapping[str, Any]) -> bool:
+    dtype = getattr(torch, port["dtype"])
+    return not dtype.is_floating_point and dtype != torch.bool
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors that a model returned, in order.
+
+    >>> tensors_of((torch.ones(1), [torch.zeros(1)]))
+    [tensor([1.]), tensor([0.])]
+    """
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        return [t for v in cast("Mapping[str, Any]", outputs).values() for t in tensors_of(v)]
+    if isinstance(outputs, (tuple, list)):
+        return [t for v in cast("list[Any]", outputs) for t in tensors_of(v)]
+    return []

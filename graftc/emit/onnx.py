@@ -1,0 +1,225 @@
+"""The student as an ONNX file, written whole or not at all, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import graftc.emit.files as files
+from graftc.diagnostics import Diagnostic, GraftError, Note, NotRunError, fail
+from graftc.emit.build import Build
+from graftc.emit.examples import example_sizes
+from graftc.emit.package import stored_state
+
+OPSET = 20
+_UNTRAINED = ("untrained", "none")
+_EMBEDDED_LIMIT = 1_800_000_000  # a protobuf holds 2 GB; above, weights go to a file beside it
+
+
+def export_onnx(
+    build: Build, output: Path | None = None, *, run: str | None = None, opset: int = OPSET
+) -> Path:
+    """Write the student of a build as ONNX; returns the file's path (`DIR/student.onnx` by default).
+
+    `run`: whose weights, the latest finished run's by default, or `untrained`. Inputs, outputs and dynamic
+    dimensions have the names of `config.yaml`. Raises GraftError for an operator that ONNX lacks,
+    with its place in the model, and for a dynamic dimension that the exporter fixed.
+    """
+    target = Path(output) if output is not None else build.path / "student.onnx"
+    latest = build.latest_run()
+    chosen = None if run in _UNTRAINED else run or (latest.id if latest else None)
+    model = build.student(chosen)
+    config = build.config()
+    facts = {
+        "graftc.build": str(build.manifest.get("weights", {}).get("student", "")),
+        "graftc.run": chosen or "",
+        "graftc.weights": files.state_hash(stored_state(model)[0]),
+        "graftc.version": str(config["versions"]["graftc"]),
+    }
+    return export_module(model, config, target, opset=opset, facts=facts)
+
+
+def export_module(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    target: Path,
+    *,
+    opset: int = OPSET,
+    facts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a package's model as ONNX, `facts` in its metadata; see `export_onnx`."""
+    _needs("onnx"), _needs("onnxscript")
+    if target.is_dir():
+        fail("G640", "the output is a directory, not a file", site=str(target),
+             help=f"write `{target / 'student.onnx'}`")  # fmt: skip
+    program = _export(model, config, opset)
+    _add_metadata(program, config, facts or {})
+    _check_dynamic(program, config)
+    size = sum(t.numel() * t.element_size() for t in stored_state(model)[0].values())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".graftc-partial-", dir=target.parent) as folder:
+            partial = Path(folder) / target.name
+            with _quiet():
+                program.save(str(partial), external_data=size > _EMBEDDED_LIMIT)
+            beside = [p for p in Path(folder).iterdir() if p != partial]
+            for extra in beside:
+                extra.replace(target.parent / extra.name)
+            with files.whole_file(target) as whole:
+                partial.replace(whole)
+    except OSError as error:
+        files.cannot_write(error, target)
+    return target
+
+
+def _needs(package: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise NotRunError(
+            Diagnostic("G641", f"{package} is not installed", site="export",
+                       help=f"pip install {package}")  # fmt: skip
+        )
+
+
+def dimension(name: str) -> str:
+    """A dynamic dimension's name as `torch.export.Dim` takes it."""
+    return re.sub(r"\W", "_", name)
+
+
+def _export(model: nn.Module, config: Mapping[str, Any], opset: int) -> Any:
+    sizes = example_sizes(config)
+    dims = {n: torch.export.Dim(dimension(n), min=1) for n in sizes}
+    inputs: dict[str, torch.Tensor] = {}
+    shapes: dict[str, Any] = {}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for port in config["inputs"]:
+        name, shape = str(port["name"]), list(port["shape"])
+        dtype = getattr(torch, port["dtype"])
+        concrete = [sizes[s] if isinstance(s, str) else int(s) for s in shape]
+        inputs[name] = torch.zeros(concrete, dtype=dtype, device=device)
+        shapes[name] = {i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)}
+    inputs = _in_dtype_of(model, inputs, config)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                model, (), kwargs=inputs, dynamo=True, opset_version=opset, verbose=False,
+                dynamic_shapes=shapes, input_names=list(inputs), output_names=output_names(config),
+            )  # fmt: skip
+    except Exception as error:
+        raise _refused(error, model, inputs, shapes) from error
+    assert program is not None
+    return program
+
+
+def _in_dtype_of(
+    model: nn.Module, inputs: dict[str, torch.Tensor], config: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Inputs of the captured dtype follow the model when it was moved to another."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    captured = getattr(torch, config["facts"]["dtype"])
+    if parameter is None or parameter.dtype == captured:
+        return inputs
+    return {n: t.to(parameter.dtype) if t.dtype == captured else t for n, t in inputs.items()}
+
+
+def output_names(config: Mapping[str, Any]) -> list[str] | None:
+    """The outputs' own names; `output` for a single tensor; for a tuple the exporter numbers them."""
+    outputs = config["outputs"]
+    if outputs["kind"] == "named":
+        return [str(n) for n in outputs["names"]]
+    return ["output"] if outputs["kind"] == "tensor" else None
+
+
+def _refused(
+    error: Exception, model: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]
+) -> Exception:
+    """The exporter's error as a diagnostic: which operator, and in which module it stands."""
+    texts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        texts.append(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    whole = "\n".join(texts)
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", whole)
+    if found is not None:
+        name = f"{found[1]}.{found[2]}"
+        site = _site_of(name, model, inputs, shapes)
+        message = f"ONNX has no form of `{name}`" + (f", which `{site}` uses" if site else "")
+        help_ = "write that module with operators that ONNX has"
+        return GraftError(Diagnostic("G642", message, site=site or "the student", help=help_))
+    first = next((line for line in whole.splitlines() if line.strip()), type(error).__name__)
+    return GraftError(
+        Diagnostic(
+            "G643", f"the ONNX exporter refused the model: {first[:300]}", site="torch.onnx.export",
+            notes=(Note(f"{type(error).__name__} of torch {torch.__version__}"),),
+        )
+    )  # fmt: skip
+
+
+def _site_of(
+    name: str, model: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]
+) -> str | None:
+    """The path of the module that calls an operator."""
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+    except Exception:  # the first error is the one to show
+        return None
+    for node in exported.graph.nodes:
+        if str(node.target) == name:
+            stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+            return next((path for path, _ in reversed(list(stack.values())) if path), None)
+    return None
+
+
+def _add_metadata(program: Any, config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    """What the file was made from; and on each node of an edited site, the rule and line that made it."""
+    about = {k: config[k] for k in ("inputs", "outputs", "facts")}
+    program.model.metadata_props.update({**facts, "graftc.about": json.dumps(about, sort_keys=True)})
+    provenance: Mapping[str, str] = config.get("provenance", {})
+    if not provenance:
+        return
+    for node in program.model.graph:
+        scopes = str(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        paths = re.findall(r"'([^']*)'", scopes)
+        rule = next((provenance[p] for p in reversed(paths) if p in provenance), None)
+        if rule is not None:
+            node.metadata_props["graftc.rule"] = rule
+
+
+def _check_dynamic(program: Any, config: Mapping[str, Any]) -> None:
+    """Each dimension that was declared dynamic is so in the file."""
+    by_name = {v.name: v for v in program.model.graph.inputs}
+    for port in config["inputs"]:
+        value = by_name.get(str(port["name"]))
+        if value is None or value.shape is None:
+            continue
+        for i, size in enumerate(port["shape"]):
+            if isinstance(size, str) and isinstance(value.shape[i], int):
+                fail("G644", f"the exporter fixed `{size}` of `{port['name']}` at {value.shape[i]}",
+                     site="torch.onnx.export", wanted=f"a dynamic `{size}`")  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress lines, warnings and log records."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
