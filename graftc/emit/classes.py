@@ -91,7 +91,10 @@ def _needs_class(path: str, module: nn.Module, tree: Tree) -> bool:
         if is_chain(module):
             tree.kinds[id(module)] = "list"
             return False
-        return captured_leaf(module) is None
+        leaf = captured_leaf(module)
+        if leaf is None and is_list(module) == "list":
+            tree.kinds[id(module)] = "list"  # a subclass of nn.Sequential with a forward of its own
+        return leaf is None
     if type(module) is nn.Module:
         kind = is_list(module)
         if kind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from itertools import pairwise
 
 from torch import fx, nn
 
@@ -22,7 +23,7 @@ def is_list(module: nn.Module) -> str | None:
         if rising == sorted(rising):
             gaps = rising[-1] + 1 - len(rising)
             return "list" if gaps == 0 or (gaps <= _MOST_GAPS and len(rising) <= 8) else "dict"
-    if any(n in _dict_attributes() or not n.isidentifier() and not n.isdecimal() for n in names):
+    if any(n in _dict_attributes() or (not n.isidentifier() and not n.isdecimal()) for n in names):
         return None
     return "dict"
 
@@ -65,6 +66,8 @@ def constructor_of_list(
     filled = _without_gaps(texts)
     if name == "nn.Sequential":
         return f"nn.Sequential({', '.join(filled)})"
+    if not name:  # the arguments alone
+        return ", ".join(filled)
     kinds = list(dict.fromkeys(filled))
     if len(filled) > 1 and len(kinds) == 1:
         return f"{name}([{kinds[0]} for _ in range({len(filled)})])"
@@ -95,7 +98,7 @@ def _choice(texts: Mapping[int, str]) -> str:
     kinds: dict[str, list[int]] = {}
     for i, t in texts.items():
         kinds.setdefault(t, []).append(i)
-    *rare, common = sorted(kinds, key=lambda t: (len(kinds[t]), -kinds[t][0]))
+    *rare, common = sorted(kinds, key=lambda t: (len(kinds[t]), -len(t)))
     return "".join(f"{t} if i {_belongs(kinds[t])} else " for t in rare) + common
 
 
@@ -110,7 +113,7 @@ def members_text(places: list[int]) -> str:
     ('range(8, 13, 2)', '(0, 1, 5)')
     """
     step = places[1] - places[0] if len(places) > 1 else 1
-    if len(places) > 2 and all(b - a == step for a, b in zip(places, places[1:], strict=False)):
+    if len(places) > 2 and all(b - a == step for a, b in pairwise(places)):
         begin = f"{places[0]}, " if places[0] or step > 1 else ""
         return f"range({begin}{places[-1] + 1}{f', {step}' if step > 1 else ''})"
     return f"({', '.join(map(str, places))}{',' if len(places) == 1 else ''})"

@@ -53,14 +53,11 @@ def _draw(
 def index_limits(config: Mapping[str, Any], model: nn.Module) -> dict[str, int]:
     """Integer input → how many values it can take: the rows of the table it is looked up in, else 1,000."""
     sizes = example_sizes(config)
-    wanted = {i["name"] for i in config["inputs"] if _is_index(i)}
-    zeros = {
-        i["name"]: torch.zeros(
-            [sizes.get(s, s) if isinstance(s, str) else int(s) for s in i["shape"]],
-            dtype=getattr(torch, i["dtype"]),
-        )
-        for i in config["inputs"]
-    }
+    wanted = {str(i["name"]) for i in config["inputs"] if _is_index(i)}
+    zeros: dict[str, Tensor] = {}
+    for port in config["inputs"]:
+        shape = [sizes[s] if isinstance(s, str) else int(s) for s in port["shape"]]
+        zeros[str(port["name"])] = torch.zeros(shape, dtype=getattr(torch, port["dtype"]))
     found = dict.fromkeys(wanted, 1000)
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     place = {zeros[n].data_ptr(): n for n in wanted}

@@ -72,7 +72,9 @@ def literal(value: Any, operand: Operand) -> ast.expr:
         return parse(str(value))
     if isinstance(value, torch.device):
         return parse(f'torch.device("{value}")')
-    return ast.Constant(value)
+    if value is None or value is Ellipsis or isinstance(value, (bool, int, float, str)):
+        return ast.Constant(value)
+    raise TypeError(f"no Python literal for {type(value).__name__}")
 
 
 def parse(text: str) -> ast.expr:
@@ -144,7 +146,8 @@ def _python_call(node: fx.Node, operand: Operand, site: str) -> ast.expr:
     name = getattr(target, "__name__", str(target))
     template = PYTHON_FUNCTIONS.get(f"{module}.{name}")
     if template is not None:
-        given = dict(zip(("self", "other"), node.args, strict=False))
+        names: list[str] = ["self", "other"]
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False))
         return _Substitute(given, {}, operand).visit(_tree(template))
     for prefix, holder in (("torch", torch), ("F", torch.nn.functional)):
         if getattr(holder, name, None) is target:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -37,7 +37,9 @@ def state_hash(state: nn.Module | Mapping[str, torch.Tensor]) -> str:
         head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0"
         digest.update(head.encode())
         flat = tensor.cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        if flat.numel():
+            bytes_: Any = flat.view(torch.uint8).numpy()
+            digest.update(memoryview(bytes_))
     return digest.hexdigest()
 
 
@@ -48,7 +50,7 @@ def file_hash(path: Path) -> str:
 
 
 @contextmanager
-def whole_directory(target: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]:
+def whole_directory(target: Path, *, ours: Callable[[Path], bool]) -> Generator[Path]:
     """An empty folder to fill, which becomes `target` when the block ends without an error.
 
     Until then an old `target` stays as it is; what a killed run left beside it is cleared. `ours` says
@@ -76,7 +78,7 @@ def whole_directory(target: Path, *, ours: Callable[[Path], bool]) -> Iterator[P
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
+def whole_file(target: Path) -> Generator[Path]:
     """A path to write to, which becomes `target` when the block ends without an error."""
     target = target.absolute()
     partial = target.parent / f"{_PARTIAL}{os.getpid()}-{target.name}"

@@ -6,6 +6,7 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -129,7 +130,7 @@ class _Writer:
             return self.style.stream
         if not is_stream(node):
             return None
-        carried = [n for s, n in names.items() if n in self.style.inputs]
+        carried = [n for n in names.values() if n in self.style.inputs]
         return carried[0] if len(last) == 1 and carried else None
 
     def _output_hint(self, node: fx.Node) -> str | None:
@@ -172,7 +173,7 @@ class _Writer:
             lines.append(f"{carried} = {self.names[loop.start]}")
         items = self._loop_names(loop)
         self.names[loop.nodes[-1]] = carried
-        lists = [self._members(run) for run in loop.runs]
+        lists = [self._members(run, loop) for run in loop.runs]
         over = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
         return [*lines, f"for {', '.join(items)} in {over}:", *self._turn(loop, items, carried)]
 
@@ -213,7 +214,7 @@ class _Writer:
             ]
         return [f"{n}_module" if n in used else n for n in items]
 
-    def _members(self, run: Run) -> str:
+    def _members(self, run: Run, loop: Loop) -> str:
         """The module list, sliced to what the loop calls."""
         text = ast.unparse(self.access.paths[run.container])
         members, indices = self.access.members(run.container), run.indices
@@ -221,11 +222,13 @@ class _Writer:
         if indices == members:
             return f"{text}.values()" if keyed else text
         step = indices[1] - indices[0]
-        if keyed or any(b - a != step for a, b in zip(indices, indices[1:], strict=False)):
+        if keyed or any(b - a != step for a, b in pairwise(indices)):
             at = "str(i)" if keyed else "i"
             return f"[{text}[{at}] for i in {_indices(indices)}]"
-        begin = "" if indices[0] < step and indices[0] == 0 else str(indices[0])
-        end = "" if indices[-1] + step > members[-1] else str(indices[-1] + 1)
+        last = max(r.indices[-1] for r in loop.runs if r.container == run.container)
+        stop = last + 1 if indices[-1] <= last < indices[-1] + step else indices[-1] + 1
+        begin = str(indices[0]) if indices[0] or step > 1 else ""
+        end = "" if stop > members[-1] else str(stop)
         return f"{text}[{begin}:{end}{f':{step}' if step > 1 else ''}]"
 
     def _returned(
@@ -260,6 +263,6 @@ class _Writer:
 
 def _indices(indices: tuple[int, ...]) -> str:
     step = indices[1] - indices[0] if len(indices) > 1 else 1
-    if len(indices) > 2 and all(b - a == step for a, b in zip(indices, indices[1:], strict=False)):
+    if len(indices) > 2 and all(b - a == step for a, b in pairwise(indices)):
         return f"range({indices[0]}, {indices[-1] + 1}{f', {step}' if step > 1 else ''})"
     return f"({', '.join(map(str, indices))}{',' if len(indices) == 1 else ''})"

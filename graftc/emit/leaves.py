@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import fx, nn
@@ -210,15 +210,15 @@ def constructor(module: nn.Module, name: str, site: str) -> str:
             options[key] = _one(value)
     try:
         text = _call(name, *arguments, **options)
-    except AssertionError:
-        _cannot_build(module, site, "its arguments")
+    except TypeError as error:
+        _cannot_build(module, site, f"its arguments: {error}")
     ours, wanted = _state_on_meta(lambda: type(module)(*arguments, **options)), _state(module)
     if ours != wanted:
         _cannot_build(module, site, "its arguments: those it seems to have give other parameters")
     return text
 
 
-def _cannot_build(module: nn.Module, site: str, what: str) -> Any:
+def _cannot_build(module: nn.Module, site: str, what: str) -> NoReturn:
     fail(
         "G602", f"cannot tell how `{type(module).__name__}` was built: {what}", site=site,
         help=f"keep the arguments of `__init__` as attributes of the same names, or set `{ARGUMENTS}`",

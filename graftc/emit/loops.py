@@ -8,6 +8,7 @@ several calls, such as two blocks side by side and the module that merges them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -132,5 +133,5 @@ def _repeats(
 def _run(nodes: list[fx.Node]) -> Run | None:
     container = str(nodes[0].target).rpartition(".")[0]
     indices = [int(str(n.target).rpartition(".")[2]) for n in nodes]
-    rising = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(indices))
     return Run(container, tuple(indices)) if rising else None

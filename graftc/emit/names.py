@@ -124,6 +124,8 @@ def suggestions(node: fx.Node, style: Style) -> list[str]:
     if _sum_of_stream(node):
         found = [style.stream, *found]
     name = _NOUNS.get(operation(node), operation(node))
+    if operation(node) == "add" and is_float(node, 2) and not is_float(node, 3):
+        name = "emb"
     found.append("h" if is_stream(node) else "part" if name == "getitem" else clean(name))
     return found
 

@@ -7,7 +7,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -59,7 +59,8 @@ def export_module(
     facts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a package's model as ONNX, `facts` in its metadata; see `export_onnx`."""
-    _needs("onnx"), _needs("onnxscript")
+    _needs("onnx")
+    _needs("onnxscript")
     if target.is_dir():
         fail("G640", "the output is a directory, not a file", site=str(target),
              help=f"write `{target / 'student.onnx'}`")  # fmt: skip
@@ -87,10 +88,8 @@ def _needs(package: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise NotRunError(
-            Diagnostic("G641", f"{package} is not installed", site="export",
-                       help=f"pip install {package}")  # fmt: skip
-        )
+        missing = f"{package} is not installed"
+        raise NotRunError(Diagnostic("G641", missing, site="export", help=f"pip install {package}"))
 
 
 def dimension(name: str) -> str:
@@ -213,7 +212,7 @@ def _check_dynamic(program: Any, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without the exporter's progress lines, warnings and log records."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

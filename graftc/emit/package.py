@@ -18,7 +18,7 @@ from torch import nn
 
 import graftc.emit.files as files
 from graftc.diagnostics import fail
-from graftc.emit.source import source
+from graftc.emit.source import source, without_folders
 from graftc.program.program import Program
 
 FORMAT = 1
@@ -46,6 +46,7 @@ def write_package(
     program on the meta device whose weights are to be copied, or one that cannot be printed.
     """
     folder = Path(directory)
+    provenance = {path: without_folders(text) for path, text in (provenance or {}).items()}
     text = source(program, provenance=provenance, made_by=made_by)
     stored, ties = stored_state(program.root)
     if any(t.is_meta for t in stored.values()):
@@ -60,7 +61,7 @@ def write_package(
         "graftc_package": FORMAT,
         **describe(program),
         "weights": {**entry, "ties": ties},
-        "provenance": dict(provenance or {}),
+        "provenance": provenance,
         "versions": versions(),
         **(config or {}),
     }
@@ -187,7 +188,8 @@ def import_source(path: Path) -> ModuleType:
     _imported += 1
     name = f"graftc_package_{_imported}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pickling, dataclasses and dynamo look a class's module up
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
@@ -205,7 +207,7 @@ def _take_linked(
         fail("G623", "the weights are not in this package, only their hash", site=str(folder),
              wanted=f"the weights that `{entry.get('model')}` makes",
              help="give MODEL again, or compile with --copy-teacher")  # fmt: skip
-    made = state() if callable(state) and not isinstance(state, nn.Module) else state
+    made: Any = state() if callable(state) and not isinstance(state, nn.Module) else state
     given: Mapping[str, torch.Tensor]
     if isinstance(made, nn.Module):
         buffers = dict(made.named_buffers(remove_duplicate=False))

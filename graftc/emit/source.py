@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graftc.emit.classes import Class, Tree, build_tree
-from graftc.emit.containers import list_members
+from graftc.emit.containers import constructor_of_list, list_members
 from graftc.emit.forward import Access, Forward, Hints, forward
 from graftc.emit.names import Style, clean, stream_name
 from graftc.emit.standalone import CALL, CHECK, LOAD
@@ -63,8 +64,10 @@ def _wrapped_literal(value_: Any, before: str) -> str:
 def _head(program: Program, tree: Tree, root: Class, made_by: str, body: str) -> str:
     facts = program.facts
     original = program.classes.get("", "")
+    if original.startswith(("_graftc_user", "__main__")):
+        original = original.rpartition(".")[2]
     dynamic = ", ".join(facts.dynamic) or "nothing"
-    what = f"{root.name}, from {original}" if original else root.name
+    what = f"{root.name}, from {original}" if "." in original else root.name
     lines = [
         f'"""{what}.', "",
         *([made_by] if made_by else []),
@@ -153,12 +156,12 @@ def _access(tree: Tree, owner: fx.GraphModule) -> Access:
 
 
 def _element(container: str) -> str:
-    """`transformer_blocks` → `block`, `layers` → `layer`: what one member is called."""
+    """What one member of a list is called: `transformer_blocks` → `block`, `h` → `block`, `net` → `module`."""
     name = clean(container)
-    for word in ("block", "layer"):
-        if word in name:
-            return word
-    return name[:-1] if name.endswith("s") and len(name) > 3 else "block" if name == "h" else "module"
+    last = name.rpartition("_")[2]
+    if last.endswith("s") and len(last) > 3:
+        return last[:-1]
+    return "block" if name == "h" else last if last != name else "module"
 
 
 def _result(program: Program) -> Any:
@@ -192,13 +195,15 @@ def _class(
     style: Style,
     is_root: bool,
 ) -> list[str]:
-    lines = [f"class {cls.name}(nn.Module):"]
+    chain = tree.kinds.get(id(cls.module)) == "list"
+    lines = [f"class {cls.name}({'nn.Sequential' if chain else 'nn.Module'}):"]
     doc = _doc(tree, cls, style, is_root)
     init = _init(tree, cls, provenance)
     if doc:
         lines += [f'    """{doc}"""']
     if init:
-        lines += [*([""] if doc else []), "    def __init__(self) -> None:", "        super().__init__()", *init]
+        begin = [] if chain else ["        super().__init__()"]
+        lines += [*([""] if doc else []), "    def __init__(self) -> None:", *begin, *init]
     if is_root:
         lines += CALL.rstrip().splitlines() if init or doc else CALL.strip("\n").splitlines()
     if made is not None:
@@ -235,11 +240,27 @@ def _doc(tree: Tree, cls: Class, style: Style, is_root: bool) -> str:
 
 
 def _places(paths: list[str]) -> str:
-    """`blocks.*.attn` for several paths that differ in a number; else the first."""
-    patterns = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", p) for p in paths))
+    """`blocks.{0, 2, 4}.attn` for paths that differ in one number; else with a `*` for each number."""
     if len(paths) == 1:
         return paths[0]
+    split = [p.split(".") for p in dict.fromkeys(paths)]
+    if len({len(s) for s in split}) == 1:
+        differ = [i for i, words in enumerate(zip(*split, strict=True)) if len(set(words)) > 1]
+        if len(differ) == 1 and all(s[differ[0]].isdecimal() for s in split):
+            at = differ[0]
+            places = _numbers([int(s[at]) for s in split])
+            return ".".join([*split[0][:at], f"{{{places}}}", *split[0][at + 1 :]])
+    patterns = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", p) for p in paths))
     return patterns[0] if len(patterns) == 1 else f"{patterns[0]}` and `{patterns[1]}"
+
+
+def _numbers(numbers: list[int]) -> str:
+    """`0..27`, `0..26 step 2`, or all of them."""
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(steps) == 1 and len(numbers) > 2:
+        step = steps.pop()
+        return f"{numbers[0]}..{numbers[-1]}" + (f" step {step}" if step > 1 else "")
+    return ", ".join(map(str, numbers))
 
 
 def _shapes(module: fx.GraphModule, style: Style) -> str:
@@ -250,7 +271,7 @@ def _shapes(module: fx.GraphModule, style: Style) -> str:
     texts = [[_shape(n, style) for n in side] for side in (inputs, outputs)]
     if any(t is None for side in texts for t in side):
         return ""
-    return " -> ".join(", ".join(dict.fromkeys(t for t in side if t)) for side in texts)
+    return " -> ".join(", ".join(t for t in side if t) for side in texts)
 
 
 def _shape(node: Any, style: Style) -> str | None:
@@ -264,6 +285,9 @@ def _shape(node: Any, style: Style) -> str | None:
 def _init(tree: Tree, cls: Class, provenance: Mapping[str, str]) -> list[str]:
     lines: list[str] = []
     module = cls.module
+    if tree.kinds.get(id(module)) == "list":
+        made = constructor_of_list("", list_members(module), tree.text)
+        return wrap(quoted(f"super().__init__({made})"), 8)
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -306,9 +330,14 @@ def _comment(cls: Class, name: str, child: nn.Module, provenance: Mapping[str, s
     for path in cls.paths:
         at = join(path, name)
         if at in provenance:
-            said[provenance[at]] = None
+            said[without_folders(provenance[at])] = None
         if not isinstance(child, fx.GraphModule):
             for inner in list(child._modules):
                 if join(at, inner) in provenance:
-                    said[provenance[join(at, inner)]] = None
+                    said[without_folders(provenance[join(at, inner)])] = None
     return f"# {'; '.join(said)}" if said else ""
+
+
+def without_folders(text: str) -> str:
+    """A place in a file without the folders of one machine."""
+    return re.sub(r"(?<!\S)/\S*/", "", text)

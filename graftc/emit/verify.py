@@ -184,7 +184,8 @@ def check_runtime(
         state: State = "PASS" if difference.within(dtype) else "FAIL"
         rungs.append(Rung(name, state, f"{difference.text(dtype)}, {whose} inputs"))
     rungs.append(_fixed_sizes(session, config, given))
-    rungs.append(_negative_control(path, given, wanted, dtype))
+    sites = tuple(config.get("provenance", {}))
+    rungs.append(_negative_control(path, given, wanted, dtype, sites))
     return rungs
 
 
@@ -207,11 +208,11 @@ def _fixed_sizes(session: Any, config: Mapping[str, Any], given: Mapping[str, Te
 
 
 def _negative_control(
-    path: Path, given: Mapping[str, Tensor], wanted: list[Tensor], dtype: str
+    path: Path, given: Mapping[str, Tensor], wanted: list[Tensor], dtype: str, sites: tuple[str, ...]
 ) -> Rung:
     """One number of one weight is changed in the file: the comparison must then fail.
 
-    Behind gates that are zero (a fresh adaLN-zero block) a weight moves nothing; such weights are
+    Weights of edited sites are tried first. Behind gates that are zero (a fresh adaLN-zero block) a weight moves nothing; such weights are
     passed over and counted, for a comparison says nothing of them either.
     """
     import numpy
@@ -223,7 +224,8 @@ def _negative_control(
     weights.sort(key=lambda i: (-math.prod(i.dims), i.name))
     step = max(1, len(weights) // _CONTROLS)
     still: list[str] = []
-    for initializer in [*weights[::step], *weights[-2:]]:
+    edited = [w for w in weights if w.name.startswith(tuple(f"{s}." for s in sites))]
+    for initializer in [*edited[:4], *weights[::step], *weights[-2:]]:
         kept = initializer.SerializeToString()
         values = numpy_helper.to_array(initializer).copy()
         flat = values.reshape(-1)

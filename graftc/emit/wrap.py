@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 WIDTH = 96
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -19,6 +21,9 @@ def wrap(line: str, indent: int = 0) -> list[str]:
         return [pad + line]
     if line.startswith("return ") and len(_pieces(line)) > 1:
         line = f"return ({line[7:]})"
+    left, equals, right = line.partition(" = ")
+    if equals and len(_pieces(left)) > 1 and len(pad) + len(left) > WIDTH // 2:
+        return _unpacked(left, right, indent)
     span = _widest(line)
     operators = _operators(line)
     if operators and (span is None or not _ends_with(line, span)):
@@ -34,6 +39,18 @@ def wrap(line: str, indent: int = 0) -> list[str]:
     if indent + 4 + len(inner) <= WIDTH:
         return [head, " " * (indent + 4) + inner, tail]
     return [head, *[part for piece in pieces for part in wrap(f"{piece},", indent + 4)], tail]
+
+
+def _unpacked(left: str, right: str, indent: int) -> list[str]:
+    """`(a, b) = …` with many names: the names on lines of their own, as full as they go."""
+    pad = " " * (indent + 4)
+    lines = [pad]
+    for name in _pieces(left):
+        if len(lines[-1]) + len(name) + 2 > WIDTH:
+            lines.append(pad)
+        lines[-1] += f"{name}, "
+    last = wrap(f") = {right}", indent)
+    return [" " * indent + "(", *[line.rstrip() for line in lines], *last]
 
 
 def _operators(line: str) -> list[int]:
@@ -61,7 +78,7 @@ def _in_brackets(line: str, operators: list[int], indent: int) -> list[str]:
     if indent + 4 + len(body) <= WIDTH:
         return [f"{pad}{line[:begin]}(", " " * (indent + 4) + body, f"{pad}){comma}"]
     cuts = [0, *[i - begin for i in operators], len(body)]
-    terms = [body[a:b].strip() for a, b in zip(cuts, cuts[1:], strict=False)]
+    terms = [body[a:b].strip() for a, b in pairwise(cuts)]
     lines = [part for term in terms for part in wrap(term, indent + 4)]
     return [f"{pad}{line[:begin]}(", *lines, f"{pad}){comma}"]
 
@@ -74,7 +91,7 @@ def _broken_words(text: str, indent: int) -> list[str]:
     if not cuts:
         return wrap(text, indent)
     bounds = [0, *cuts, len(text)]
-    parts = [text[a:b].strip() for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [text[a:b].strip() for a, b in pairwise(bounds)]
     lines: list[str] = []
     current = ""
     for part in parts:
@@ -124,7 +141,7 @@ def _pieces(text: str) -> list[str]:
     """Items at the outermost commas."""
     cuts = [i for i in _outer(text) if text[i] == ","]
     bounds = [-1, *cuts, len(text)]
-    parts = [text[a + 1 : b].strip() for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [text[a + 1 : b].strip() for a, b in pairwise(bounds)]
     return [p for p in parts if p]
 
 

@@ -9,7 +9,7 @@ from graftc.diagnostics import Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import whole
 from graftc.language.resolve_blocks import blocks_of, check_groups
-from graftc.language.rules import GroupMatch, Match, SiteMatch, Unapplied
+from graftc.language.rules import Blocks, GroupMatch, Match, SiteMatch, Unapplied
 from graftc.language.scope import Binding, Scope, already, listed, suggest
 from graftc.language.vocabulary import HOLDS, ROLES, covers
 
@@ -90,16 +90,17 @@ def _item(scope: Scope, item: s.MatchItem) -> tuple[Match, int | None]:
             found=f"{len(names)} names",
             help=f"write a `match` line for `{names[1]}`",
         )
+    blocks: Blocks | None = None
+    with scope.log.attempt():
+        blocks = blocks_of(scope, item.choice) if item.choice else None
     within = tuple(_role(w) for w in item.within)
-    blocks = blocks_of(scope, item.choice) if item.choice else None
-    if item.kind == "role":
-        assert isinstance(item.what, s.Name)
+    if isinstance(item.what, s.Name):
         role = _role(item.what)
         _check_nesting((item.what, *item.within))
         return SiteMatch(names[0], item.span, role=role, within=within, blocks=blocks), None
-    assert isinstance(item.what, s.Text)
-    text = item.what.value
+    assert item.what is not None
     _check_name(item.what, item.kind)
+    text = item.what.value
     if item.kind == "path":
         return SiteMatch(names[0], item.span, path=text, within=within, blocks=blocks), None
     return SiteMatch(names[0], item.span, class_name=text, within=within, blocks=blocks), None

@@ -159,8 +159,13 @@ def attention_site(block: int, *, solve: bool = False, **changes: Any) -> Site:
     path = f"blocks.{block}.attn"
     cut = call(path, f"blocks.{block}")
     pending = (Pending(path, "out_proj"),) if solve else ()
-    given: dict[str, Any] = {"operator": "mixer", "loss": Loss("l1"), "budget": Budget(steps=60)}
-    return Site(path, cut, cut, (path,), pending=pending, **{**given, **changes})
+    given: dict[str, Any] = {
+        "trainable": (path,),
+        "operator": "mixer",
+        "loss": Loss("l1"),
+        "budget": Budget(steps=60),
+    }
+    return Site(path, cut, cut, pending=pending, **{**given, **changes})
 
 
 def pair_site(*, after: tuple[str, ...] = (), **changes: Any) -> Site:

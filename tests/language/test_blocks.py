@@ -20,7 +20,8 @@ LENGTH = st.integers(1, 60)
 def chosen(text: str, length: int) -> tuple[int, ...]:
     (rule,) = check(f"rule r {{\n match b = block in blocks {text}\n skip b\n}}").rules
     (match,) = rule.matches
-    assert isinstance(match, SiteMatch) and match.blocks is not None
+    assert isinstance(match, SiteMatch)
+    assert match.blocks is not None
     return select(match.blocks, length, "blocks")
 
 
@@ -92,15 +93,18 @@ def test_a_block_that_is_not_there(text: str) -> None:
     with pytest.raises(GraftError) as caught:
         chosen(text, 28)
     (found,) = caught.value.diagnostics
-    assert found.code == "G131" and found.span is not None
-    assert "the last is 27" in (found.wanted or "") and "`blocks`" in found.message
+    assert found.code == "G131"
+    assert found.span is not None
+    assert "the last is 27" in (found.wanted or "")
+    assert "`blocks`" in found.message
 
 
 def test_a_measured_set_says_what_it_needs() -> None:
     with pytest.raises(GraftError) as caught:
         chosen("bottom 6 by influence", 28)
     (found,) = caught.value.diagnostics
-    assert found.code == "G135" and "DATA" in (found.wanted or "")
+    assert found.code == "G135"
+    assert "DATA" in (found.wanted or "")
 
 
 def test_an_exception_outside_the_chain() -> None:

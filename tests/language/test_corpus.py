@@ -74,30 +74,36 @@ def test_there_are_seventeen() -> None:
 def test_hyena_and_pairs() -> None:
     rules = corpus("hyena_and_pairs")
     hyena, pairs = rules.rules
-    assert hyena.name == "hyena" and hyena.contract == "learned" and hyena.expect == 13
+    assert hyena.name == "hyena"
+    assert hyena.contract == "learned"
+    assert hyena.expect == 13
     assert site(hyena).role == "self_attention"
     assert indices(hyena, 28) == tuple(range(8, 21))
-    assert isinstance(hyena.edit, Replace) and hyena.edit.operator.spec.name == "hyena_x"
+    assert isinstance(hyena.edit, Replace)
+    assert hyena.edit.operator.spec.name == "hyena_x"
     assert arguments(hyena) == {"kernel": 4}
-    assert (
-        hyena.distill is not None and hyena.distill.loss == "l1" and hyena.distill.samples == 8000
-    )
+    assert hyena.distill is not None
+    assert hyena.distill.loss == "l1"
+    assert hyena.distill.samples == 8000
     assert isinstance(pairs.matches[0], GroupMatch)
     assert pairs.matches[0].bindings == ("first", "second")
-    assert isinstance(pairs.edit, Parallel) and pairs.edit.merge == "linear"
+    assert isinstance(pairs.edit, Parallel)
+    assert pairs.edit.merge == "linear"
     assert [b.binding for b in pairs.edit.branches if isinstance(b, BranchSite)] == [
         "first",
         "second",
     ]
     assert rules.finetune is not None
-    assert rules.finetune.data_fraction == 0.25 and rules.finetune.warmup == 1000
+    assert rules.finetune.data_fraction == 0.25
+    assert rules.finetune.warmup == 1000
 
 
 def test_interleave_hyena_x() -> None:
     rules = corpus("interleave_hyena_x")
     assert indices(rules.rules[0], 28) == tuple(range(1, 28, 2))
     distill, finetune = rules.rules[0].distill, rules.finetune
-    assert distill is not None and finetune is not None
+    assert distill is not None
+    assert finetune is not None
     assert (distill.epochs, distill.batch, distill.lr) == (200, 64, 1e-4)
     assert (finetune.data_fraction, finetune.steps, finetune.ema) == (0.1, 50_000, 0.9999)
 
@@ -105,12 +111,14 @@ def test_interleave_hyena_x() -> None:
 def test_three_of_four_swa() -> None:
     rule = only("three_of_four_swa")
     assert set(range(28)) - set(indices(rule, 28)) == {0, 4, 8, 12, 16, 20, 24}
-    assert arguments(rule) == {"window": 4} and rule.expect == 21
+    assert arguments(rule) == {"window": 4}
+    assert rule.expect == 21
 
 
 def test_mlp_ratio() -> None:
     narrow, wide = corpus("mlp_ratio").rules
-    assert arguments(narrow) == {"ratio": 3} and arguments(wide) == {"ratio": 6}
+    assert arguments(narrow) == {"ratio": 3}
+    assert arguments(wide) == {"ratio": 6}
     (init,) = narrow.inits
     assert init.slot is None
     assert init.source == Apply("keep_top", (Part("m"),), {"by": Const("magnitude")})
@@ -119,23 +127,29 @@ def test_mlp_ratio() -> None:
 
 def test_depth_to_width() -> None:
     rules = corpus("depth_to_width")
-    assert rules.rules[0].expect == 14 and indices(rules.rules[0], 28) == tuple(range(28))
-    assert rules.finetune is not None and rules.finetune.halve_lr_at == (75_000, 150_000)
+    assert rules.rules[0].expect == 14
+    assert indices(rules.rules[0], 28) == tuple(range(28))
+    assert rules.finetune is not None
+    assert rules.finetune.halve_lr_at == (75_000, 150_000)
 
 
 def test_pixart_2k() -> None:
     rules = corpus("pixart_2k")
     assert indices(rules.rules[0], 28) == (8, 10, 12, 14, 16, 18, 20, 21, 22, 23, 24, 25, 26, 27)
     assert rules.finetune is not None
-    assert rules.finetune.train == Lora(64) and rules.finetune.samples == 12_000
+    assert rules.finetune.train == Lora(64)
+    assert rules.finetune.samples == 12_000
 
 
 def test_conv_beside_attention() -> None:
     rule = only("conv_beside_attention")
-    assert rule.contract == "exact" and rule.train_inserted
-    assert isinstance(rule.edit, Parallel) and rule.edit.merge == "sum"
+    assert rule.contract == "exact"
+    assert rule.train_inserted
+    assert isinstance(rule.edit, Parallel)
+    assert rule.edit.merge == "sum"
     attention, conv = rule.edit.branches
-    assert isinstance(attention, BranchSite) and isinstance(conv, OperatorCall)
+    assert isinstance(attention, BranchSite)
+    assert isinstance(conv, OperatorCall)
     assert conv.spec.name == "depthwise_conv"
     assert {k: getattr(v, "value", None) for k, v in conv.arguments.items()} == {
         "kernel": 7,
@@ -146,25 +160,34 @@ def test_conv_beside_attention() -> None:
 def test_expand_interpolate() -> None:
     rule = only("expand_interpolate")
     assert isinstance(rule.edit, Parallel)
-    assert rule.edit.merge == "lerp" and rule.edit.options == {"start": 0.5}
+    assert rule.edit.merge == "lerp"
+    assert rule.edit.options == {"start": 0.5}
     block, copy = rule.edit.branches
-    assert isinstance(block, BranchSite) and not block.copy
-    assert isinstance(copy, BranchSite) and copy.copy
+    assert isinstance(block, BranchSite)
+    assert not block.copy
+    assert isinstance(copy, BranchSite)
+    assert copy.copy
     assert indices(rule, 12) == (3, 7, 11)
 
 
 def test_parallel_block() -> None:
     rule = only("parallel_block")
-    assert isinstance(rule.edit, Parallel) and rule.edit.options == {"norm": "first"}
+    assert isinstance(rule.edit, Parallel)
+    assert rule.edit.options == {"norm": "first"}
     assert [b.part for b in rule.edit.branches if isinstance(b, BranchPart)] == ["attention", "mlp"]
 
 
 def test_drop_blocks() -> None:
     rule = only("drop_blocks")
     blocks = site(rule).blocks
-    assert blocks is not None and blocks.kind == "measured" and not blocks.top and blocks.count == 6
-    assert blocks.measure is not None and blocks.measure.name == "influence"
-    assert isinstance(rule.edit, Skip) and rule.edit.binding == "b"
+    assert blocks is not None
+    assert blocks.kind == "measured"
+    assert not blocks.top
+    assert blocks.count == 6
+    assert blocks.measure is not None
+    assert blocks.measure.name == "influence"
+    assert isinstance(rule.edit, Skip)
+    assert rule.edit.binding == "b"
 
 
 def test_gqa() -> None:
@@ -174,7 +197,8 @@ def test_gqa() -> None:
     by_slot = {i.slot: i.source for i in rule.inits}
     assert by_slot["q"] == Part("a", "q")
     pooled = by_slot["k"]
-    assert isinstance(pooled, Apply) and isinstance(pooled.options["groups"], Computed)
+    assert isinstance(pooled, Apply)
+    assert isinstance(pooled.options["groups"], Computed)
 
 
 @pytest.mark.parametrize(
@@ -220,4 +244,5 @@ def test_parameters_take_the_value_of_set() -> None:
         (rule,) = check(text, {"k": value}).rules
         assert isinstance(rule.edit, Replace)
         argument = rule.edit.operator.arguments["kernel"]
-        assert isinstance(argument, Literal_) and argument.value == wanted
+        assert isinstance(argument, Literal_)
+        assert argument.value == wanted

@@ -84,7 +84,8 @@ def test_an_inexact_division_names_both() -> None:
     with pytest.raises(GraftError) as caught:
         evaluate(argument("heads(a) / 5"), facts)
     (found,) = caught.value.diagnostics
-    assert found.code == "G150" and found.span is not None
+    assert found.code == "G150"
+    assert found.span is not None
     assert found.span.text == "heads(a) / 5"
     assert "where heads(a) % 5 == 0" in (found.help or "")
 

@@ -6,14 +6,13 @@ import random
 import time
 from pathlib import Path
 
+import fuzz
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graftc.diagnostics import GraftError, Source
 from graftc.language.check import check
-
-import fuzz
 
 RULE = "rule r {\n  match a = self_attention in blocks odd\n"
 HUGE = {

@@ -32,7 +32,8 @@ def test_wrong_input(case: dict[str, Any], tmp_path: Path) -> None:
         assert case["help"] in (found.help or ""), str(caught.value)
     assert found.span is not None or found.site is not None
     assert found.help or found.wanted or found.notes, "says what to do, or what was wanted"
-    assert render(found) and to_json(found)["code"] == case["code"]
+    assert render(found)
+    assert to_json(found)["code"] == case["code"]
 
 
 def test_the_bank_is_large() -> None:
