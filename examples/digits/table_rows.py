@@ -108,7 +108,8 @@ def teacher_finetuned(build: Build, budget: Budget, progress: Progress | None = 
 
     run = verbs.finetune(build, DATA, model="teacher", steps=budget.stage2, progress=progress)
     row = teacher_row()
-    module = build.teacher(state=load_file(run.weights)).eval()
+    module = build.teacher().eval()
+    module.load_state_dict(load_file(run.weights))
     compute = training_flops(row.flops, run.steps, BATCH)
     return replace(row, key="teacher/stage 2", name="teacher, same stage 2", model=module, compute=compute)
 

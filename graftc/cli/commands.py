@@ -217,7 +217,7 @@ def finetune(
 @app.command()
 def export(
     directory: BuildArgument,
-    to: Annotated[str, typer.Option("--to", help="onnx")],
+    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="ID", help="whose weights; default: the latest finished run's; or `untrained`")] = None,
 ) -> None:

@@ -21,7 +21,8 @@ def _console() -> Console:
     """Wide where there is no terminal: a table in a log or a pipe is not cut."""
     import sys
 
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    options = {"markup": False, "highlight": False}  # `[batch, 4]` is no markup
+    return Console(**options) if sys.stdout.isatty() else Console(width=160, **options)
 
 
 def count(number: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from graftc.distill.targets import Budget, Site, Stage2
 
@@ -13,18 +12,17 @@ BATCH = 64
 EPOCHS = 20
 FEWEST, MOST = 200, 2500
 ASSUMED_SIZE = 8000
-RATES = {"adamw": 1e-3, "muon": 1e-2}
 STAGE2_EPOCHS = 10
 STAGE2_MOST = 50_000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Optimiser steps, samples a step, and the peak learning rate."""
+    """Optimiser steps, samples a step, and the peak learning rate (None: the optimiser's own)."""
 
     steps: int
     batch: int
-    lr: float
+    lr: float | None
 
 
 def samples_of(sites: Sequence[Site]) -> tuple[float | None, int | None]:
@@ -46,7 +44,6 @@ def site_plans(
     steps: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
-    optimiser: Literal["adamw", "muon"],
 ) -> dict[str, Plan]:
     """A plan for each site of a generation; the batch is one for all, since the teacher pass is.
 
@@ -56,8 +53,8 @@ def site_plans(
 
     >>> from graftc.distill.targets import Cut
     >>> site = Site("a", Cut("", (), "a"), Cut("", (), "a"), ("a",))
-    >>> site_plans([site], 1500, optimiser="adamw")["a"]
-    Plan(steps=469, batch=64, lr=0.001)
+    >>> site_plans([site], 1500)["a"]
+    Plan(steps=469, batch=64, lr=None)
     """
     known = ASSUMED_SIZE if size is None else size
     asked = [s.budget.batch for s in sites if s.budget.batch is not None]
@@ -66,7 +63,7 @@ def site_plans(
         s.name: Plan(
             steps or _steps(s.budget, known, shared, EPOCHS, FEWEST, MOST),
             shared,
-            lr or s.budget.lr or RATES[optimiser],
+            lr or s.budget.lr,
         )
         for s in sites
     }

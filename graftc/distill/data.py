@@ -315,10 +315,8 @@ def prepare(task: Task, raw: Sample, generator: torch.Generator) -> Any:
     except Exception as error:
         held = "; ".join(f"{name} {shape_text(value)}" for name, value in raw.items())
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        raise GraftError(
-            Diagnostic("G526", f"the task cannot prepare a batch of DATA: {reason}", site="DATA",
-                       found=held)  # fmt: skip
-        ) from error
+        text = f"the task cannot prepare a batch of DATA: {reason}"
+        raise GraftError(Diagnostic("G526", text, site="DATA", found=held)) from error
 
 
 def data_error(error: BaseException, site: str) -> GraftError:

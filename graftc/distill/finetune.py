@@ -65,7 +65,9 @@ def finetune(
         "threads": threads,
     }
     defaults = {"seed": 0, "threads": torch.get_num_threads()}
-    options = given if resume else {k: defaults.get(k) if v is None else v for k, v in given.items()}
+    options = (
+        given if resume else {k: defaults.get(k) if v is None else v for k, v in given.items()}
+    )
     stage = "finetune" if model == "student" else "teacher"
     if parent is not None:
         finished(build.path, parent)  # before a directory is made

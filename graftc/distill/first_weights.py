@@ -25,15 +25,16 @@ def solve_first_weights(
     inner sites' trained students, when `distill` reaches it.
     """
     source = open_data(data, seed=seed, fraction=None, samples=None, validation=None)
-    setting = Setting(
-        teacher.eval(), targets.inputs, source, task, seed, "adamw", "never"
-    )
+    setting = Setting(teacher.eval(), targets.inputs, source, task, seed, "adamw", "never")
     for number, sites in enumerate(targets.generations()):
         waiting = tuple(s for s in sites if s.pending)
         if not waiting:
             continue
         generation = Generation(
-            setting, number, students_of(student, waiting), site_plans(waiting, source.size, optimiser=setting.optimiser)
+            setting,
+            number,
+            students_of(student, waiting),
+            site_plans(waiting, source.size),
         )
         for _ in solve_pending(generation, f"init.{number}"):
             pass

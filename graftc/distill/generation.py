@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,7 +151,9 @@ class Generation:
                 row = sums[name]
                 row[0], row[1] = row[0] + error, row[1] + energy
                 row[2], row[3] = row[2] + float(loss) * count, row[3] + count
-        return {n: (error / energy, loss / count) for n, (error, energy, loss, count) in sums.items()}
+        return {
+            n: (error / energy, loss / count) for n, (error, energy, loss, count) in sums.items()
+        }
 
     def _held_out(self) -> Iterator[tuple[str, Any]]:
         batches = self.setting.data.validation(self.setting.task, self.batch)
@@ -238,7 +240,9 @@ class Generation:
         optimiser.zero()
         torch.stack([w * x for w, x in zip(weights, found, strict=True)]).sum().backward()
         norms = [gradient_norm(s.parameters.values()) for s in students]
-        table: list[list[float]] = torch.stack([torch.stack(found).detach(), torch.stack(norms)]).tolist()
+        table: list[list[float]] = torch.stack(
+            [torch.stack(found).detach(), torch.stack(norms)]
+        ).tolist()
         for student, weight, loss, norm in zip(students, weights, *table, strict=True):
             name = student.site.name
             # A loss that is no number leaves no gradient that is one.
@@ -293,7 +297,7 @@ def check_teacher(students: Sequence[Student], values: Sequence[Values], where: 
 
 
 @contextmanager
-def random_of(*key: int | str) -> Iterator[None]:
+def random_of(*key: int | str) -> Generator[None]:
     """torch's global generator as a function of `key`, and as it was afterwards (dropout)."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(seeded(*key).get_state())
@@ -301,7 +305,7 @@ def random_of(*key: int | str) -> Iterator[None]:
 
 
 @contextmanager
-def _requires_grad(students: Sequence[Student]) -> Iterator[None]:
+def _requires_grad(students: Sequence[Student]) -> Generator[None]:
     """Only these students' parameters take gradients."""
     regions = [p for s in students for p in s.region.parameters()]
     chosen = {id(p) for s in students for p in s.parameters.values()}
@@ -313,4 +317,3 @@ def _requires_grad(students: Sequence[Student]) -> Iterator[None]:
     finally:
         for parameter, flag in zip(regions, before, strict=True):
             parameter.requires_grad_(flag)
-

@@ -15,6 +15,14 @@ from graftc.diagnostics import Diagnostic, NotRunError
 Kind = Literal["adamw", "muon"]
 Named = Mapping[str, nn.Parameter]
 
+RATES: dict[Kind, tuple[float, float]] = {"adamw": (1e-3, 1e-3), "muon": (0.05, 1e-2)}
+"""The peak rates where none is given: of matrices, and of all else.
+
+Muon's are measured: on Hyena-X sites of the digits example, 100 steps from least squares leave
+0.21 of the target's energy; AdamW leaves 0.24 at its best rate, and 0.31 in 400 steps from random
+weights at 1e-3 (0.23 at 3e-3).
+"""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -43,19 +51,23 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a peak rate and a schedule: a site's, or the whole model's."""
+    """Parameters that share a peak rate and a schedule: a site's, or the whole model's.
+
+    `lr` is a rate as AdamW's; None leaves it to the optimiser.
+    """
 
     name: str
     parameters: Named
-    lr: float
+    lr: float | None
     schedule: Schedule
 
 
 class Optimiser:
     """AdamW, or Muon on matrices with AdamW on all else; the state is a dict of named tensors.
 
-    Muon (Jordan et al. 2024) steps by the orthogonalised momentum, scaled so that its root mean
-    square is AdamW's (`match_rms_adamw`, arXiv 2502.16982), hence one rate serves both.
+    Muon (Jordan et al. 2024) steps by the orthogonalised momentum. Where a rate is given, the step
+    is scaled so that its root mean square is AdamW's (`match_rms_adamw`, arXiv 2502.16982), hence
+    one rate serves both; where none is, by the matrix's shape, which holds from width to width.
     """
 
     def __init__(
@@ -71,34 +83,42 @@ class Optimiser:
         self._names: dict[nn.Parameter, str] = {}
         matrices: list[dict[str, Any]] = []
         others: list[dict[str, Any]] = []
+        rates = RATES[kind]
         for group in groups:
             self._names.update({p: name for name, p in group.parameters.items()})
             parameters = list(group.parameters.values())
             matrix = [p for p in parameters if kind == "muon" and p.ndim == 2]
             other = [p for p in parameters if not (kind == "muon" and p.ndim == 2)]
             if matrix:
-                matrices.append({"params": matrix, "group": group.name})
+                lr, scaling = rates[0], "original"
+                if group.lr is not None:
+                    lr, scaling = group.lr, "match_rms_adamw"
+                entry = {"params": matrix, "group": group.name, "peak": lr}
+                matrices.append({**entry, "adjust_lr_fn": scaling})
             if other:
-                others.append({"params": other, "group": group.name})
+                lr = rates[1] if group.lr is None else group.lr
+                others.append({"params": other, "group": group.name, "peak": lr})
         if matrices:
             muon = getattr(torch.optim, "Muon", None)
             if muon is None:
                 text = f"torch {torch.__version__} has no Muon"
-                raise NotRunError(Diagnostic("G540", text, help="use AdamW, or torch 2.9 and later"))
-            made = muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self._optimisers.append(made)
+                raise NotRunError(
+                    Diagnostic("G540", text, help="use AdamW, or torch 2.9 and later")
+                )
+            self._optimisers.append(muon(matrices, lr=0.0, weight_decay=weight_decay))
         if others:
             fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
             self._optimisers.append(
-                torch.optim.AdamW(others, lr=0.0, betas=betas, weight_decay=weight_decay, fused=fused)
+                torch.optim.AdamW(
+                    others, lr=0.0, betas=betas, weight_decay=weight_decay, fused=fused
+                )
             )
 
     def step(self, step: int) -> None:
         """One step at the schedule's rate; a parameter without a gradient is left alone."""
         for optimiser in self._optimisers:
             for entry in optimiser.param_groups:
-                group = self._groups[entry["group"]]
-                entry["lr"] = group.lr * group.schedule(step)
+                entry["lr"] = entry["peak"] * self._groups[entry["group"]].schedule(step)
             optimiser.step()
 
     def zero(self) -> None:

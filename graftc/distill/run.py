@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,10 +129,10 @@ class Run:
 def _result(path: Path, facts: Mapping[str, Any]) -> RunResult | None:
     if facts.get("status") != "finished":
         return None
-    plain = dict(facts["result"])
-    sites = tuple(SiteResult(**site) for site in plain.pop("sites"))
-    weights = path / plain.pop("weights")
-    return RunResult(**{**plain, "path": path, "weights": weights, "sites": sites})
+    plain: dict[str, Any] = dict(facts["result"])
+    plain["path"], plain["weights"] = path, path / plain["weights"]
+    plain["sites"] = tuple(SiteResult(**site) for site in plain["sites"])
+    return RunResult(**plain)
 
 
 def runs(directory: str | Path) -> dict[str, dict[str, Any]]:
@@ -180,7 +180,7 @@ def open_run(
     options: Mapping[str, Any],
     parent: str | None = None,
     resume: str | None = None,
-) -> Iterator[Run]:
+) -> Generator[Run]:
     """A new run, or the one called `resume` with the options it was started with, locked.
 
     Raises GraftError: no such run (G560), a run of another stage (G562), another process at work
@@ -247,7 +247,7 @@ def _new_directory(home: Path, stage: str) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     """The run's lock, held by the operating system: it ends with the process, however that ends."""
     file = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
     try:

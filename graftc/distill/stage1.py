@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +72,9 @@ def distill(
         "stacked": "auto",
         "threads": torch.get_num_threads(),
     }
-    options = given if resume else {k: defaults.get(k) if v is None else v for k, v in given.items()}
+    options = (
+        given if resume else {k: defaults.get(k) if v is None else v for k, v in given.items()}
+    )
     targets = from_dict(build.targets)
     with open_run(build, "distill", options=options, resume=resume) as run:
         if (done := run.result()) is not None:
@@ -157,7 +158,6 @@ class _Stage1:
             steps=self.run.options["steps"],
             batch=self.run.options["batch"],
             lr=self.run.options["lr"],
-            optimiser=self.setting.optimiser,
         )
         generation = Generation(
             self.setting, number, students_of(self.student, sites), plans, state
@@ -296,7 +296,7 @@ class Saver:
 
 
 @contextmanager
-def using_threads(count: int) -> Iterator[None]:
+def using_threads(count: int) -> Generator[None]:
     """torch with `count` CPU threads: sums are split among them, so the bits depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -304,5 +304,3 @@ def using_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-

@@ -108,9 +108,7 @@ def finetune_module(
     if not names:
         fail("G542", "stage 2 has no parameter to train", site="stage2.train",
              wanted=", ".join(inserted) or "inserted modules", found="none of them in the model")  # fmt: skip
-    engine = _Stage2(
-        module.to(device), task, source, terms, plan, names, inputs, seed, device, run
-    )
+    engine = _Stage2(module.to(device), task, source, terms, plan, names, inputs, seed, device, run)
     before = {p: p.requires_grad for p in module.parameters()}
     try:
         for name, parameter in module.named_parameters():
@@ -220,7 +218,9 @@ class _Stage2:
             self.state.skipped += 1
         decay = min(self.terms.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), parameters, 1 - decay)
+            average: list[Tensor] = list(self.ema.values())
+            newest: list[Tensor] = list(parameters)
+            torch._foreach_lerp_(average, newest, 1 - decay)
         return value, norm, good
 
     def validate(self) -> float:
@@ -268,8 +268,8 @@ class _Stage2:
             for name, value in under(tensors, "ema.").items():
                 self.ema[name].copy_(value)
         self.optimiser.load(under(tensors, "optimiser."))
-        curve = [(int(s), float(x)) for s, x in facts["state"]["curve"]]
-        self.state = _State(**{**facts["state"], "curve": curve})
+        self.state = _State(**facts["state"])
+        self.state.curve = [(int(s), float(x)) for s, x in facts["state"]["curve"]]
 
 
 def terms_of(stage2: Stage2, changes: Mapping[str, Any]) -> Stage2:

@@ -141,7 +141,7 @@ def write_build(
     with files.whole_directory(folder, ours=_is_build) as partial:
         config = write_package(student, partial / "student", provenance=provenance, made_by=made_by)
         about_teacher = write_package(
-            teacher, partial / "teacher", made_by="The normalised teacher.",
+            teacher, partial / "teacher", made_by="The normalised teacher",
             weights="copy" if copy_teacher else "link", link=model,
         )  # fmt: skip
         files.write_yaml(partial / "plan.yaml", plan)

@@ -22,10 +22,18 @@ def is_list(module: nn.Module) -> str | None:
         rising = [int(n) for n in names]
         if rising == sorted(rising):
             gaps = rising[-1] + 1 - len(rising)
-            return "list" if gaps == 0 or (gaps <= _MOST_GAPS and len(rising) <= 8) else "dict"
+            filled = gaps <= _MOST_GAPS and len(rising) <= 8 and all(map(_takes_one, module.children()))
+            return "list" if gaps == 0 or filled else "dict"
     if any(n in _dict_attributes() or (not n.isidentifier() and not n.isdecimal()) for n in names):
         return None
     return "dict"
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether `nn.Identity()` could stand in the place of a module like this one."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    return sum(n.op == "placeholder" for n in module.graph.nodes) == 1
 
 
 def _dict_attributes() -> set[str]:

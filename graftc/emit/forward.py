@@ -219,10 +219,11 @@ class _Writer:
         text = ast.unparse(self.access.paths[run.container])
         members, indices = self.access.members(run.container), run.indices
         keyed = self.access.keyed(run.container)
+        whole = tuple(range(len(members))) == members
         if indices == members:
             return f"{text}.values()" if keyed else text
         step = indices[1] - indices[0]
-        if keyed or any(b - a != step for a, b in pairwise(indices)):
+        if keyed or not whole or any(b - a != step for a, b in pairwise(indices)):
             at = "str(i)" if keyed else "i"
             return f"[{text}[{at}] for i in {_indices(indices)}]"
         last = max(r.indices[-1] for r in loop.runs if r.container == run.container)

@@ -47,18 +47,19 @@ def source(
             out += ["", "", *_output_class(program)]
         out += ["", "", *_class(tree, cls, forwards.get(name), provenance or {}, style, cls is root)]
     facts = program.facts
+    inputs = {p.name: p.shape for p in program.inputs}
     check = CHECK.format(
-        inputs=_wrapped_literal({p.name: p.shape for p in program.inputs}, "INPUTS: dict[str, tuple[int | str, ...]] = "),
-        absent=quoted(repr(tuple(facts.absent))),
-        constants=quoted(repr(dict(facts.constants))),
+        inputs=_assigned("INPUTS: dict[str, tuple[int | str, ...]]", inputs),
+        absent=_assigned("ABSENT: tuple[str, ...]", tuple(facts.absent)),
+        constants=_assigned("CONSTANTS: dict[str, object]", dict(facts.constants)),
     )
     load = LOAD.format(root=root.name, mode=facts.mode)
     body = "\n".join(out)
     return f"{_head(program, tree, root, made_by, body)}{body}\n\n{check}\n{load}"
 
 
-def _wrapped_literal(value_: Any, before: str) -> str:
-    return "\n".join(wrap(before + quoted(repr(value_)))).removeprefix(before)
+def _assigned(name: str, literal: Any) -> str:
+    return "\n".join(wrap(f"{name} = {quoted(repr(literal))}"))
 
 
 def _head(program: Program, tree: Tree, root: Class, made_by: str, body: str) -> str:
@@ -67,10 +68,10 @@ def _head(program: Program, tree: Tree, root: Class, made_by: str, body: str) ->
     if original.startswith(("_graftc_user", "__main__")):
         original = original.rpartition(".")[2]
     dynamic = ", ".join(facts.dynamic) or "nothing"
-    what = f"{root.name}, from {original}" if "." in original else root.name
     lines = [
-        f'"""{what}.', "",
-        *([made_by] if made_by else []),
+        f'"""{root.name}.', "",
+        *([f"From {original}."] if "." in original else []),
+        *([f"{made_by}."] if made_by else []),
         f"Captured in {facts.mode} mode at {facts.dtype}; {dynamic} may vary from call to call.",
         *[f"Note: {note}" for note in facts.notes],
         "It needs torch, and safetensors to load its weights: `model = load()`.", '"""', "",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 CHECK = '''
 # What this model was captured with. A number is fixed; a name may vary from call to call.
-INPUTS: dict[str, tuple[int | str, ...]] = {inputs}
-ABSENT: tuple[str, ...] = {absent}
-CONSTANTS: dict[str, object] = {constants}
+{inputs}
+{absent}
+{constants}
 
 
 def check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ CALL = '''
 
 LOAD = '''
 def load_weights(model: nn.Module, path: str | Path, *, part: bool = False) -> nn.Module:
-    """Give `model` the tensors of a safetensors file, and their dtype; what was shared stays shared.
+    """Give `model` the tensors of a safetensors file, and their dtype; what is shared stays so.
 
     The file holds a shared tensor once, under its first name. Raises KeyError for a name that is
     missing or unknown; with `part`, buffers outside of the state dict may be missing.
@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: bool = False) -> n
     extra = {{n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in state}}
     for name, old in {{**state, **extra}}.items():
         if name in stored:
-            new = stored.pop(name)
+            new = stored.pop(name).clone()  # its own aligned memory: kernels round by alignment
             if new.shape != old.shape:
                 raise ValueError(f"{{name}} is {{tuple(new.shape)}}, wanted {{tuple(old.shape)}}")
             if id(old) not in fresh:

@@ -7,11 +7,29 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from graftc.diagnostics import fail
-from graftc.language.rules import Expr, Fact, Literal_, Operation
-from graftc.operators.spec import Value
+from graftc.language.rules import Computed, Expr, Fact, Literal_, Operation
+from graftc.operators.spec import Apply, Const, InitSource, Value
 
 Facts = Callable[[Fact], Value]
 Number = int | float
+
+
+def settled(source: InitSource, facts: Facts) -> InitSource:
+    """A source of weights with its computed numbers (`groups = heads(a) / 4`) put in.
+
+    >>> from graftc.diagnostics import Source, Span
+    >>> from graftc.operators.spec import Apply, Const, Part
+    >>> heads = Fact("heads", "a", {}, Span(Source("a.graft", "x"), 0, 1))
+    >>> pooled = Apply("mean_pool", (Part("a", "k"),), {"groups": Computed(None, heads)})
+    >>> settled(pooled, lambda fact: 4).options
+    {'groups': Const(value=4)}
+    """
+    if isinstance(source, Computed):
+        return Const(evaluate(source.expr, facts))
+    if not isinstance(source, Apply):
+        return source
+    options = {name: settled(option, facts) for name, option in source.options.items()}
+    return Apply(source.policy, tuple(settled(a, facts) for a in source.args), options)
 
 
 @dataclass(frozen=True)

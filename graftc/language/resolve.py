@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from graftc.diagnostics import Diagnostic, GraftError, Note, fail, nearest
+from graftc.diagnostics import Diagnostic, GraftError, Note, fail
 from graftc.language import syntax as s
 from graftc.language.load import Loader
 from graftc.language.parameters import check_parameters, given, settings_of
 from graftc.language.resolve_operator import check_operator, check_test
 from graftc.language.resolve_rule import rule_of
 from graftc.language.resolve_training import finetune_of
+from graftc.language.rule_names import check_after, check_rule_names, check_used_names, unknown_rule
 from graftc.language.rules import Finetune, Rule, Rules, Unapplied
-from graftc.language.scope import DefinedOperator, Log, Scope, Setting, already, listed
+from graftc.language.scope import DefinedOperator, Log, Scope, Setting, already
 from graftc.operators.spec import OperatorSpec
 
 _DEEPEST_USE = 20
@@ -57,14 +58,14 @@ def resolve(
     partial = bool(earlier)
     module = state.module(document, base, set_values, path.resolve(), (), None)
     if not partial:
-        _check_rule_names(module.rules, log)
-        _check_after(module.rules, log)
+        check_rule_names([r.item for r in module.rules], log)
+        check_after([r.item for r in module.rules], log)
         check_parameters(module.settings, state.settings, set_values, log)
         _check_empty(document, module, log)
     for name, item in module.tests:
         rules = {r.item.name.text for r in module.rules}
         if not partial and name.text not in rules:
-            _unknown_rule(name, rules, "a rule of this file", log)
+            unknown_rule(name, rules, "a rule of this file", log)
         check_test(item, log)
     errors = log.errors
     if errors:
@@ -196,11 +197,11 @@ class _State:
         only: frozenset[str] | None = None
         if use.names is not None:
             only = frozenset(n.text for n in use.names)
-            _check_used_names(use.names, document)
+            check_used_names(use.names, document)
         elif rule is not None:
             only = frozenset({rule})
             assert isinstance(use.module, s.Path)
-            _check_used_names(use.module.names[-1:], document)
+            check_used_names(use.module.names[-1:], document)
         used = self.module(document, path.parent, settings, path, chain, only)
         module.rules += used.rules
         self.settings |= used.settings
@@ -244,88 +245,6 @@ def _finetune(document: s.Document, module: _Module, scope: Scope) -> None:
     for item in items[:1]:
         with scope.log.attempt():
             module.finetune = finetune_of(scope, item)
-
-
-def _check_used_names(names: Sequence[s.Name], document: s.Document) -> None:
-    known = tuple(
-        i.name.text for i in document.items if isinstance(i, (s.RuleItem, s.OperatorItem))
-    )
-    for name in names:
-        if name.text not in known:
-            near = nearest(name.text, known)
-            fail(
-                "G111",
-                f"`{Path(document.source.name).name}` has no rule or operator `{name.text}`",
-                span=name.span,
-                wanted=listed(known) or "a rule",
-                found=f"`{name.text}`",
-                help=f"write `{near}`" if near else None,
-            )
-
-
-def _check_rule_names(rules: Sequence[_Ruled], log: Log) -> None:
-    seen: dict[str, s.RuleItem] = {}
-    for ruled in rules:
-        name = ruled.item.name
-        if name.text in seen:
-            message, first = f"two rules are called `{name.text}`", seen[name.text].name.span
-            log.add(already("G115", message, name.span, first, "give one another name"))
-        seen.setdefault(name.text, ruled.item)
-
-
-def _check_after(rules: Sequence[_Ruled], log: Log) -> None:
-    after = {r.item.name.text: [n for h in r.item.head for n in h.names] for r in rules}
-    for name, earlier in after.items():
-        for word in earlier:
-            if word.text == name:
-                log.add(
-                    Diagnostic(
-                        "G127",
-                        f"rule `{name}` cannot come after itself",
-                        span=word.span,
-                        help="leave out `after`",
-                    )
-                )
-            elif word.text not in after:
-                _unknown_rule(
-                    word, set(after) - {name}, "a rule of this file or of one that it uses", log
-                )
-    done: set[str] = set()
-    for name in after:
-        path: list[str] = []
-        at: str | None = name
-        while at is not None and at not in done:
-            if at in path:
-                cycle = [*path[path.index(at) :], at]
-                if len(cycle) > 2:
-                    word = next(w for w in after[cycle[-2]] if w.text == at)
-                    log.add(
-                        Diagnostic(
-                            "G127",
-                            "these rules wait for each other: " + " after ".join(cycle),
-                            span=word.span,
-                            help="leave out one `after`",
-                        )
-                    )
-                break
-            path.append(at)
-            at = next((w.text for w in after[at] if w.text in after and w.text not in done), None)
-        done.update(path)
-
-
-def _unknown_rule(name: s.Name, known: set[str], wanted: str, log: Log) -> None:
-    near = nearest(name.text, sorted(known))
-    log.add(
-        Diagnostic(
-            "G111",
-            f"unknown rule `{name.text}`",
-            span=name.span,
-            wanted=wanted
-            + (": " + ", ".join(f"`{k}`" for k in sorted(known)[:12]) if known else ""),
-            found=f"`{name.text}`",
-            help=f"write `{near}`" if near else None,
-        )
-    )
 
 
 def _check_empty(document: s.Document, module: _Module, log: Log) -> None:

@@ -120,10 +120,18 @@ POLICIES: Mapping[str, Policy] = {
     "copy": Policy("the source as it is", 1, 1),
     "concat": Policy("the sources' rows, one after the other", 1, None),
     "slice": Policy(
-        "columns first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}
+        "columns first..last of the source",
+        1,
+        1,
+        {"first": ("int", ()), "last": ("int", ())},
+        ("first", "last"),
     ),
     "rows": Policy(
-        "rows first..last of the source", 1, 1, {"first": ("int", ()), "last": ("int", ())}
+        "rows first..last of the source",
+        1,
+        1,
+        {"first": ("int", ()), "last": ("int", ())},
+        ("first", "last"),
     ),
     "mean_pool": Policy(
         "the mean over groups of heads", 1, 1, {"groups": ("int", ())}, ("groups",)

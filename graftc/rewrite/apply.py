@@ -95,7 +95,7 @@ def build_operator(
             module: nn.Module = cls(**dict(arguments))
     except (ValueError, TypeError) as error:
         fail("G358", f"`{spec.name}` cannot be built at {site}: {error}", site=site)
-    module.graft_arguments = dict(arguments)  # how to build it again, for whoever prints it
+    object.__setattr__(module, "graft_arguments", dict(arguments))  # how to build it again
     return module.to(dtype)
 
 

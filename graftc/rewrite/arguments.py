@@ -17,7 +17,10 @@ def resolve_arguments(call: OperatorCall, site: Site, match: Match) -> dict[str,
     """All arguments of `call` at `site`, checked against the operator's spec."""
     resolved: dict[str, Value] = {}
     for arg in call.spec.args:
-        if arg.name in call.arguments:
+        implied = _implied(arg.name, call, site, resolved)
+        if arg.name not in call.arguments and implied is not None:
+            resolved[arg.name] = implied
+        elif arg.name in call.arguments:
             value = evaluate(
                 call.arguments[arg.name],
                 lambda f: site_fact(match.bindings[f.binding], f.name, f.span),
@@ -33,6 +36,23 @@ def resolve_arguments(call: OperatorCall, site: Site, match: Match) -> dict[str,
         else:
             resolved[arg.name] = arg.default
     return resolved
+
+
+def _implied(name: str, call: OperatorCall, site: Site, resolved: Mapping[str, Value]) -> int | None:
+    """What `heads` alone implies: the same width in other heads; as many key-value heads where the site had so."""
+    heads = resolved.get("heads")
+    facts = [site.facts.get(n) for n in ("heads", "kv_heads", "head_dim")]
+    if "heads" not in call.arguments or not isinstance(heads, int) or not all(isinstance(f, int) for f in facts):
+        return None
+    before, kv_before, head_dim = (int(f) for f in facts)  # type: ignore[arg-type]
+    if name == "kv_heads" and kv_before == before:
+        return heads
+    if name == "head_dim":
+        if before * head_dim % heads:
+            fail("G352", f"`heads` of `{call.spec.name}` is {heads}", span=call.arguments["heads"].span, site=site.path,
+                 wanted=f"a divisor of the width {before * head_dim}", found=str(heads))
+        return before * head_dim // heads
+    return None
 
 
 def _checked(arg: Arg, value: Any, spec: OperatorSpec, span: Span, site: Site) -> Value:

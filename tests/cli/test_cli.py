@@ -86,7 +86,7 @@ def test_set_overrides(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compile_leaves_nothing_behind_on_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     bad = tmp_path / "bad.graft"
-    bad.write_text(HYENA.read_text().replace("which step 2", "{30}"))
+    bad.write_text(HYENA.read_text().replace("set which = 1..7", "").replace("which step 2", "{30}"))
     code, _, err = run(capsys, "compile", str(bad), "-m", MODEL, "-o", str(tmp_path / "out"))
     assert code == 1
     assert "30" in err

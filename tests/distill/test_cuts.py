@@ -6,12 +6,12 @@ import operator
 
 import pytest
 import torch
-from tests.distill import tiny
 from torch import Tensor, nn
 
 from graftc.diagnostics import GraftError
 from graftc.distill import capture_graph, extract
 from graftc.distill.targets import Cut, CutInput
+from tests.distill import tiny
 
 
 def batch(count: int = 3) -> dict[str, Tensor]:
@@ -71,7 +71,10 @@ def test_nothing_runs_after_the_last_cut():
 
 def test_the_result_of_a_block_is_threaded_where_a_later_cut_needs_it():
     model = tiny.teacher()
-    inner, outer = tiny.attention_site(1).teacher, Cut("", (CutInput("x", "blocks.1", 0),), "blocks.1")
+    inner, outer = (
+        tiny.attention_site(1).teacher,
+        Cut("", (CutInput("x", "blocks.1", 0),), "blocks.1"),
+    )
     values = capture_graph(model, [inner, outer])(**batch())
     torch.testing.assert_close(values[1][1], hooked(model, "blocks.1")[1], rtol=0, atol=0)
     torch.testing.assert_close(values[0][1], hooked(model, "blocks.1.attn")[1], rtol=0, atol=0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.distill import tiny
 
 from graftc.diagnostics import GraftError
 from graftc.distill import call_data, open_data
 from graftc.distill.data import seeded
 from graftc.distill.inputs import check_inputs
+from tests.distill import tiny
 
 NUMBERS = [{"i": torch.tensor(i)} for i in range(40)]
 
@@ -33,9 +33,10 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     in_order = [drawn(one, step) for step in range(12)]
     assert [drawn(two, step) for step in reversed(range(12))] == in_order[::-1]
     assert drawn(open_data(NUMBERS, seed=2), 0) != in_order[0]
-    epoch = sum(in_order, [])[: one.size]
+    drawn_in_all = [i for batch in in_order for i in batch]
+    epoch = drawn_in_all[: one.size]
     assert len(set(epoch)) == one.size == 36  # every sample once an epoch
-    assert sum(in_order, [])[36:72] != epoch
+    assert drawn_in_all[36:72] != epoch
 
 
 def test_held_out_samples_are_the_same_for_every_seed_and_never_trained_on():
@@ -108,10 +109,13 @@ class Raises:
     ],
 )
 def test_bad_data_is_told(data, options, code, told):
-    with pytest.raises(GraftError) as raised:
+    def read():
         opened = open_data(data, **options)
         for step in range(5):
             opened.raw(step, 2)
+
+    with pytest.raises(GraftError) as raised:
+        read()
     assert raised.value.diagnostics[0].code == code, str(raised.value)
     assert told in str(raised.value)
 

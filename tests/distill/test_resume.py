@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.distill import tiny
 
 from graftc.diagnostics import GraftError
 from graftc.distill import distill, finetune, runs
 from graftc.distill.checkpoint import load_tensors, save_tensors
 from graftc.distill.run import digest_of, open_run
 from graftc.distill.targets import Budget, Lora, Stage2
+from tests.distill import tiny
 
 SITES = (
     tiny.attention_site(1, budget=Budget(steps=9), solve=True),
@@ -164,7 +164,12 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path, whole):
     assert raised.value.diagnostics[0].code == "G550"
     assert "no room left" in str(raised.value)
     home = tmp_path / "runs" / "0001-distill"
-    assert {p.name for p in home.iterdir()} == {"run.yaml", "lock", "log.jsonl", "checkpoint.safetensors"}
+    assert {p.name for p in home.iterdir()} == {
+        "run.yaml",
+        "lock",
+        "log.jsonl",
+        "checkpoint.safetensors",
+    }
     assert load_tensors(home / "checkpoint.safetensors")[1]["state"]["step"] == 6
     same(stage1(made, resume="0001-distill"), whole)
 
@@ -172,7 +177,10 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path, whole):
 def test_two_processes_on_one_run_are_refused(tmp_path):
     made = build(tmp_path)
     with open_run(made, "distill", options={}) as run:
-        with pytest.raises(GraftError) as raised, open_run(made, "distill", options={}, resume=run.id):
+        with (
+            pytest.raises(GraftError) as raised,
+            open_run(made, "distill", options={}, resume=run.id),
+        ):
             pass
         assert raised.value.diagnostics[0].code == "G563"
         assert f"process {os.getpid()}" in str(raised.value)

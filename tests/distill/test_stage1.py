@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.distill import tiny
 from torch import nn
 
 from graftc.diagnostics import GraftError
 from graftc.distill import distill, latest, runs
 from graftc.distill.targets import Budget, Loss
+from tests.distill import tiny
 
 
 def build(path, *sites, **made):
@@ -278,5 +278,7 @@ def test_a_site_with_nothing_to_train_is_told(tmp_path):
 def test_progress_is_told_of_every_step(tmp_path):
     seen = []
     made = build(tmp_path, tiny.attention_site(1, solve=True))
-    run(made, steps=5, progress=lambda phase, done, total, values: seen.append((phase, done, total)))
+    run(
+        made, steps=5, progress=lambda phase, done, total, values: seen.append((phase, done, total))
+    )
     assert seen == [("init", 1, 1), *[("distill 1/1", i, 5) for i in range(1, 6)]]

@@ -6,15 +6,13 @@ import copy
 
 import pytest
 import yaml
-from tests.distill import tiny
 
 from graftc.diagnostics import GraftError
 from graftc.distill import from_dict, load_targets, save_targets, to_dict
 from graftc.distill.targets import Lora, Stage2
+from tests.distill import tiny
 
-BOTH = tiny.targets(
-    tiny.attention_site(3, solve=True), tiny.pair_site(after=("blocks.3.attn",))
-)
+BOTH = tiny.targets(tiny.attention_site(3, solve=True), tiny.pair_site(after=("blocks.3.attn",)))
 
 
 @pytest.mark.parametrize("train", ["all", "inserted", Lora(4, 8.0)])

@@ -87,7 +87,7 @@ def test_compiled_equals_itself(case):
     c = case("tiny_dit")
     compiled = torch.compile(c.emitted, backend="aot_eager", fullgraph=True)
     assert same(run(compiled, c.inputs), run(c.emitted, c.inputs))
-    with pytest.raises(ValueError, match="captured at"):
+    with pytest.raises(Exception, match="captured at"):  # dynamo wraps the ValueError
         compiled(**{**c.inputs, "x": torch.randn(2, 3, 16, 16)})
 
 
@@ -155,7 +155,7 @@ def test_operators_are_copied_and_variants_named():
     said = {f"blocks.{i}.attn": "mix @ /home/someone/rules/a.graft:3" for i in (1, 3)}
     text = source(program, provenance=said)
     assert "class BlockWithTokenMixer(nn.Module):" in text
-    assert "BlockWithTokenMixer() if i in (1, 3) else Block() for i in range(4)" in text
+    assert "[Block(), BlockWithTokenMixer(), Block(), BlockWithTokenMixer()]" in text
     assert text.count("def along_tokens(") == 1
     assert "self.attn = TokenMixer(dim=32)  # mix @ a.graft:3" in text
     assert "/home" not in text
