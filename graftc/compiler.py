@@ -90,7 +90,9 @@ def _parts(analysis: Analysis, site: Site) -> Mapping[str, Affine]:
     """The affine parts of a site; what is not affine is absent, and asking for it is an error there."""
     refs = part_refs(analysis, site.path)
     return {
-        name: Affine(*ref.tensors(analysis.program)) for name, ref in refs.items() if isinstance(ref, PartRef)
+        name: Affine(*ref.tensors(analysis.program))
+        for name, ref in refs.items()
+        if isinstance(ref, PartRef)
     }
 
 
@@ -149,10 +151,18 @@ def compile_build(
 def _check_weights(module: nn.Module) -> None:
     meta = next((n for n, p in module.named_parameters() if p.is_meta), None)
     if meta is not None:
-        fail("G206", f"`{meta}` is on the meta device: the model has no weights", site="MODEL",
-             help="load the weights in the MODEL function")
+        fail(
+            "G206",
+            f"`{meta}` is on the meta device: the model has no weights",
+            site="MODEL",
+            help="load the weights in the MODEL function",
+        )
     for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.is_floating_point()
+            and not bool(torch.isfinite(tensor).all())
+        ):
             fail("G207", f"`{name}` holds values that are not finite", site="MODEL")
 
 
@@ -163,10 +173,19 @@ def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) ->
 
     chosen = load_task(task if task is not None else model.task)
     if chosen is None:
-        fail("G231", "DATA was given, and no task that draws the model's inputs from it", site="-d",
-             help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)")
+        fail(
+            "G231",
+            "DATA was given, and no task that draws the model's inputs from it",
+            site="-d",
+            help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)",
+        )
     return solve_first_weights(
-        compiled.targets, compiled.teacher.root, compiled.student.root, load_data(data), chosen, seed=seed
+        compiled.targets,
+        compiled.teacher.root,
+        compiled.student.root,
+        load_data(data),
+        chosen,
+        seed=seed,
     )
 
 
@@ -181,5 +200,8 @@ def _versions() -> dict[str, str]:
         "graftc": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{p: metadata.version(p) for p in ("lark", "networkx", "safetensors", "onnx", "onnxscript")},
+        **{
+            p: metadata.version(p)
+            for p in ("lark", "networkx", "safetensors", "onnx", "onnxscript")
+        },
     }

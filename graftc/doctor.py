@@ -18,7 +18,9 @@ def doctor() -> list[dict[str, str]]:
     for name in ("lark", "networkx", "onnx", "onnxscript", "safetensors"):
         findings.append(_package(name, "core: install graftc again"))
     findings.append(_runtime())
-    findings.append(_package("tensorrt", "TensorRT engines: an NVIDIA GPU and `pip install tensorrt`"))
+    findings.append(
+        _package("tensorrt", "TensorRT engines: an NVIDIA GPU and `pip install tensorrt`")
+    )
     for name, extra in (
         ("accelerate", "train"), ("peft", "train"), ("diffusers", "diffusers"), ("transformers", "transformers"),
         ("matplotlib", "report"), ("sklearn", "examples"),
@@ -57,15 +59,22 @@ def _runtime() -> dict[str, str]:
     cpu, gpu = _version("onnxruntime"), _version("onnxruntime-gpu")
     if cpu and gpu:
         return _finding(
-            "onnxruntime", "problem",
+            "onnxruntime",
+            "problem",
             f"onnxruntime {cpu} and onnxruntime-gpu {gpu} are both installed and overwrite each other's files; "
             "uninstall both, then install one: graftc[cpu] or graftc[gpu]",
         )
     if not (cpu or gpu):
-        return _finding("onnxruntime", "missing", "verify needs it: pip install 'graftc[cpu]' or 'graftc[gpu]'")
+        return _finding(
+            "onnxruntime", "missing", "verify needs it: pip install 'graftc[cpu]' or 'graftc[gpu]'"
+        )
     if find_spec("onnxruntime") is None:
-        return _finding("onnxruntime", "problem", "installed, but its module is gone; install it again")
+        return _finding(
+            "onnxruntime", "problem", "installed, but its module is gone; install it again"
+        )
     import onnxruntime
 
     providers = ", ".join(onnxruntime.get_available_providers())
-    return _finding("onnxruntime-gpu" if gpu else "onnxruntime", "ok", f"{gpu or cpu}; providers: {providers}")
+    return _finding(
+        "onnxruntime-gpu" if gpu else "onnxruntime", "ok", f"{gpu or cpu}; providers: {providers}"
+    )

@@ -33,7 +33,8 @@ def make_targets(plan: Plan, program: Program) -> Targets:
     and not trained.
     """
     learned = [
-        s for s in plan.steps
+        s
+        for s in plan.steps
         if s.edit.new and (_is_learned(s) or any(o.pending for o in s.origins))
     ]
     return Targets(
@@ -60,8 +61,12 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
         operator=edit.new[-1].spec.name if edit.kind == "parallel" else after_text(edit),
         pending=tuple(
             dict.fromkeys(
-                Pending(o.parameter.removesuffix(f".{o.module}.{o.parameter.rpartition('.')[2]}"), o.module)
-                for o in step.origins if o.pending
+                Pending(
+                    o.parameter.removesuffix(f".{o.module}.{o.parameter.rpartition('.')[2]}"),
+                    o.module,
+                )
+                for o in step.origins
+                if o.pending
             )
         ),
         loss=_loss(rule.distill),
@@ -72,7 +77,8 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
             if other is not step
             and any(
                 inner.path.startswith(outer.path + ".")
-                for inner in other.edit.sites for outer in edit.sites
+                for inner in other.edit.sites
+                for outer in edit.sites
             )
         ),
     )
@@ -120,7 +126,12 @@ def _budget(distill: language.Distill | None) -> Budget:
     if distill is None:
         return Budget()
     return Budget(
-        distill.samples, distill.epochs, distill.steps, distill.batch, distill.lr, distill.data_fraction
+        distill.samples,
+        distill.epochs,
+        distill.steps,
+        distill.batch,
+        distill.lr,
+        distill.data_fraction,
     )
 
 

@@ -87,32 +87,49 @@ def compile(
     from graftc.compiler import compile_build
 
     return compile_build(
-        Path(file), model, Path(output), data=data, task=task, overrides=dict(overrides or {}), seed=seed,
-        copy_teacher=copy_teacher, command=command,
+        Path(file),
+        model,
+        Path(output),
+        data=data,
+        task=task,
+        overrides=dict(overrides or {}),
+        seed=seed,
+        copy_teacher=copy_teacher,
+        command=command,
     )
 
 
-def distill(build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any) -> RunResult:
+def distill(
+    build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any
+) -> RunResult:
     """Stage 1: every learned site is trained on the teacher's activations; see `graftc.distill.distill`."""
     from graftc.distill import distill as engine
 
     return _train(engine, build, data, task, options)
 
 
-def finetune(build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any) -> RunResult:
+def finetune(
+    build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any
+) -> RunResult:
     """Stage 2: the student is trained end to end on the task's loss; see `graftc.distill.finetune`."""
     from graftc.distill import finetune as engine
 
     return _train(engine, build, data, task, options)
 
 
-def _train(engine: Any, build: str | Path | Build, data: Any, task: Any, options: dict[str, Any]) -> RunResult:
+def _train(
+    engine: Any, build: str | Path | Build, data: Any, task: Any, options: dict[str, Any]
+) -> RunResult:
     opened = _build(build)
     return engine(opened, load_data(data), _task(opened, task), **options)
 
 
 def export(
-    build: str | Path | Build, *, to: str = "onnx", output: str | Path | None = None, run: str | None = None
+    build: str | Path | Build,
+    *,
+    to: str = "onnx",
+    output: str | Path | None = None,
+    run: str | None = None,
 ) -> Path:
     """Write the student as ONNX (opset 20, dynamic batch); returns the file's path.
 
@@ -126,12 +143,18 @@ def export(
     return export_onnx(_build(build), Path(output) if output else None, run=run)
 
 
-def verify(build: str | Path | Build, *, onnx: str | Path | None = None) -> Verification:
-    """Check the exported file against the student; every check is PASS, FAIL or NOT RUN (reason)."""
+def verify(
+    build: str | Path | Build, *, onnx: str | Path | None = None, data: str | Any = None
+) -> Verification:
+    """Check the exported file against the student; every check is PASS, FAIL or NOT RUN (reason).
+
+    Inputs are drawn by the Task from `data`, by default the DATA that the build was compiled with; without
+    either they are random.
+    """
     from graftc.emit.verify import verify as check_file
 
     opened = _build(build)
-    return check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened))
+    return check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened, data))
 
 
 def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Path]:
@@ -207,13 +230,23 @@ def _task(build: Build, task: str | Any) -> Any:
     model = build.manifest.get("model", {}).get("reference")
     own = _model(model, on_meta=True).task if model else None
     if own is None:
-        fail("G231", "no task: the model names none", site=str(build.path), wanted="-t TASK",
-             help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)")
+        fail(
+            "G231",
+            "no task: the model names none",
+            site=str(build.path),
+            wanted="-t TASK",
+            help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)",
+        )
     return load_task(own)
 
 
-def _task_inputs(build: Build) -> Any:
-    """Inputs for verification: the Task's own where DATA was recorded, else random ones in the example's ranges."""
-    return None
+def _task_inputs(build: Build, data: str | Any) -> Any:
+    """Inputs by batch size, as the Task draws them from DATA: given, or recorded at compile; else None."""
+    chosen = data if data is not None else (build.manifest.get("data") or {}).get("reference")
+    if chosen is None:
+        return None
+    from graftc.distill.data import open_data
 
-
+    source = open_data(load_data(chosen), seed=0, fraction=None, samples=None, validation=None)
+    task = _task(build, None)
+    return lambda batch, _: source.prepared(task, 0, batch, "verify").inputs

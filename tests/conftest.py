@@ -21,14 +21,22 @@ def small_dit(layers: int = 4) -> Model:
 
     torch.manual_seed(0)
     module = DiTTransformer2DModel(
-        num_layers=layers, sample_size=8, num_attention_heads=2, attention_head_dim=16, num_embeds_ada_norm=10
+        num_layers=layers,
+        sample_size=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_embeds_ada_norm=10,
     ).eval()
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([3, 500]),
         "class_labels": torch.tensor([1, 5]),
     }
-    return Model(module, inputs, meanings={"hidden_states": "noisy_latent", "timestep": "timestep", "class_labels": "label"})
+    return Model(
+        module,
+        inputs,
+        meanings={"hidden_states": "noisy_latent", "timestep": "timestep", "class_labels": "label"},
+    )
 
 
 def small_pixart(layers: int = 4) -> Model:
@@ -36,7 +44,11 @@ def small_pixart(layers: int = 4) -> Model:
 
     torch.manual_seed(0)
     module = PixArtTransformer2DModel(
-        num_layers=layers, sample_size=8, caption_channels=48, num_attention_heads=2, attention_head_dim=16,
+        num_layers=layers,
+        sample_size=8,
+        caption_channels=48,
+        num_attention_heads=2,
+        attention_head_dim=16,
         cross_attention_dim=32,
     ).eval()
     inputs = {

@@ -25,7 +25,9 @@ rule mine {
 
 def call(*command: str | Path, cwd: Path) -> str:
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=clean)
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=clean
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -53,13 +55,43 @@ def test_from_a_wheel_in_an_empty_environment(file: Path, tmp_path: Path) -> Non
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "dist", source, cwd=tmp_path)
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "-w",
+        tmp_path / "dist",
+        source,
+        cwd=tmp_path,
+    )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env/bin/python"
     constraints = ROOT / "constraints.txt"
     call(python, "-m", "pip", "install", "-q", "--no-deps", wheel, cwd=tmp_path)
-    call(python, "-m", "pip", "install", "-q", "-c", constraints, "lark", "typer", "rich", "pyyaml", "networkx", cwd=tmp_path)
+    call(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        constraints,
+        "lark",
+        "typer",
+        "rich",
+        "pyyaml",
+        "networkx",
+        cwd=tmp_path,
+    )
     assert "ok" in call(tmp_path / "env/bin/graftc", "check", file, cwd=tmp_path)
-    found = call(python, "-c", "import graftc.language.resources as r; print(r.shipped('rules/std/mixers.graft'))", cwd=tmp_path)
+    found = call(
+        python,
+        "-c",
+        "import graftc.language.resources as r; print(r.shipped('rules/std/mixers.graft'))",
+        cwd=tmp_path,
+    )
     assert "_data" in found

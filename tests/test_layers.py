@@ -9,7 +9,10 @@ import pytest
 
 GRAFTC = Path(__file__).parents[1] / "graftc"
 FORBIDDEN = {
-    "diagnostics": ["torch", *(f"graftc.{p.name}" for p in GRAFTC.iterdir() if p.is_dir() and p.name != "diagnostics")],
+    "diagnostics": [
+        "torch",
+        *(f"graftc.{p.name}" for p in GRAFTC.iterdir() if p.is_dir() and p.name != "diagnostics"),
+    ],
     "language": ["torch"],
     "program": ["graftc.language"],
     "rewrite": ["graftc.distillation", "graftc.emit"],

@@ -27,7 +27,10 @@ def dit_xl2() -> graftc.Model:
 def pixart_sigma_2k() -> graftc.Model:
     """PixArt-Sigma at 2048 px: 28 blocks, 16,384 image tokens, 300 of the caption."""
     module = PixArtTransformer2DModel(
-        sample_size=256, interpolation_scale=4, caption_channels=4096, use_additional_conditions=False
+        sample_size=256,
+        interpolation_scale=4,
+        caption_channels=4096,
+        use_additional_conditions=False,
     ).eval()
     return graftc.Model(
         module,

@@ -23,15 +23,21 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("-m", "--model", help="MODEL: file.py:function or package.module:function")
 ]
-DataOption = Annotated[str, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")]
+DataOption = Annotated[
+    str, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")
+]
 MaybeData = Annotated[
     str | None, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")
 ]
 TaskOption = Annotated[
-    str | None, typer.Option("-t", "--task", help="TASK: a shipped name, or file.py:Task; default: the model's own")
+    str | None,
+    typer.Option(
+        "-t", "--task", help="TASK: a shipped name, or file.py:Task; default: the model's own"
+    ),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="override a `set` parameter of the file: name=value")
+    list[str] | None,
+    typer.Option("--set", help="override a `set` parameter of the file: name=value"),
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
 BuildArgument = Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")]
@@ -65,7 +71,9 @@ def _command() -> str:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")
+    ],
     format: FormatOption = "text",
 ) -> None:
     """Show roles, chains of blocks, sites, parameters and FLOPs of a model."""
@@ -84,7 +92,7 @@ def check(
     format: FormatOption = "text",
 ) -> None:
     """Check the syntax and meaning of .graft files, without a model."""
-    from graftc.diagnostics import Diagnostic, GraftError
+    from graftc.diagnostics import Diagnostic, GraftError, render, to_json
     from graftc.language.check import check as check_file
 
     _format(format)
@@ -96,9 +104,12 @@ def check(
         except GraftError as error:
             problems += error.diagnostics
             continue
-        good.append({"file": str(file), "rules": [r.name for r in rules.rules]})
+        notes = [to_json(n) for n in rules.notes]
+        good.append({"file": str(file), "rules": [r.name for r in rules.rules], "notes": notes})
         if format == "text":
             print(f"{file}: ok, {len(rules.rules)} rule{'s' * (len(rules.rules) != 1)}")
+            for note in rules.notes:
+                print(render(note), file=sys.stderr)
     if problems:
         raise GraftError(*problems)
     if format == "json":
@@ -108,7 +119,9 @@ def check(
 @app.command()
 def fmt(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
-    check_only: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 if a file would change")] = False,
+    check_only: Annotated[
+        bool, typer.Option("--check", help="change nothing; exit 1 if a file would change")
+    ] = False,
 ) -> None:
     """Format .graft files in place."""
     from graftc import verbs
@@ -126,7 +139,9 @@ def plan(
     model: ModelOption,
     data: MaybeData = None,
     set_: SetOption = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="write the plan as YAML")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="write the plan as YAML")
+    ] = None,
     format: FormatOption = "text",
 ) -> None:
     """Show what a file does to a model; nothing is changed."""
@@ -143,20 +158,31 @@ def plan(
 def compile_(
     file: Annotated[Path, typer.Argument(metavar="FILE")],
     model: ModelOption,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the build directory")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="the build directory")
+    ],
     data: MaybeData = None,
     task: TaskOption = None,
     set_: SetOption = None,
     seed: SeedOption = 0,
-    copy_teacher: Annotated[bool, typer.Option("--copy-teacher", help="copy the teacher's weights into the build")] = False,
+    copy_teacher: Annotated[
+        bool, typer.Option("--copy-teacher", help="copy the teacher's weights into the build")
+    ] = False,
 ) -> None:
     """Make the student and its distillation targets."""
     from graftc import verbs
     from graftc.cli.render import show_build
 
     build = verbs.compile(
-        file, model, output, data=data, task=task, overrides=_overrides(set_), seed=seed,
-        copy_teacher=copy_teacher, command=_command(),
+        file,
+        model,
+        output,
+        data=data,
+        task=task,
+        overrides=_overrides(set_),
+        seed=seed,
+        copy_teacher=copy_teacher,
+        command=_command(),
     )
     show_build(build)
 
@@ -169,16 +195,24 @@ def _training(
 
     with Progress() as progress:
         result = getattr(verbs, verb)(
-            directory, data, task=task, progress=progress, command=_command(),
+            directory,
+            data,
+            task=task,
+            progress=progress,
+            command=_command(),
             **{k: v for k, v in options.items() if v is not None},
         )
     show_run(result)
 
 
-StepsOption = Annotated[int | None, typer.Option(help="optimiser steps; default: the file's, or the engine's")]
+StepsOption = Annotated[
+    int | None, typer.Option(help="optimiser steps; default: the file's, or the engine's")
+]
 BatchOption = Annotated[int | None, typer.Option(help="samples a step")]
 RateOption = Annotated[float | None, typer.Option("--lr", help="learning rate")]
-ResumeOption = Annotated[str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")]
+ResumeOption = Annotated[
+    str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")
+]
 
 
 @app.command()
@@ -202,7 +236,14 @@ def finetune(
     directory: BuildArgument,
     data: DataOption,
     task: TaskOption = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="the run to start from, or `untrained`; default: the latest of stage 1")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run",
+            metavar="ID",
+            help="the run to start from, or `untrained`; default: the latest of stage 1",
+        ),
+    ] = None,
     steps: StepsOption = None,
     batch: BatchOption = None,
     lr: RateOption = None,
@@ -219,7 +260,14 @@ def export(
     directory: BuildArgument,
     to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="ID", help="whose weights; default: the latest finished run's; or `untrained`")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run",
+            metavar="ID",
+            help="whose weights; default: the latest finished run's; or `untrained`",
+        ),
+    ] = None,
 ) -> None:
     """Write the student as an ONNX file."""
     from graftc import verbs
@@ -231,7 +279,10 @@ def export(
 @app.command()
 def verify(
     directory: BuildArgument,
-    onnx: Annotated[Path | None, typer.Option("--onnx", metavar="FILE", help="default: the build's own")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option("--onnx", metavar="FILE", help="default: the build's own")
+    ] = None,
+    data: MaybeData = None,
     format: FormatOption = "text",
 ) -> None:
     """Check the exported file against the student; each check PASS, FAIL or NOT RUN."""
@@ -239,7 +290,7 @@ def verify(
     from graftc.cli.render import show_verification, verification_dict
 
     _format(format)
-    result = verbs.verify(directory, onnx=onnx)
+    result = verbs.verify(directory, onnx=onnx, data=data)
     _json(verification_dict(result)) if format == "json" else show_verification(result)
     if not result.passed:
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -25,7 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
         from graftc.diagnostics import Diagnostic
 
         place = str(error.filename) if error.filename else None
-        _report(GraftError(Diagnostic("G002", f"{error.strerror or error}", site=place)), _wants_json(given))
+        _report(
+            GraftError(Diagnostic("G002", f"{error.strerror or error}", site=place)),
+            _wants_json(given),
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
@@ -34,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _wants_json(given: list[str]) -> bool:
     return "--format=json" in given or any(
-        a == "--format" and b == "json" for a, b in zip(given, given[1:], strict=False)
+        a == "--format" and b == "json" for a, b in itertools.pairwise(given)
     )
 
 

@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 _EVERY_SECONDS = 5.0
 
@@ -15,7 +19,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._bar = None
-        self._tasks: dict[str, object] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, tuple[float, int]] = {}
         self._said = 0.0
 
@@ -26,15 +30,22 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
                 console=Console(stderr=True),
             )
             self._bar.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -48,10 +59,14 @@ class Progress:
         if self._bar is not None:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bar.add_task(phase, total=total, rate="", shown="")
-            self._bar.update(self._tasks[phase], completed=done, total=total, rate=speed, shown=shown)  # type: ignore[arg-type]
+            self._bar.update(
+                self._tasks[phase], completed=done, total=total, rate=speed, shown=shown
+            )
             return
         if done < total and now - self._said < _EVERY_SECONDS:
             return
         self._said = now
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        print(f"{phase}: {done}/{total} {speed}{left}  {shown}".rstrip(), file=sys.stderr, flush=True)
+        print(
+            f"{phase}: {done}/{total} {speed}{left}  {shown}".rstrip(), file=sys.stderr, flush=True
+        )

@@ -21,8 +21,8 @@ def _console() -> Console:
     """Wide where there is no terminal: a table in a log or a pipe is not cut."""
     import sys
 
-    options = {"markup": False, "highlight": False}  # `[batch, 4]` is no markup
-    return Console(**options) if sys.stdout.isatty() else Console(width=160, **options)
+    width = None if sys.stdout.isatty() else 160
+    return Console(width=width, markup=False, highlight=False)  # `[batch, 4]` is no markup
 
 
 def count(number: float) -> str:
@@ -41,17 +41,22 @@ def count(number: float) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if column in ("parameters", "FLOPs") else "left",
-                         no_wrap=i == 0)
+        table.add_column(
+            column, justify="right" if column in ("parameters", "FLOPs") else "left", no_wrap=i == 0
+        )
     return table
 
 
 def show_analysis(analysis: Analysis) -> None:
     console = _console()
     program = analysis.program
-    console.print(f"{count(analysis.parameters)} parameters, {count(analysis.flops.get('', 0))} FLOPs a forward pass of one sample")
+    console.print(
+        f"{count(analysis.parameters)} parameters, {count(analysis.flops.get('', 0))} FLOPs a forward pass of one sample"
+    )
     for port in program.inputs:
-        console.print(f"  input {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]  {port.meaning}")
+        console.print(
+            f"  input {port.name}: {port.dtype}[{', '.join(map(str, port.shape))}]  {port.meaning}"
+        )
     for note in program.facts.notes:
         console.print(f"  note: {note}")
     for chain in analysis.chains:
@@ -60,18 +65,37 @@ def show_analysis(analysis: Analysis) -> None:
         for index, path in enumerate(chain.paths):
             inside = [s for s in analysis.sites if s.block == (chain.name, index)]
             block = next(s for s in inside if s.path == path)
-            table.add_row(str(index), path, "block", "", count(_num(block, "params")), count(_num(block, "flops")))
+            table.add_row(
+                str(index),
+                path,
+                "block",
+                "",
+                count(_num(block, "params")),
+                count(_num(block, "flops")),
+            )
             for site in inside:
                 if site.role in _SHOWN:
-                    table.add_row("", site.path, site.role, facts_text(site),
-                                  count(_num(site, "params")), count(_num(site, "flops")))
+                    table.add_row(
+                        "",
+                        site.path,
+                        site.role,
+                        facts_text(site),
+                        count(_num(site, "params")),
+                        count(_num(site, "flops")),
+                    )
         console.print(table)
     outside = [s for s in analysis.sites if s.block is None and s.role != "unknown"]
     if outside:
         console.print("\noutside the chains")
         table = _table("site", "role", "facts", "parameters", "FLOPs")
         for site in outside:
-            table.add_row(site.path, site.role, facts_text(site), count(_num(site, "params")), count(_num(site, "flops")))
+            table.add_row(
+                site.path,
+                site.role,
+                facts_text(site),
+                count(_num(site, "params")),
+                count(_num(site, "flops")),
+            )
         console.print(table)
 
 
@@ -132,7 +156,9 @@ def show_plan(plan: Plan) -> None:
             f"{count(step.before.flops)} → {count(step.after.flops)}",
         )
     console.print(table)
-    for line in dict.fromkeys(f"{s.edit.rule.name}: {_weights(s)}" for s in plan.steps if s.origins):
+    for line in dict.fromkeys(
+        f"{s.edit.rule.name}: {_weights(s)}" for s in plan.steps if s.origins
+    ):
         console.print(f"first weights of {line}")
     for matches in plan.selections:
         for f in matches.filtered:
@@ -142,7 +168,9 @@ def show_plan(plan: Plan) -> None:
         console.print(f"\n{dropped} teacher parameters are dropped; `--format json` lists them")
     (p0, p1), (f0, f1) = plan.parameters, plan.flops
     console.print(f"\nparameters {p0:,} → {p1:,} ({_percent(p0, p1)})")
-    console.print(f"FLOPs of a forward pass of one sample {count(f0)} → {count(f1)} ({_percent(f0, f1)})")
+    console.print(
+        f"FLOPs of a forward pass of one sample {count(f0)} → {count(f1)} ({_percent(f0, f1)})"
+    )
 
 
 def _after(step: Step) -> str:
@@ -168,26 +196,38 @@ def _percent(before: int, after: int) -> str:
 def show_build(build: Build) -> None:
     console = _console()
     totals = build.plan["totals"]["parameters"]
-    console.print(f"built {build.path}: {len(build.plan['edits'])} edits, "
-                  f"{totals['before']:,} → {totals['after']:,} parameters")
+    console.print(
+        f"built {build.path}: {len(build.plan['edits'])} edits, "
+        f"{totals['before']:,} → {totals['after']:,} parameters"
+    )
     sites = build.targets["sites"]
     pending = sum(bool(s["pending"]) for s in sites)
     for line in build.manifest.get("checks", []):
         console.print(f"  {line}")
     if sites:
-        console.print(f"  {len(sites)} sites to distil" + (f", {pending} with first weights that wait for data" if pending else ""))
+        console.print(
+            f"  {len(sites)} sites to distil"
+            + (f", {pending} with first weights that wait for data" if pending else "")
+        )
         console.print(f"next: graftc distill {build.path} -d DATA")
 
 
 def show_run(result: RunResult) -> None:
     console = _console()
-    console.print(f"run {result.id}: {result.steps} steps in {result.seconds:.0f} s; weights in {result.weights}")
+    console.print(
+        f"run {result.id}: {result.steps} steps in {result.seconds:.0f} s; weights in {result.weights}"
+    )
     if result.sites:
         table = _table("site", "operator", "error at start", "error at end", "steps")
         for site in result.sites:
             skipped = f", {site.skipped_steps} skipped" if site.skipped_steps else ""
-            table.add_row(site.name, site.operator, f"{site.error_start:.4f}", f"{site.error_end:.4f}",
-                          f"{site.steps}{skipped}")
+            table.add_row(
+                site.name,
+                site.operator,
+                f"{site.error_start:.4f}",
+                f"{site.error_end:.4f}",
+                f"{site.steps}{skipped}",
+            )
         console.print(table)
         console.print("errors are of the site's output on held-out samples, relative to its energy")
     for name, value in result.metrics.items():
@@ -195,11 +235,7 @@ def show_run(result: RunResult) -> None:
 
 
 def verification_dict(result: Verification) -> dict[str, Any]:
-    return {
-        "rungs": [
-            {"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs
-        ]
-    }
+    return {"rungs": [{"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs]}
 
 
 def show_verification(result: Verification) -> None:

@@ -6,9 +6,10 @@ files.
 """
 
 from graftc.distill.cuts import capture_graph, extract
-from graftc.distill.data import call_data, open_data
+from graftc.distill.data import open_data
 from graftc.distill.finetune import UNTRAINED, finetune
 from graftc.distill.run import Progress, RunResult, SiteResult, finished, latest, runs
+from graftc.distill.sources import call_data
 from graftc.distill.stage1 import distill
 from graftc.distill.stage2 import Finetuned, finetune_module
 from graftc.distill.targets import Targets, from_dict, load_targets, save_targets, to_dict

@@ -28,10 +28,11 @@ class Plan:
 def samples_of(sites: Sequence[Site]) -> tuple[float | None, int | None]:
     """The share and the count of samples that stage 1 reads: one pass feeds all sites, so the most.
 
-    A site that sets no limit lifts it for all.
+    A site that sets no limit lifts it for all; one that does not train has no say.
     """
-    shares = [s.budget.data for s in sites]
-    counts = [s.budget.samples for s in sites]
+    trained = [s for s in sites if s.budget.steps != 0]
+    shares = [s.budget.data for s in trained]
+    counts = [s.budget.samples for s in trained]
     share = None if not shares or None in shares else max(s for s in shares if s is not None)
     count = None if not counts or None in counts else max(c for c in counts if c is not None)
     return share, count
@@ -48,8 +49,8 @@ def site_plans(
     """A plan for each site of a generation; the batch is one for all, since the teacher pass is.
 
     `size` is the number of distinct training samples (None: unknown, taken as 8,000). What the
-    caller gives overrides the file. Unsaid, the batch is 64 (or all samples), and the steps are 20
-    epochs, held between 200 and 2,500.
+    caller gives overrides the file, but for a site of 0 steps, which is not trained. Unsaid, the
+    batch is 64 (or all samples), and the steps are 20 epochs, held between 200 and 2,500.
 
     >>> from graftc.distill.targets import Cut
     >>> site = Site("a", Cut("", (), "a"), Cut("", (), "a"), ("a",))
@@ -61,7 +62,7 @@ def site_plans(
     shared = batch or max(asked, default=min(BATCH, known))
     return {
         s.name: Plan(
-            steps or _steps(s.budget, known, shared, EPOCHS, FEWEST, MOST),
+            0 if s.budget.steps == 0 else steps or _steps(s.budget, known, shared),
             shared,
             lr or s.budget.lr,
         )
@@ -80,13 +81,17 @@ def stage2_plan(
     """Stage 2's plan; unsaid, the batch is 64 and the steps are 10 epochs, at most 50,000."""
     known = ASSUMED_SIZE if size is None else size
     shared = batch or stage2.batch or min(BATCH, known)
-    made = steps or _steps(stage2, known, shared, STAGE2_EPOCHS, 1, STAGE2_MOST)
+    made = steps or _steps(stage2, known, shared, (STAGE2_EPOCHS, 1, STAGE2_MOST))
     return Plan(made, shared, lr or stage2.lr)
 
 
 def _steps(
-    budget: Budget | Stage2, size: int, batch: int, epochs: float, fewest: int, most: int
+    budget: Budget | Stage2,
+    size: int,
+    batch: int,
+    unsaid: tuple[float, int, int] = (EPOCHS, FEWEST, MOST),
 ) -> int:
+    epochs, fewest, most = unsaid
     if budget.steps is not None:
         return budget.steps
     if budget.epochs is not None:

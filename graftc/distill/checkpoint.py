@@ -26,7 +26,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     Raises GraftError (G550) where the disk is full or cannot be written; what was at `path`
     before is then untouched.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
     >>> save_tensors(path, {"w": torch.ones(2)}, {"step": 3})
     >>> tensors, facts = load_tensors(path)

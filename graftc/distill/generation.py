@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftc.diagnostics import Note, fail
 from graftc.distill.budget import Plan
 from graftc.distill.cuts import capture_graph
-from graftc.distill.data import Data, Task, seeded
+from graftc.distill.data import Data, Task
 from graftc.distill.inputs import check_inputs
 from graftc.distill.loss import Scale, finite, squared_error
 from graftc.distill.optim import (
@@ -25,6 +25,7 @@ from graftc.distill.optim import (
     clip_or_drop,
     gradient_norm,
 )
+from graftc.distill.sources import seeded
 from graftc.distill.stacked import Mode, Stack, alike, decide
 from graftc.distill.students import Student, Values, losses
 from graftc.distill.targets import ModelInput, Site

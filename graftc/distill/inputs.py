@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graftc.diagnostics import Note, fail, nearest
-from graftc.distill.data import shape_text
+from graftc.distill.sources import shape_text
 from graftc.distill.targets import ModelInput
 
 

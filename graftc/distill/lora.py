@@ -23,9 +23,8 @@ def inject(module: nn.Module, lora: Lora) -> list[str]:
     linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     if not linear:
         fail("G549", "LoRA finds no linear layer in the model", site=type(module).__name__)
-    config: Any = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=linear, lora_dropout=0.0
-    )
+    alpha: Any = lora.alpha or lora.rank  # peft divides by the rank; it takes fractions too
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=linear, lora_dropout=0.0)
     peft.inject_adapter_in_model(config, module)
     return [name for name, _ in module.named_parameters() if ".lora_" in name]
 

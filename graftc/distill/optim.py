@@ -129,7 +129,8 @@ class Optimiser:
         """`name.key` → tensor, for every parameter that was stepped."""
         found: dict[str, Tensor] = {}
         for optimiser in self._optimisers:
-            for parameter, values in optimiser.state.items():
+            state: dict[Any, dict[str, Any]] = dict(optimiser.state)
+            for parameter, values in state.items():
                 for key, value in values.items():
                     found[f"{self._names[parameter]}.{key}"] = torch.as_tensor(value)
         return found
@@ -137,7 +138,7 @@ class Optimiser:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave, into memory of our own (a mapped file is not aligned)."""
         by_name = {name: parameter for parameter, name in self._names.items()}
-        owner = {
+        owner: dict[nn.Parameter, torch.optim.Optimizer] = {
             p: o for o in self._optimisers for entry in o.param_groups for p in entry["params"]
         }
         for full, value in state.items():

@@ -191,6 +191,11 @@ class _Stage1:
 
     def _log_start(self, generation: Generation) -> None:
         data = self.setting.data
+        for site in self.generations[generation.number]:
+            if site.exact and not generation.exact(site):
+                error = generation.state.start[site.name][0]
+                self.run.log(event="warning", site=site.name, error=error,
+                             message="called exact, but its error at start is not 0")  # fmt: skip
         self.run.log(
             event="start",
             generation=generation.number,

@@ -200,6 +200,11 @@ def _tree(template: str) -> ast.expr:
     return copy.deepcopy(_parsed(template))
 
 
+def _name_of(argument: ast.expr) -> str:
+    name = argument.value if isinstance(argument, ast.Starred) else argument
+    return name.id if isinstance(name, ast.Name) else ""
+
+
 class _Substitute(ast.NodeTransformer):
     """Puts arguments in place of a template's names and leaves those at their default out."""
 
@@ -219,16 +224,12 @@ class _Substitute(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.expr:
         arguments: list[ast.expr] = []
         keywords: list[ast.keyword] = []
-        skipped = False
-        for argument in node.args:
+        said = [i for i, a in enumerate(node.args) if _name_of(a) not in self.absent]
+        for argument in node.args[: said[-1] + 1 if said else 0]:
             spread = isinstance(argument, ast.Starred)
             name = argument.value if isinstance(argument, ast.Starred) else argument
-            key = name.id if isinstance(name, ast.Name) else ""
-            if key in self.absent:
-                skipped = True
-            elif skipped:  # one before it was left out, so it needs its name
-                keywords.append(ast.keyword(key, self.visit(name)))
-            elif spread and isinstance(self.given[key], (list, tuple)):
+            key = _name_of(argument)
+            if spread and isinstance(self.given[key], (list, tuple)):
                 arguments += [literal(v, self.operand) for v in self.given[key]]
             else:
                 arguments.append(self.visit(name))

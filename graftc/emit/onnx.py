@@ -153,8 +153,7 @@ def _refused(
     whole = "\n".join(texts)
     found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", whole)
     if found is not None:
-        name = f"{found[1]}.{found[2]}"
-        site = _site_of(name, model, inputs, shapes)
+        name, site = _where(f"{found[1]}.{found[2]}", model, inputs, shapes)
         message = f"ONNX has no form of `{name}`" + (f", which `{site}` uses" if site else "")
         help_ = "write that module with operators that ONNX has"
         return GraftError(Diagnostic("G642", message, site=site or "the student", help=help_))
@@ -167,20 +166,26 @@ def _refused(
     )  # fmt: skip
 
 
-def _site_of(
+def _where(
     name: str, model: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]
-) -> str | None:
-    """The path of the module that calls an operator."""
+) -> tuple[str, str | None]:
+    """The operator as the model calls it (the exporter names a part of it), and the module that does."""
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+            graphs = [exported.graph, exported.run_decompositions().graph]
     except Exception:  # the first error is the one to show
-        return None
-    for node in exported.graph.nodes:
-        if str(node.target) == name:
-            stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
-            return next((path for path, _ in reversed(list(stack.values())) if path), None)
-    return None
+        return name, None
+    word = name.split(".")[1]
+    calls = [n for graph in graphs for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    exact = [n for n in calls if str(n.target) == name]
+    # `prims.bessel_j0` is what is left of `aten.special_bessel_j0`.
+    alike = [n for n in calls if str(n.target).split(".")[1].endswith(word)]
+    for node in [*exact, *alike]:
+        stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+        site = next((path for path, _ in reversed(list(stack.values())) if path), None)
+        return str(node.target), site
+    return name, None
 
 
 def _add_metadata(program: Any, config: Mapping[str, Any], facts: Mapping[str, str]) -> None:

@@ -53,7 +53,9 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         and expect != matches.groups
     ):
         scope.log.add(_wrong_expectation(item, expect, matches.groups, expect_clause))
-    if edited is not None and not any(d.code == "G105" for d in scope.log.errors[before:]):
+    if edited is not None and not any(
+        d.code in ("G105", "G013") for d in scope.log.errors[before:]
+    ):
         report_unused(scope)
     if len(scope.log.errors) > before or edited is None:
         return None

@@ -116,7 +116,7 @@ def _too_long(source: Source, at: int, most: str, found: str) -> Diagnostic:
 
 
 _WORD = re.compile(r"\w+")
-_OPEN_STRING = re.compile(r'"([^"\\\n\r]|\\[^\n\r])*"?|"[^\n\r]*')
+_OPEN_STRING = re.compile(r'"(?:[^"\\\n\r]++|\\[^\n\r])*+"?|"[^\n\r]*')
 _LOOKALIKES = {
     "“": '"', "”": '"', "‘": '"', "’": '"', "'": '"', "`": '"', "\u00a0": "a space", "–": "-", "—": "-",
     "−": "-", "×": "*", "÷": "/", "≥": ">=", "≤": "<=", "≠": "!=", "→": "->", ";": "a new line",

@@ -98,9 +98,7 @@ def analyse(program: Program) -> Analysis:
     blocks = {p: (c.name, i) for c in found for i, p in enumerate(c.paths)}
     outside = {p: a for p, a in attention.items() if p not in blocks}
     mlp = {
-        m.path: m
-        for m in mlps(flat, set(attention))
-        if m.path in calls and m.path not in blocks
+        m.path: m for m in mlps(flat, set(attention)) if m.path in calls and m.path not in blocks
     }
 
     def block_of(path: str) -> tuple[str, int] | None:
@@ -221,7 +219,13 @@ def _mlp_facts(m: Mlp) -> dict[str, Fact]:
     hidden = size_hint(linear_input(m.down).tensor.shape[-1])
     ratio = hidden // dim if hidden % dim == 0 else hidden / dim
     gated = m.gate is not None
-    return {"ratio": ratio, "hidden": hidden, "activation": m.name, "gated": gated, "kind": "gated" if gated else "plain"}
+    return {
+        "ratio": ratio,
+        "hidden": hidden,
+        "activation": m.name,
+        "gated": gated,
+        "kind": "gated" if gated else "plain",
+    }
 
 
 def _out_features(op: Op) -> int:
@@ -240,7 +244,7 @@ def _leaf_role(call: Call, flat: Flat) -> tuple[str, dict[str, Fact]]:
     if len(ops) != 1 or ops[0].op != "call_function":
         return "unknown", {}
     op = ops[0]
-    weights = [p for p in inner.parameters()]
+    weights = list(inner.parameters())
     if op.target in NORMS:
         eps = next((a for a in reversed(op.args) if isinstance(a, float)), op.kwargs.get("eps"))
         eps = eps if isinstance(eps, float) else 1e-5
@@ -251,7 +255,13 @@ def _leaf_role(call: Call, flat: Flat) -> tuple[str, dict[str, Fact]]:
             out, inside = inside, out
         return "linear", {"in_features": int(inside), "out_features": int(out)}
     if op.target in CONVS and weights:
-        return "conv", {"in_features": int(weights[0].shape[1]), "out_features": int(weights[0].shape[0])}
+        return "conv", {
+            "in_features": int(weights[0].shape[1]),
+            "out_features": int(weights[0].shape[0]),
+        }
     if op.target is ATEN.embedding.default:
-        return "embedding", {"in_features": int(weights[0].shape[0]), "out_features": int(weights[0].shape[1])}
+        return "embedding", {
+            "in_features": int(weights[0].shape[0]),
+            "out_features": int(weights[0].shape[1]),
+        }
     return "unknown", {}

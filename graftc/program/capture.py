@@ -35,7 +35,7 @@ def capture(model: Model) -> Program:
     >>> [n.target for n in p.root.graph.nodes if n.op == "call_module"]
     ['0', '1']
     """
-    inputs = {k: v for k, v in model.inputs.items()}
+    inputs = dict(model.inputs.items())
     dynamic, notes = _dynamic_dimensions(model)
     inputs = _at_least_two(inputs, dynamic)
     exported, fixed = _export(model.module, inputs, dynamic)
@@ -57,14 +57,14 @@ def capture(model: Model) -> Program:
         facts=Facts(
             mode="train" if model.module.training else "eval",
             dtype=str(_model_dtype(model.module)).removeprefix("torch."),
-            dynamic={d: int(tensors[k].shape[i]) for k, dims in dynamic.items() for i, d in dims.items()},
+            dynamic={
+                d: int(tensors[k].shape[i]) for k, dims in dynamic.items() for i, d in dims.items()
+            },
             absent=tuple(dict.fromkeys(_absent(model) + dropped)),
             constants={k: v for k, v in inputs.items() if isinstance(v, (bool, int, float, str))},
             notes=tuple(notes),
         ),
-        classes={
-            path: _class_name(type(m)) for path, m in model.module.named_modules()
-        },
+        classes={path: _class_name(type(m)) for path, m in model.module.named_modules()},
     )
     return follow_weights(replace(program, root=normalise(program.root)))
 
@@ -75,11 +75,15 @@ def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[s
     tensors = {k: v for k, v in model.inputs.items() if isinstance(v, torch.Tensor) and v.ndim}
     sizes = {int(v.shape[0]) for v in tensors.values()}
     if len(sizes) != 1:
-        return {}, [f"the batch is fixed: dimension 0 of the inputs is {sorted(sizes)}, not one size"]
+        return {}, [
+            f"the batch is fixed: dimension 0 of the inputs is {sorted(sizes)}, not one size"
+        ]
     return {k: {0: "batch"} for k in tensors}, []
 
 
-def _at_least_two(inputs: dict[str, Any], dynamic: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+def _at_least_two(
+    inputs: dict[str, Any], dynamic: Mapping[str, Mapping[int, str]]
+) -> dict[str, Any]:
     """torch.export specialises a dynamic dimension of size 0 or 1; the example is repeated to 2."""
     out = dict(inputs)
     for name, dims in dynamic.items():
@@ -140,8 +144,10 @@ def _cannot_capture(error: BaseException) -> Exception:
         help_ = "this line branches on the values of a tensor; use torch.where or torch.cond"
     return GraftError(
         Diagnostic(
-            "G210", f"the model cannot be captured: {d.message.removeprefix('MODEL raised ')}",
-            site="torch.export", notes=d.notes or (Note("no line of the user's own is in the trace"),),
+            "G210",
+            f"the model cannot be captured: {d.message.removeprefix('MODEL raised ')}",
+            site="torch.export",
+            notes=d.notes or (Note("no line of the user's own is in the trace"),),
             help=help_,
         )
     )
@@ -164,7 +170,8 @@ def _plain(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
         if child is not None:
             plain.add_module(name, _plain(child, memo))
     if has_graph:
-        assert isinstance(plain, fx.GraphModule) and isinstance(graph, fx.Graph)
+        assert isinstance(plain, fx.GraphModule)
+        assert isinstance(graph, fx.Graph)
         copied = fx.Graph()
         output = copied.graph_copy(graph, val_map := {})
         for node in graph.nodes:
@@ -260,7 +267,8 @@ def _model_dtype(module: nn.Module) -> torch.dtype:
 def _absent(model: Model) -> list[str]:
     parameters = inspect.signature(model.module.forward).parameters
     return [
-        n for n, p in parameters.items()
+        n
+        for n, p in parameters.items()
         if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         and (n not in model.inputs or model.inputs[n] is None)
     ]

@@ -56,7 +56,7 @@ def _chains_of(path: str, module: fx.GraphModule, memo: dict[int, str]) -> list[
                     links.add_edge(node, user)
     found: list[Chain] = []
     for component in nx.weakly_connected_components(links):
-        run = [n for n in nx.dag_longest_path(links.subgraph(component))]
+        run = list(nx.dag_longest_path(links.subgraph(component)))
         found.append(
             Chain(
                 _name([str(n.target) for n in run], path),

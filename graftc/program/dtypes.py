@@ -94,5 +94,3 @@ def _cast_at(call: Call, op: Op) -> fx.GraphModule | None:
     cast.meta["val"] = source.meta.get("val")
     call.node.args = (*call.node.args[:index], cast, *call.node.args[index + 1 :])
     return graph.owning_module
-
-

@@ -100,7 +100,9 @@ def flatten(program: Program) -> Flat:
     ops: list[Op] = []
     calls: list[Call] = []
 
-    def add(kind: str, target: Any, args: Any, kwargs: Any, path: str, node: fx.Node, fqn: str = "") -> Op:
+    def add(
+        kind: str, target: Any, args: Any, kwargs: Any, path: str, node: fx.Node, fqn: str = ""
+    ) -> Op:
         op = Op(len(ops), kind, target, args, kwargs, path, node, fqn)
         for operand in dict.fromkeys(op.operands):
             operand.users.append(op)
@@ -114,7 +116,9 @@ def flatten(program: Program) -> Flat:
             if node.op == "placeholder":
                 env[node] = next(inputs)
             elif node.op == "get_attr":
-                env[node] = add("param", node.target, (), {}, path, node, join(path, str(node.target)))
+                env[node] = add(
+                    "param", node.target, (), {}, path, node, join(path, str(node.target))
+                )
             elif node.op == "output":
                 return _resolve(node.args[0], env)
             else:

@@ -59,13 +59,23 @@ class Model:
     def __post_init__(self) -> None:
         for name, meaning in self.meanings.items():
             if name not in self.inputs:
-                fail("G202", f"`meanings` names `{name}`, which is no input", site="graftc.Model",
-                     wanted=", ".join(self.inputs), found=name)
+                fail(
+                    "G202",
+                    f"`meanings` names `{name}`, which is no input",
+                    site="graftc.Model",
+                    wanted=", ".join(self.inputs),
+                    found=name,
+                )
             if meaning not in MEANINGS:
                 near = nearest(meaning, MEANINGS)
-                fail("G202", f"`{meaning}` is no meaning of an input", site="graftc.Model",
-                     wanted=", ".join(MEANINGS), found=meaning,
-                     help=f"write `{near}`" if near else "write `other`")
+                fail(
+                    "G202",
+                    f"`{meaning}` is no meaning of an input",
+                    site="graftc.Model",
+                    wanted=", ".join(MEANINGS),
+                    found=meaning,
+                    help=f"write `{near}`" if near else "write `other`",
+                )
 
 
 @dataclass(frozen=True)
@@ -79,13 +89,22 @@ class Reference:
         """The named object. Raises GraftError where there is no such file, module or name."""
         where, _, name = self.text.rpartition(":")
         if not where or not name:
-            fail("G200", f"{self.what} is not of the form `file.py:function`", site=self.text,
-                 wanted="path/to/file.py:function or package.module:function", found=self.text)
+            fail(
+                "G200",
+                f"{self.what} is not of the form `file.py:function`",
+                site=self.text,
+                wanted="path/to/file.py:function or package.module:function",
+                found=self.text,
+            )
         module = self._file_module(where) if where.endswith(".py") else self._package(where)
         if not hasattr(module, name):
             near = nearest(name, [n for n in vars(module) if not n.startswith("_")])
-            fail("G201", f"`{where}` has no `{name}`", site=self.text,
-                 help=f"write `{where}:{near}`" if near else None)
+            fail(
+                "G201",
+                f"`{where}` has no `{name}`",
+                site=self.text,
+                help=f"write `{where}:{near}`" if near else None,
+            )
         return getattr(module, name)
 
     def _file_module(self, where: str) -> Any:
@@ -96,7 +115,8 @@ class Reference:
         if key in sys.modules:
             return sys.modules[key]
         spec = importlib.util.spec_from_file_location(key, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[key] = module
         # A script finds its neighbours; so does a MODEL file.
@@ -135,12 +155,16 @@ def user_error(error: BaseException, what: str, site: str) -> Exception:
     here = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
     user = [
-        f for f in frames
-        if not f.filename.startswith(here) and "/torch/" not in f.filename
-        and not f.filename.startswith("<") and "importlib" not in f.filename
+        f
+        for f in frames
+        if not f.filename.startswith(here)
+        and "/torch/" not in f.filename
+        and not f.filename.startswith("<")
+        and "importlib" not in f.filename
     ]
     notes = tuple(
-        Note(f"{f.filename}:{f.lineno} in {f.name}: {(f.line or '').strip()}") for f in user[-2:][::-1]
+        Note(f"{f.filename}:{f.lineno} in {f.name}: {(f.line or '').strip()}")
+        for f in user[-2:][::-1]
     )
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return GraftError(
@@ -168,30 +192,50 @@ def as_model(made: Any, site: str = "MODEL") -> Model:
     if isinstance(made, tuple) and len(made) == 2:  # pyright: ignore[reportUnknownArgumentType]
         made = Model(made[0], made[1])  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(made, Model) or not isinstance(made.module, nn.Module):
-        fail("G204", "MODEL returned something else than a model", site=site,
-             wanted="(module, example_inputs) or graftc.Model",
-             found=type(made).__name__,  # pyright: ignore[reportUnknownArgumentType]
-             help="return `(module, {\"x\": example})`")
+        fail(
+            "G204",
+            "MODEL returned something else than a model",
+            site=site,
+            wanted="(module, example_inputs) or graftc.Model",
+            found=type(made).__name__,  # pyright: ignore[reportUnknownArgumentType]
+            help='return `(module, {"x": example})`',
+        )
     if not isinstance(made.inputs, Mapping) or not made.inputs:
-        fail("G204", "example inputs are not a dict by name", site=site,
-             wanted="a dict from forward's parameter names to example values",
-             found=type(made.inputs).__name__)
+        fail(
+            "G204",
+            "example inputs are not a dict by name",
+            site=site,
+            wanted="a dict from forward's parameter names to example values",
+            found=type(made.inputs).__name__,
+        )
     parameters = inspect.signature(made.module.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in made.inputs:
         if name not in parameters and not takes_any:
             near = nearest(name, parameters)
-            fail("G205", f"forward has no parameter `{name}`", site=site,
-                 wanted=", ".join(parameters), found=name,
-                 help=f"write `{near}`" if near else None)
+            fail(
+                "G205",
+                f"forward has no parameter `{name}`",
+                site=site,
+                wanted=", ".join(parameters),
+                found=name,
+                help=f"write `{near}`" if near else None,
+            )
     missing = [
-        n for n, p in parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         and n not in made.inputs
     ]
     if missing:
-        fail("G205", f"example inputs lack `{missing[0]}`, which forward requires", site=site,
-             wanted=", ".join(parameters), found=", ".join(made.inputs))
+        fail(
+            "G205",
+            f"example inputs lack `{missing[0]}`, which forward requires",
+            site=site,
+            wanted=", ".join(parameters),
+            found=", ".join(made.inputs),
+        )
     return made
 
 

@@ -101,7 +101,9 @@ def _keeps_kind(node: fx.Node) -> bool:
     source = node.args[0]
     ours, its = value(node), value(source) if isinstance(source, fx.Node) else None
     return (
-        isinstance(ours, torch.Tensor) and isinstance(its, torch.Tensor) and ours.dtype == its.dtype
+        isinstance(ours, torch.Tensor)
+        and isinstance(its, torch.Tensor)
+        and ours.dtype == its.dtype
         and _argument(node, 1, "other") in (1, 1.0)
     )
 
@@ -177,10 +179,17 @@ def _drop_uncalled(root: nn.Module) -> None:
     """Modules that no graph calls any more and that hold no parameter leave the tree."""
     called = {
         join(path, str(n.target))
-        for path, m in graphs(root) for n in m.graph.nodes if n.op in ("call_module", "get_attr")
+        for path, m in graphs(root)
+        for n in m.graph.nodes
+        if n.op in ("call_module", "get_attr")
     }
-    prefixes = {p[: i] for p in called for i in range(len(p) + 1) if i == len(p) or p[i] == "."}
+    prefixes = {p[:i] for p in called for i in range(len(p) + 1) if i == len(p) or p[i] == "."}
     for path, module in reversed(list(root.named_modules())):
-        if path and path not in prefixes and not list(module.parameters()) and not list(module.buffers()):
+        if (
+            path
+            and path not in prefixes
+            and not list(module.parameters())
+            and not list(module.buffers())
+        ):
             parent, _, name = path.rpartition(".")
             root.get_submodule(parent)._modules.pop(name, None)

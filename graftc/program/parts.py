@@ -74,11 +74,11 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
         m = analysis.mlps[path]
         found = {"up": _rows_of(m.up, m.activation), "down": _whole(m.down)}
         if m.gate is not None:
-            # In `down(act(g(x)) · u(x))` the activated branch is the gate.
+            # down(act(gate(x)) · up(x)): the activated branch is the gate, the other one is up.
             product = next(u for u in m.activation.users if u.target is ATEN.mul.Tensor)
             other = next(o for o in product.args[:2] if o is not m.activation)
-            found["gate"] = found["up"]
-            found["up"] = _rows_of(m.gate, other)
+            found["gate"] = _rows_of(m.gate, m.activation)
+            found["up"] = _rows_of(m.up, other)
         return found
     return {}
 
@@ -87,7 +87,9 @@ def _whole(linear: Op) -> PartRef | str:
     return _ref(linear, None, None)
 
 
-def _ref(linear: Op, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None) -> PartRef | str:
+def _ref(
+    linear: Op, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None
+) -> PartRef | str:
     conv1d = linear.target is ATEN.addmm.default
     weight = linear.args[2] if conv1d else linear.args[1]
     bias = linear.args[0] if conv1d else linear.argument(2, "bias")
@@ -123,7 +125,11 @@ def _columns_of(start: Op, linear: Op) -> PartRef | str:
     if len(shape) != 4:
         return _whole(linear)
     heads, width = shape[-3], shape[-1]
-    numbers = torch.arange(heads * width).view(1, heads, 1, width).expand(shape[0], heads, shape[-2], width)
+    numbers = (
+        torch.arange(heads * width)
+        .view(1, heads, 1, width)
+        .expand(shape[0], heads, shape[-2], width)
+    )
     source = linear.args[1] if linear.target is ATEN.addmm.default else linear.args[0]
     path = _movements(start, source)
     if isinstance(path, str):
@@ -197,13 +203,21 @@ def _size(op: Op) -> int:
     fail("G220", "an operand of a movement is no size", site=f"{op.path} ({op.target})")
 
 
-def affine(program: Program, refs: Mapping[str, PartRef | str], name: str, site: str) -> tuple[Tensor, Tensor | None]:
+def affine(
+    program: Program, refs: Mapping[str, PartRef | str], name: str, site: str
+) -> tuple[Tensor, Tensor | None]:
     """The tensors of a part; a GraftError that names the op where it is not affine or not there."""
     ref = refs.get(name)
     if isinstance(ref, PartRef):
         return ref.tensors(program)
     if ref is None:
-        fail("G221", f"{site} has no part `{name}`", site=site, wanted=", ".join(refs) or "a site with parts", found=name)
+        fail(
+            "G221",
+            f"{site} has no part `{name}`",
+            site=site,
+            wanted=", ".join(refs) or "a site with parts",
+            found=name,
+        )
     fail("G222", f"part `{name}` of {site} is not an affine map: {ref}", site=site)
 
 

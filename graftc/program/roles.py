@@ -89,8 +89,16 @@ def attentions(flat: Flat) -> list[Attention]:
     found: list[Attention] = []
     for op in flat.ops:
         if op.kind == "op" and op.target is _SDPA:
-            attention = _around(flat, op, op, op.args[0], op.args[1], op.args[2], _mask_of(op),
-                                bool(op.argument(5, "is_causal", False)))
+            attention = _around(
+                flat,
+                op,
+                op,
+                op.args[0],
+                op.args[1],
+                op.args[2],
+                _mask_of(op),
+                bool(op.argument(5, "is_causal", False)),
+            )
         elif op.kind == "op" and op.target in _SOFTMAX:
             attention = _written_out(flat, op)
         else:
@@ -113,7 +121,9 @@ def _written_out(flat: Flat, softmax: Op) -> Attention | None:
         return None
     score, out = scores[-1], outs[0]
     offset = 1 if score.target is ATEN.baddbmm.default else 0
-    return _around(flat, softmax, out, score.args[offset], score.args[offset + 1], out.args[1], None, False)
+    return _around(
+        flat, softmax, out, score.args[offset], score.args[offset + 1], out.args[1], None, False
+    )
 
 
 def _around(
@@ -135,8 +145,21 @@ def _around(
     out = _next_linear(result)
     members = [anchor, *q, *k, *v]
     path = flat.called(common_path([*members, out]) if out is not None else common_path(members))
-    return Attention(path, kind, anchor, query, key, value, q, k, v, out, mask, causal,
-                     rotary=_multiplied(query, q))
+    return Attention(
+        path,
+        kind,
+        anchor,
+        query,
+        key,
+        value,
+        q,
+        k,
+        v,
+        out,
+        mask,
+        causal,
+        rotary=_multiplied(query, q),
+    )
 
 
 def _multiplied(query: Op, linears: tuple[Op, ...]) -> bool:
@@ -147,16 +170,20 @@ def _multiplied(query: Op, linears: tuple[Op, ...]) -> bool:
     def from_linear(op: Op) -> bool:
         if op.index not in reaches:
             reaches[op.index] = op.index in inside or (
-                op.kind == "op" and op.index > min(inside) and any(from_linear(o) for o in op.operands)
+                op.kind == "op"
+                and op.index > min(inside)
+                and any(from_linear(o) for o in op.operands)
             )
         return reaches[op.index]
 
     def multiplied(op: Op) -> bool:
         if op.index in inside or not from_linear(op):
             return False
-        if op.target is ATEN.mul.Tensor and all(isinstance(a, Op) for a in op.args[:2]):
-            if any(not from_linear(a) and not _is_param(a) for a in op.args[:2]):
-                return True
+        factors = op.args[:2] if op.target is ATEN.mul.Tensor else ()
+        if all(isinstance(a, Op) for a in factors) and any(
+            not from_linear(a) and not _is_param(a) for a in factors
+        ):
+            return True
         return any(multiplied(o) for o in op.operands)
 
     return multiplied(query)
@@ -196,10 +223,19 @@ def mlps(flat: Flat, attention_paths: set[str]) -> list[Mlp]:
     """Every MLP on a token stream (three or more dimensions), in execution order."""
     found: list[Mlp] = []
     for op in flat.ops:
-        if op.kind != "op" or op.target not in ACTIVATIONS or op.tensor is None or op.tensor.ndim < 3:
+        if (
+            op.kind != "op"
+            or op.target not in ACTIVATIONS
+            or op.tensor is None
+            or op.tensor.ndim < 3
+        ):
             continue
         mlp = _mlp_around(flat, op)
-        if mlp is None or not mlp.path or any(p.startswith(mlp.path + ".") or p == mlp.path for p in attention_paths):
+        if (
+            mlp is None
+            or not mlp.path
+            or any(p.startswith(mlp.path + ".") or p == mlp.path for p in attention_paths)
+        ):
             continue  # the deepest module that holds it holds an attention too: no module of its own
         if mlp.path not in {m.path for m in found}:
             found.append(mlp)
@@ -235,8 +271,10 @@ def _through(op: Any, *, back: bool) -> Op | None:
     """Walk back over movements (a chunk of a fused linear)."""
     import operator
 
-    while isinstance(op, Op) and op.kind == "op" and (
-        op.target in MOVEMENTS or op.target is operator.getitem
+    while (
+        isinstance(op, Op)
+        and op.kind == "op"
+        and (op.target in MOVEMENTS or op.target is operator.getitem)
     ):
         op = op.args[0]
     return op if isinstance(op, Op) else None

@@ -84,12 +84,10 @@ def _places(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:
     return places
 
 
-def _is_simple(expression: sympy.Expr) -> bool:
+def _is_simple(expression: sympy.Basic) -> bool:
     if isinstance(expression, (sympy.Symbol, sympy.Integer)):
         return True
-    return type(expression).__name__ in _BINARY and all(
-        _is_simple(a) for a in expression.args  # pyright: ignore[reportArgumentType]
-    )
+    return type(expression).__name__ in _BINARY and all(_is_simple(a) for a in expression.args)
 
 
 def _build(graph: fx.Graph, expression: Any, places: dict[str, tuple[fx.Node, int]]) -> Any:

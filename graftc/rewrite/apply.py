@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from graftc.diagnostics import fail
+from graftc.operators import build as operators
 from graftc.operators.spec import OperatorSpec, Value
 from graftc.program.program import ATEN, Program, graphs, join, size_hint, value
 from graftc.rewrite.claims import inner_first
@@ -86,27 +87,32 @@ def build(new: NewModule, device: torch.device | str, dtype: torch.dtype) -> nn.
 
 
 def build_operator(
-    spec: OperatorSpec, arguments: Mapping[str, Value], device: torch.device | str, dtype: torch.dtype, site: str
+    spec: OperatorSpec,
+    arguments: Mapping[str, Value],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    site: str,
 ) -> nn.Module:
-    where, _, name = spec.module.partition(":")
-    cls = getattr(importlib.import_module(where), name)
     try:
         with torch.device(device):
-            module: nn.Module = cls(**dict(arguments))
+            module = operators.build(spec, arguments)
     except (ValueError, TypeError) as error:
         fail("G358", f"`{spec.name}` cannot be built at {site}: {error}", site=site)
     object.__setattr__(module, "graft_arguments", dict(arguments))  # how to build it again
     return module.to(dtype)
 
 
-def _patch(program: Program, student: Program, before: Mapping[str, fx.Graph], edits: list[Edit]) -> Patch:
+def _patch(
+    program: Program, student: Program, before: Mapping[str, fx.Graph], edits: list[Edit]
+) -> Patch:
     old = dict(program.root.named_modules(remove_duplicate=False))
     new = dict(student.root.named_modules(remove_duplicate=False))
     replaced = {n.path for e in edits for n in e.new}
     gone = [p for p in old if p and (p not in new or p in replaced)]
     top_gone = [p for p in gone if not any(p.startswith(g + ".") for g in gone)]
     added = [
-        p for p in new
+        p
+        for p in new
         if p and p not in old and not any(p.startswith(r + ".") for r in replaced if r in old)
     ]
     top_added = [p for p in added if not any(p.startswith(a + ".") for a in added)]
@@ -138,8 +144,14 @@ def _remove(root: fx.GraphModule, program: Program, edit: Edit) -> None:
     assert isinstance(stream, fx.Node)
     zero.meta["val"] = value(stream)
     if _shape(value(node)) != _shape(value(stream)):
-        fail("G359", f"{site.path} does not return what it reads; it cannot be removed", span=edit.rule.edit.span,
-             site=site.path, wanted=str(_shape(value(stream))), found=str(_shape(value(node))))
+        fail(
+            "G359",
+            f"{site.path} does not return what it reads; it cannot be removed",
+            span=edit.rule.edit.span,
+            site=site.path,
+            wanted=str(_shape(value(stream))),
+            found=str(_shape(value(node))),
+        )
     node.replace_all_uses_with(zero)
     graph.erase_node(node)
     _fold_zero(graph, zero)
@@ -155,7 +167,11 @@ def _fold_zero(graph: fx.Graph, zero: fx.Node) -> None:
             same = _shape(value(user)) == _shape(value(current))
             if user.target is ATEN.mul.Tensor and same:
                 zeros.append(user)
-            elif user.target is ATEN.add.Tensor and others and _shape(value(user)) == _shape(value(others[0])):
+            elif (
+                user.target is ATEN.add.Tensor
+                and others
+                and _shape(value(user)) == _shape(value(others[0]))
+            ):
                 user.replace_all_uses_with(others[0])
                 graph.erase_node(user)
 
@@ -166,8 +182,14 @@ def _skip(root: fx.GraphModule, program: Program, edit: Edit) -> None:
     stream = node.args[site.stream]
     assert isinstance(stream, fx.Node)
     if _shape(value(node)) != _shape(value(stream)):
-        fail("G359", f"{site.path} returns more than the residual stream; it cannot be skipped",
-             span=edit.rule.edit.span, site=site.path, wanted=str(_shape(value(stream))), found=str(value(node)))
+        fail(
+            "G359",
+            f"{site.path} returns more than the residual stream; it cannot be skipped",
+            span=edit.rule.edit.span,
+            site=site.path,
+            wanted=str(_shape(value(stream))),
+            found=str(value(node)),
+        )
     node.replace_all_uses_with(stream)
     graph.erase_node(node)
 
@@ -196,7 +218,7 @@ def _parallel(root: fx.GraphModule, program: Program, edit: Edit) -> None:
             position = node
         _mark(node, edit, path)
         results.append(node)
-    uses = [u for u in last.users]
+    uses = list(last.users)
     merged = _merge(root, graph, edit, stream, results, position)
     for user in uses:
         user.replace_input_with(last, merged)
@@ -204,7 +226,12 @@ def _parallel(root: fx.GraphModule, program: Program, edit: Edit) -> None:
 
 
 def _merge(
-    root: fx.GraphModule, graph: fx.Graph, edit: Edit, stream: fx.Node, results: list[fx.Node], after: fx.Node
+    root: fx.GraphModule,
+    graph: fx.Graph,
+    edit: Edit,
+    stream: fx.Node,
+    results: list[fx.Node],
+    after: fx.Node,
 ) -> fx.Node:
     new = edit.new[-1]
     given = (stream, *results) if edit.of_blocks and edit.merge == "sum" else tuple(results)
@@ -248,8 +275,13 @@ def _check_shape(module: nn.Module, node: fx.Node, new: NewModule) -> None:
     shape = _shape(value(source))
     wanted = _shape(value(node))
     if shape is None or wanted is None:
-        fail("G360", f"{new.path} does not return one tensor; `{new.spec.name}` cannot replace it",
-             site=new.path, wanted="one tensor [batch, tokens, dim]", found=str(value(node)))
+        fail(
+            "G360",
+            f"{new.path} does not return one tensor; `{new.spec.name}` cannot replace it",
+            site=new.path,
+            wanted="one tensor [batch, tokens, dim]",
+            found=str(value(node)),
+        )
     parameter = next(iter(module.parameters()), None)
     dtype = parameter.dtype if parameter is not None else torch.float32
     twin = module
@@ -260,33 +292,68 @@ def _check_shape(module: nn.Module, node: fx.Node, new: NewModule) -> None:
     try:
         found = tuple(twin(torch.empty(shape, device="meta", dtype=dtype)).shape)
     except (RuntimeError, ValueError) as error:
-        fail("G360", f"`{new.spec.name}` does not take the input of {new.path}: {error}", site=new.path, found=str(shape))
+        fail(
+            "G360",
+            f"`{new.spec.name}` does not take the input of {new.path}: {error}",
+            site=new.path,
+            found=str(shape),
+        )
     if found != wanted:
-        fail("G360", f"`{new.spec.name}` returns another shape than {new.path}", site=new.path,
-             wanted=str(wanted), found=str(found))
+        fail(
+            "G360",
+            f"`{new.spec.name}` returns another shape than {new.path}",
+            site=new.path,
+            wanted=str(wanted),
+            found=str(found),
+        )
 
 
 def _check_single_use(program: Program, path: str) -> None:
-    callers = [(p, g, n) for p, uses in program.calls().items() if p == path or p.startswith(path + ".") for g, n in uses]
-    outside = [(p, g) for p, g, _ in callers if p != path and not (g == path or g.startswith(path + "."))]
+    callers = [
+        (p, g, n)
+        for p, uses in program.calls().items()
+        if p == path or p.startswith(path + ".")
+        for g, n in uses
+    ]
+    outside = [
+        (p, g) for p, g, _ in callers if p != path and not (g == path or g.startswith(path + "."))
+    ]
     if outside:
-        fail("G361", f"{outside[0][0]}, inside {path}, is also used by `{outside[0][1] or 'the root'}`", site=path,
-             help="name a smaller site, or edit the other user too")
+        fail(
+            "G361",
+            f"{outside[0][0]}, inside {path}, is also used by `{outside[0][1] or 'the root'}`",
+            site=path,
+            help="name a smaller site, or edit the other user too",
+        )
     module = program.root.get_submodule(path)
-    same = [g for p, uses in program.calls().items() for g, _ in uses if program.root.get_submodule(p) is module]
+    same = [
+        g
+        for p, uses in program.calls().items()
+        for g, _ in uses
+        if program.root.get_submodule(p) is module
+    ]
     if len(same) > 1:
-        fail("G361", f"{path} is shared: it is called {len(same)} times", site=path,
-             help="an edit of one call would edit all; edits of shared modules are not supported yet")
+        fail(
+            "G361",
+            f"{path} is shared: it is called {len(same)} times",
+            site=path,
+            help="an edit of one call would edit all; edits of shared modules are not supported yet",
+        )
 
 
 def _check_chain(root: fx.GraphModule, edit: Edit) -> None:
     """Between the branches nothing else may use what the earlier ones made."""
     nodes = [_call(root, edit.graph, s.node)[1] for s in edit.sites]
-    for before, after in zip(nodes, nodes[1:], strict=False):
+    for before, after in itertools.pairwise(nodes):
         others = [u for u in before.users if u is not after]
         if others:
-            fail("G362", f"`{others[0].name}` also reads the output of {before.target}", span=edit.rule.edit.span,
-                 site=edit.name, help="blocks in parallel must be neighbours that only feed each other")
+            fail(
+                "G362",
+                f"`{others[0].name}` also reads the output of {before.target}",
+                span=edit.rule.edit.span,
+                site=edit.name,
+                help="blocks in parallel must be neighbours that only feed each other",
+            )
 
 
 def _mark(node: fx.Node, edit: Edit, site: str) -> None:

@@ -25,32 +25,52 @@ def resolve_arguments(call: OperatorCall, site: Site, match: Match) -> dict[str,
                 call.arguments[arg.name],
                 lambda f: site_fact(match.bindings[f.binding], f.name, f.span),
             )
-            resolved[arg.name] = _checked(arg, value, call.spec, call.arguments[arg.name].span, site)
+            resolved[arg.name] = _checked(
+                arg, value, call.spec, call.arguments[arg.name].span, site
+            )
         elif isinstance(arg.default, OfSite):
             fact = site.facts.get(arg.default.fact)
             if fact is None:
-                fail("G351", f"`{call.spec.name}` takes `{arg.name}` from the site, which has none",
-                     span=call.span, site=site.path, wanted=arg.default.fact,
-                     found=", ".join(sorted(site.facts)), help=f"write `{call.spec.name}({arg.name} = …)`")
+                fail(
+                    "G351",
+                    f"`{call.spec.name}` takes `{arg.name}` from the site, which has none",
+                    span=call.span,
+                    site=site.path,
+                    wanted=arg.default.fact,
+                    found=", ".join(sorted(site.facts)),
+                    help=f"write `{call.spec.name}({arg.name} = …)`",
+                )
             resolved[arg.name] = _checked(arg, fact, call.spec, call.span, site)
         else:
             resolved[arg.name] = arg.default
     return resolved
 
 
-def _implied(name: str, call: OperatorCall, site: Site, resolved: Mapping[str, Value]) -> int | None:
+def _implied(
+    name: str, call: OperatorCall, site: Site, resolved: Mapping[str, Value]
+) -> int | None:
     """What `heads` alone implies: the same width in other heads; as many key-value heads where the site had so."""
     heads = resolved.get("heads")
     facts = [site.facts.get(n) for n in ("heads", "kv_heads", "head_dim")]
-    if "heads" not in call.arguments or not isinstance(heads, int) or not all(isinstance(f, int) for f in facts):
+    if (
+        "heads" not in call.arguments
+        or not isinstance(heads, int)
+        or not all(isinstance(f, int) for f in facts)
+    ):
         return None
     before, kv_before, head_dim = (int(f) for f in facts)  # type: ignore[arg-type]
     if name == "kv_heads" and kv_before == before:
         return heads
     if name == "head_dim":
         if before * head_dim % heads:
-            fail("G352", f"`heads` of `{call.spec.name}` is {heads}", span=call.arguments["heads"].span, site=site.path,
-                 wanted=f"a divisor of the width {before * head_dim}", found=str(heads))
+            fail(
+                "G352",
+                f"`heads` of `{call.spec.name}` is {heads}",
+                span=call.arguments["heads"].span,
+                site=site.path,
+                wanted=f"a divisor of the width {before * head_dim}",
+                found=str(heads),
+            )
         return before * head_dim // heads
     return None
 
@@ -61,34 +81,99 @@ def _checked(arg: Arg, value: Any, spec: OperatorSpec, span: Span, site: Site) -
         value = int(value)
     kinds = {"int": int, "float": (int, float), "bool": bool, "symbol": str}[arg.kind]
     if not isinstance(value, kinds) or (arg.kind in ("int", "float") and isinstance(value, bool)):
-        fail("G352", f"{where} is {value!r}", span=span, site=site.path, wanted=arg.kind, found=repr(value))
+        fail(
+            "G352",
+            f"{where} is {value!r}",
+            span=span,
+            site=site.path,
+            wanted=arg.kind,
+            found=repr(value),
+        )
     if arg.choices and value not in arg.choices:
-        fail("G352", f"{where} cannot be `{value}`", span=span, site=site.path,
-             wanted=", ".join(arg.choices), found=str(value))
+        fail(
+            "G352",
+            f"{where} cannot be `{value}`",
+            span=span,
+            site=site.path,
+            wanted=", ".join(arg.choices),
+            found=str(value),
+        )
     if arg.minimum is not None and isinstance(value, (int, float)) and value < arg.minimum:
-        fail("G352", f"{where} is {value}", span=span, site=site.path, wanted=f"at least {arg.minimum:g}", found=str(value))
+        fail(
+            "G352",
+            f"{where} is {value}",
+            span=span,
+            site=site.path,
+            wanted=f"at least {arg.minimum:g}",
+            found=str(value),
+        )
     if arg.above is not None and isinstance(value, (int, float)) and value <= arg.above:
-        fail("G352", f"{where} is {value}", span=span, site=site.path, wanted=f"more than {arg.above:g}", found=str(value))
+        fail(
+            "G352",
+            f"{where} is {value}",
+            span=span,
+            site=site.path,
+            wanted=f"more than {arg.above:g}",
+            found=str(value),
+        )
     return value
 
 
-def check_fits(spec: OperatorSpec, arguments: Mapping[str, Value], site: Site, drop: tuple[str, ...], span: Span) -> None:
+def check_fits(
+    spec: OperatorSpec,
+    arguments: Mapping[str, Value],
+    site: Site,
+    drop: tuple[str, ...],
+    span: Span,
+) -> None:
     """Raise where the operator is not for this role, or would drop something the site had."""
     if site.role not in spec.roles:
-        fail("G350", f"`{spec.name}` cannot replace a {site.role}", span=span, site=site.path,
-             wanted=" or ".join(spec.roles), found=site.role)
+        fail(
+            "G350",
+            f"`{spec.name}` cannot replace a {site.role}",
+            span=span,
+            site=site.path,
+            wanted=" or ".join(spec.roles),
+            found=site.role,
+        )
     if "causal" in site.has and not spec.is_causal(arguments):
-        fail("G353", f"`{spec.name}` at {site.path} would see later tokens; the site is causal", span=span,
-             site=site.path, wanted="a causal operator",
-             found="causal = false" if spec.arg("causal") else f"`{spec.name}`, which cannot be causal",
-             help=f"write `{spec.name}(…, causal = true)`" if spec.arg("causal") else "choose a causal operator")
+        fail(
+            "G353",
+            f"`{spec.name}` at {site.path} would see later tokens; the site is causal",
+            span=span,
+            site=site.path,
+            wanted="a causal operator",
+            found="causal = false"
+            if spec.arg("causal")
+            else f"`{spec.name}`, which cannot be causal",
+            help=f"write `{spec.name}(…, causal = true)`"
+            if spec.arg("causal")
+            else "choose a causal operator",
+        )
     for what in ("mask", "rotary"):
-        if what in site.has and what not in spec.keeps and what not in drop and spec.mixes == "tokens":
+        if (
+            what in site.has
+            and what not in spec.keeps
+            and what not in drop
+            and spec.mixes == "tokens"
+        ):
             name = {"mask": "attention mask", "rotary": "rotary positions"}[what]
-            fail("G354", f"`{spec.name}` would drop the {name} of {site.path}", span=span, site=site.path,
-                 help=f"write `drop {what}` in the rule if that is meant")
+            fail(
+                "G354",
+                f"`{spec.name}` would drop the {name} of {site.path}",
+                span=span,
+                site=site.path,
+                help=f"write `drop {what}` in the rule if that is meant",
+            )
     if spec.mixes == "tokens" and arguments.get("window") is not None:
         tokens, window = site.facts.get("tokens"), arguments["window"]
         if isinstance(tokens, int) and isinstance(window, int) and window >= tokens:
-            fail("G355", f"window = {window} covers all {tokens} tokens of {site.path}", span=span, site=site.path,
-                 wanted=f"less than {tokens}", found=str(window), help="keep the attention, or narrow the window")
+            fail(
+                "G355",
+                f"window = {window} covers all {tokens} tokens of {site.path}",
+                span=span,
+                site=site.path,
+                wanted=f"less than {tokens}",
+                found=str(window),
+                help="keep the attention, or narrow the window",
+            )

@@ -90,13 +90,22 @@ def _edit(rule: Rule, match: Match, index: int, analysis: Analysis) -> Edit:
     if isinstance(edit, Remove):
         site = match.bindings[edit.binding]
         if site.role == "block":
-            fail("G356", f"{site.path} is a block: its output holds the residual stream", span=edit.span,
-                 help=f"write `skip {edit.binding}`")
+            fail(
+                "G356",
+                f"{site.path} is a block: its output holds the residual stream",
+                span=edit.span,
+                help=f"write `skip {edit.binding}`",
+            )
         return Edit("remove", rule, match, (site,), site.graph)
     if isinstance(edit, Skip):
         site = match.bindings[edit.binding]
         if site.role != "block":
-            fail("G356", f"{site.path} is no block", span=edit.span, help=f"write `remove {edit.binding}`")
+            fail(
+                "G356",
+                f"{site.path} is no block",
+                span=edit.span,
+                help=f"write `remove {edit.binding}`",
+            )
         return Edit("skip", rule, match, (site,), site.graph)
     return _parallel(rule, edit, match, index, analysis)
 
@@ -109,19 +118,32 @@ def _new_module(call: OperatorCall, site: Site, match: Match, rule: Rule, path: 
 
 def _parallel(rule: Rule, edit: Parallel, match: Match, index: int, analysis: Analysis) -> Edit:
     named = [b for b in edit.branches if isinstance(b, BranchSite)]
-    if len(named) + sum(isinstance(b, OperatorCall) for b in edit.branches) != len(edit.branches) or any(
-        b.copy for b in named
-    ):
-        fail("G300", "this version of graftc cannot apply parts or copies of a block as branches yet", span=edit.span)
+    if len(named) + sum(isinstance(b, OperatorCall) for b in edit.branches) != len(
+        edit.branches
+    ) or any(b.copy for b in named):
+        fail(
+            "G300",
+            "this version of graftc cannot apply parts or copies of a block as branches yet",
+            span=edit.span,
+        )
     if not named:
         fail("G357", "`parallel` has no matched site among its branches", span=edit.span)
     sites = tuple(match.bindings[b.binding] for b in named)
     of_blocks = all(s.role == "block" for s in sites)
     if not of_blocks and any(s.role == "block" for s in sites):
-        fail("G357", "blocks and sites inside blocks cannot be merged: a block's output holds the residual stream",
-             span=edit.span, found=", ".join(f"{s.path} ({s.role})" for s in sites))
+        fail(
+            "G357",
+            "blocks and sites inside blocks cannot be merged: a block's output holds the residual stream",
+            span=edit.span,
+            found=", ".join(f"{s.path} ({s.role})" for s in sites),
+        )
     if len({s.graph for s in sites}) != 1:
-        fail("G357", "the branches are not called by one graph", span=edit.span, found=", ".join(s.path for s in sites))
+        fail(
+            "G357",
+            "the branches are not called by one graph",
+            span=edit.span,
+            found=", ".join(s.path for s in sites),
+        )
     new: list[NewModule] = []
     branches: list[str] = []
     for branch in edit.branches:
@@ -133,18 +155,43 @@ def _parallel(rule: Rule, edit: Parallel, match: Match, index: int, analysis: An
             new.append(_new_module(branch, sites[0], match, rule, path))
             branches.append(path)
     new.append(_merge_module(MERGES[edit.merge], edit, sites, len(branches), index, of_blocks))
-    return Edit("parallel", rule, match, sites, sites[0].graph, tuple(new), tuple(branches), edit.merge,
-                of_blocks, dict(edit.options))
+    return Edit(
+        "parallel",
+        rule,
+        match,
+        sites,
+        sites[0].graph,
+        tuple(new),
+        tuple(branches),
+        edit.merge,
+        of_blocks,
+        dict(edit.options),
+    )
 
 
 def _merge_module(
-    spec: OperatorSpec, edit: Parallel, sites: tuple[Site, ...], count: int, index: int, of_blocks: bool
+    spec: OperatorSpec,
+    edit: Parallel,
+    sites: tuple[Site, ...],
+    count: int,
+    index: int,
+    of_blocks: bool,
 ) -> NewModule:
     """`blocks_merge.3` for the fourth group of blocks; `attn_merge` beside a site."""
     if spec.name == "lerp" and count != 2:
-        fail("G357", "`merge = lerp` takes two branches", span=edit.span, wanted="2", found=str(count))
+        fail(
+            "G357",
+            "`merge = lerp` takes two branches",
+            span=edit.span,
+            wanted="2",
+            found=str(count),
+        )
     container, _, last = sites[0].path.rpartition(".")
-    path = f"{container}_merge.{index}" if of_blocks and container and last.isdigit() else f"{sites[0].path}_merge"
+    path = (
+        f"{container}_merge.{index}"
+        if of_blocks and container and last.isdigit()
+        else f"{sites[0].path}_merge"
+    )
     if spec.name == "sum" and of_blocks:  # a block's output holds its input: x + Σ (rᵢ − x)
         spec = replace(spec, module="graftc.operators.parallel:BlockSumMerge")
     given: dict[str, Value] = {"dim": sites[0].facts.get("dim"), "branches": count, **edit.options}

@@ -38,14 +38,23 @@ def check_exact(
         error, dtype = difference(analysis.program, student, model.inputs)
         limit = TOLERANCE.get(dtype, 1e-5)
         if not error <= limit:
-            fail("G370", f"rule `{rule.name}` says exact, and changes the outputs", span=rule.span,
-                 wanted=f"a relative difference of at most {limit:g} in {str(dtype).removeprefix('torch.')}",
-                 found=f"{error:.3g}", help="leave out `exact`, or give an init that keeps the function")
-        said.append(f"rule `{rule.name}` is exact: relative difference {error:.2g}, limit {limit:g}")
+            fail(
+                "G370",
+                f"rule `{rule.name}` says exact, and changes the outputs",
+                span=rule.span,
+                wanted=f"a relative difference of at most {limit:g} in {str(dtype).removeprefix('torch.')}",
+                found=f"{error:.3g}",
+                help="leave out `exact`, or give an init that keeps the function",
+            )
+        said.append(
+            f"rule `{rule.name}` is exact: relative difference {error:.2g}, limit {limit:g}"
+        )
     return tuple(said)
 
 
-def difference(before: Program, after: Program, inputs: Mapping[str, Any]) -> tuple[float, torch.dtype]:
+def difference(
+    before: Program, after: Program, inputs: Mapping[str, Any]
+) -> tuple[float, torch.dtype]:
     """The largest difference of the outputs relative to the largest output, and their dtype."""
     given = [_noised(inputs[p.name]) for p in before.inputs]
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -57,7 +58,9 @@ def match(rule: Rule, analysis: Analysis) -> Matches:
         if rule.where is not None:
             verdict = holds(rule.where, lambda fact, c=candidate: _fact(fact, c))
             if not verdict.ok:
-                filtered.append(Filtered(" + ".join(s.path for s in candidate.sites), verdict.reason))
+                filtered.append(
+                    Filtered(" + ".join(s.path for s in candidate.sites), verdict.reason)
+                )
                 continue
         found.append(candidate)
     _check_expectation(rule, found, filtered, candidates)
@@ -68,10 +71,16 @@ def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
     patterns = list(rule.matches)
     for pattern in patterns:
         if isinstance(pattern, Unapplied):
-            fail("G300", f"this version of graftc cannot apply {pattern.what} yet", span=pattern.span)
+            fail(
+                "G300", f"this version of graftc cannot apply {pattern.what} yet", span=pattern.span
+            )
     if len(patterns) != 1:
-        fail("G300", "this version of graftc applies rules with one `match` clause of sites",
-             span=rule.span, found=f"{len(patterns)} `match` clauses")
+        fail(
+            "G300",
+            "this version of graftc applies rules with one `match` clause of sites",
+            span=rule.span,
+            found=f"{len(patterns)} `match` clauses",
+        )
     pattern = patterns[0]
     if isinstance(pattern, GroupMatch):
         chain, indices = _selected(pattern.blocks, analysis)
@@ -86,20 +95,30 @@ def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
 def _sites(pattern: SiteMatch, analysis: Analysis) -> list[Site]:
     candidates = list(_of_kind(pattern, analysis))
     for role in pattern.within:
-        holders = tuple(s.path + "." for s in analysis.of_role(role))
-        candidates = [s for s in candidates if s.path.startswith(holders)] if holders else []
+        holders = {s.path for s in analysis.of_role(role)}
+        candidates = [s for s in candidates if not holders.isdisjoint(_above(s.path))]
     if pattern.blocks is None:
         if not candidates:
             _nothing(pattern, analysis)
         return candidates
     chain, indices = _selected(pattern.blocks, analysis)
+    by_block: dict[tuple[str, int], list[Site]] = {}
+    for site in candidates:
+        if site.block is not None:
+            by_block.setdefault(site.block, []).append(site)
     chosen: list[Site] = []
     for index in indices:
-        inside = [s for s in candidates if s.block == (chain.name, index)]
+        inside = by_block.get((chain.name, index), [])
         if not inside:
             _nothing(pattern, analysis, chain, index)
         chosen += inside
     return chosen
+
+
+def _above(path: str) -> Iterable[str]:
+    """The paths of the modules that hold a module."""
+    while path := path.rpartition(".")[0]:
+        yield path
 
 
 def _of_kind(pattern: SiteMatch, analysis: Analysis) -> Iterable[Site]:
@@ -114,25 +133,43 @@ def _of_kind(pattern: SiteMatch, analysis: Analysis) -> Iterable[Site]:
 def _nothing(
     pattern: SiteMatch, analysis: Analysis, chain: Chain | None = None, index: int | None = None
 ) -> None:
-    what = pattern.role or (f'module "{pattern.path}"' if pattern.path else f'class "{pattern.class_name}"')
+    what = pattern.role or (
+        f'module "{pattern.path}"' if pattern.path else f'class "{pattern.class_name}"'
+    )
     where = f" in block {index} of `{chain.name}`" if chain is not None else " in the model"
     notes: list[Note] = []
     help_: str | None = None
     if chain is not None and index is not None:
-        roles = [s for s in analysis.sites if s.block == (chain.name, index) and s.role not in ("unknown", "block")]
-        notes = [Note(f"{s.path} is {s.role}") for s in roles if s.role not in ("linear", "norm")][:6]
+        roles = [
+            s
+            for s in analysis.sites
+            if s.block == (chain.name, index) and s.role not in ("unknown", "block")
+        ]
+        notes = [Note(f"{s.path} is {s.role}") for s in roles if s.role not in ("linear", "norm")][
+            :6
+        ]
     elif pattern.path:
         near = nearest(pattern.path.replace("*", "0"), [s.path for s in analysis.sites])
         help_ = f'a near path is "{near}"' if near else "`graftc inspect` lists the paths"
     elif pattern.class_name:
-        near = nearest(pattern.class_name, {s.class_name.rpartition(".")[2] for s in analysis.sites})
+        near = nearest(
+            pattern.class_name, {s.class_name.rpartition(".")[2] for s in analysis.sites}
+        )
         help_ = f'write class "{near}"' if near else "`graftc inspect` lists the classes"
     else:
         present = sorted({s.role for s in analysis.sites} - {"unknown"})
         notes = [Note("roles in this model: " + ", ".join(present))]
-    fail("G310", f"no {what}{where}", span=pattern.span,
-         site=chain.paths[index] if chain is not None and index is not None else None, notes=notes,
-         help=help_ or ("narrow the block set, or match another role; a place without the pattern is never skipped in silence"))
+    fail(
+        "G310",
+        f"no {what}{where}",
+        span=pattern.span,
+        site=chain.paths[index] if chain is not None and index is not None else None,
+        notes=notes,
+        help=help_
+        or (
+            "narrow the block set, or match another role; a place without the pattern is never skipped in silence"
+        ),
+    )
 
 
 def _selected(blocks: Blocks, analysis: Analysis) -> tuple[Chain, tuple[int, ...]]:
@@ -144,21 +181,35 @@ def find_chain(name: str | None, span: Span | None, analysis: Analysis) -> Chain
     """The chain called `name`, or the only one."""
     names = [c.name for c in analysis.chains]
     if not names:
-        fail("G311", "the model has no chain of blocks", span=span,
-             help='name the module by path: match a = module "…"')
+        fail(
+            "G311",
+            "the model has no chain of blocks",
+            span=span,
+            help='name the module by path: match a = module "…"',
+        )
     if name is None:
         if len(names) > 1:
-            fail("G312", "the model has several chains of blocks", span=span,
-                 wanted="which one", found=", ".join(f'"{n}"' for n in names),
-                 help=f'write `blocks of "{names[0]}" …`')
+            fail(
+                "G312",
+                "the model has several chains of blocks",
+                span=span,
+                wanted="which one",
+                found=", ".join(f'"{n}"' for n in names),
+                help=f'write `blocks of "{names[0]}" …`',
+            )
         return analysis.chains[0]
     for chain in analysis.chains:
         if chain.name == name:
             return chain
     near = nearest(name, names)
-    fail("G313", f'the model has no chain of blocks "{name}"', span=span,
-         wanted=", ".join(f'"{n}"' for n in names), found=f'"{name}"',
-         help=f'write `blocks of "{near or names[0]}" …`')
+    fail(
+        "G313",
+        f'the model has no chain of blocks "{name}"',
+        span=span,
+        wanted=", ".join(f'"{n}"' for n in names),
+        found=f'"{name}"',
+        help=f'write `blocks of "{near or names[0]}" …`',
+    )
 
 
 def _groups(
@@ -167,38 +218,58 @@ def _groups(
     size = len(pattern.bindings)
     what = "pairs" if size == 2 else f"runs of {size}"
     if len(indices) % size:
-        fail("G314", f"{len(indices)} blocks do not divide into {what}", span=pattern.blocks.span,
-             wanted=f"a multiple of {size}", found=f"{len(indices)} blocks of `{chain.name}`",
-             help=f"leave out {len(indices) % size} with `except {{{indices[-1]}}}`")
+        fail(
+            "G314",
+            f"{len(indices)} blocks do not divide into {what}",
+            span=pattern.blocks.span,
+            wanted=f"a multiple of {size}",
+            found=f"{len(indices)} blocks of `{chain.name}`",
+            help=f"leave out {len(indices) % size} with `except {{{indices[-1]}}}`",
+        )
     groups: list[tuple[Site, ...]] = []
     for start in range(0, len(indices), size):
         group = indices[start : start + size]
-        for before, after in zip(group, group[1:], strict=False):
+        for before, after in itertools.pairwise(group):
             if after != before + 1:
-                fail("G315", f"blocks {before} and {after} of `{chain.name}` are no neighbours",
-                     span=pattern.blocks.span, wanted=f"{what} of blocks that follow each other",
-                     found=", ".join(map(str, group)))
+                fail(
+                    "G315",
+                    f"blocks {before} and {after} of `{chain.name}` are no neighbours",
+                    span=pattern.blocks.span,
+                    wanted=f"{what} of blocks that follow each other",
+                    found=", ".join(map(str, group)),
+                )
         groups.append(tuple(_block_site(chain, i, analysis) for i in group))
     return groups
 
 
 def _block_site(chain: Chain, index: int, analysis: Analysis) -> Site:
-    return next(s for s in analysis.sites if s.path == chain.paths[index])
+    return analysis.by_path[chain.paths[index]]
 
 
 def _fact(fact: Fact, candidate: Match) -> Value:
     site = candidate.bindings.get(fact.binding)
     if site is None:
-        fail("G320", f"`{fact.binding}` is not bound", span=fact.span,
-             wanted=", ".join(candidate.bindings), found=fact.binding)
+        fail(
+            "G320",
+            f"`{fact.binding}` is not bound",
+            span=fact.span,
+            wanted=", ".join(candidate.bindings),
+            found=fact.binding,
+        )
     return site_fact(site, fact.name, fact.span)
 
 
 def site_fact(site: Site, name: str, span: Span | None) -> Value:
     """A fact of a site; an error that says which facts it has where it lacks this one."""
     if name not in site.facts:
-        fail("G321", f"{site.path} ({site.role}) has no `{name}`", span=span, site=site.path,
-             wanted=", ".join(sorted(site.facts)), found=name)
+        fail(
+            "G321",
+            f"{site.path} ({site.role}) has no `{name}`",
+            span=span,
+            site=site.path,
+            wanted=", ".join(sorted(site.facts)),
+            found=name,
+        )
     return site.facts[name]
 
 
@@ -210,12 +281,28 @@ def _check_expectation(
         notes.append(Note(f"… and {len(filtered) - 6} more"))
     span = rule.expect_span or rule.span
     if rule.expect == "all" and filtered:
-        fail("G331", f"rule `{rule.name}` matched {len(found)} of {len(candidates)} places", span=span,
-             label="expected all", notes=notes, help=f"write `expect {len(found)}`, or loosen `where`")
+        fail(
+            "G331",
+            f"rule `{rule.name}` matched {len(found)} of {len(candidates)} places",
+            span=span,
+            label="expected all",
+            notes=notes,
+            help=f"write `expect {len(found)}`, or loosen `where`",
+        )
     if isinstance(rule.expect, int) and rule.expect != len(found):
-        fail("G331", f"rule `{rule.name}` matched {len(found)} places, expected {rule.expect}", span=span,
-             label="expected here", notes=notes,
-             help=f"write `expect {len(found)}`, or change the block set or `where`")
+        fail(
+            "G331",
+            f"rule `{rule.name}` matched {len(found)} places, expected {rule.expect}",
+            span=span,
+            label="expected here",
+            notes=notes,
+            help=f"write `expect {len(found)}`, or change the block set or `where`",
+        )
     if not found:
-        fail("G332", f"rule `{rule.name}` matched nothing", span=span, notes=notes,
-             help="loosen `where`" if filtered else None)
+        fail(
+            "G332",
+            f"rule `{rule.name}` matched nothing",
+            span=span,
+            notes=notes,
+            help="loosen `where`" if filtered else None,
+        )

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftc.diagnostics import Diagnostic, GraftError, Span, fail
+from graftc.language.evaluate import settled
 from graftc.language.rules import Finetune, Rules
 from graftc.operators.spec import Cost, InitSource
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import part_refs
 from graftc.rewrite.claims import check_claims
 from graftc.rewrite.edits import Edit, NewModule, edits_of
-from graftc.rewrite.match import Matches, match
+from graftc.rewrite.match import Matches, match, site_fact
 from graftc.weights.initialise import Origin, plan_init
 
 
@@ -49,8 +50,12 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     Raises GraftError with every rule's first problem.
     """
     if not rules.rules:
-        fail("G301", "the file has no rule", site=rules.files[0] if rules.files else None,
-             help="write `rule NAME { match … replace … }`")
+        fail(
+            "G301",
+            "the file has no rule",
+            site=rules.files[0] if rules.files else None,
+            help="write `rule NAME { match … replace … }`",
+        )
     selections: list[Matches] = []
     edits: list[Edit] = []
     problems: list[Diagnostic] = []
@@ -121,10 +126,12 @@ def init_clause(edit: Edit, module: NewModule) -> InitClause:
     name = next((n for n, s in edit.match.bindings.items() if s is module.site), "site")
     if module is not edit.new[0]:
         return InitClause((), {}, name)
-    inits = edit.rule.inits
-    return InitClause(
-        tuple((i.slot, i.source) for i in inits), {i.slot: i.span for i in inits}, name
+    bound = edit.match.bindings
+    sources = tuple(
+        (i.slot, settled(i.source, lambda f: site_fact(bound[f.binding], f.name, f.span)))
+        for i in edit.rule.inits
     )
+    return InitClause(sources, {i.slot: i.span for i in edit.rule.inits}, name)
 
 
 def _dropped(site: Site, analysis: Analysis) -> tuple[str, ...]:
@@ -139,7 +146,11 @@ def _int(site: Site, name: str) -> int:
 
 
 def _sum(a: Cost, b: Cost) -> Cost:
-    return Cost(a.params + b.params, a.operator_flops + b.operator_flops, a.featuriser_flops + b.featuriser_flops)
+    return Cost(
+        a.params + b.params,
+        a.operator_flops + b.operator_flops,
+        a.featuriser_flops + b.featuriser_flops,
+    )
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -149,7 +160,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "edits": [_step_dict(s) for s in plan.steps],
         "filtered": [
             {"rule": m.rule.name, "path": f.path, "reason": f.reason}
-            for m in plan.selections for f in m.filtered
+            for m in plan.selections
+            for f in m.filtered
         ],
         "totals": {
             "parameters": {"before": plan.parameters[0], "after": plan.parameters[1]},
@@ -198,5 +210,3 @@ def after_text(edit: Edit) -> str:
 
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-

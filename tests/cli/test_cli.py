@@ -84,9 +84,13 @@ def test_set_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert "which" in err
 
 
-def test_compile_leaves_nothing_behind_on_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_compile_leaves_nothing_behind_on_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     bad = tmp_path / "bad.graft"
-    bad.write_text(HYENA.read_text().replace("set which = 1..7", "").replace("which step 2", "{30}"))
+    bad.write_text(
+        HYENA.read_text().replace("set which = 1..7", "").replace("which step 2", "{30}")
+    )
     code, _, err = run(capsys, "compile", str(bad), "-m", MODEL, "-o", str(tmp_path / "out"))
     assert code == 1
     assert "30" in err
@@ -94,7 +98,9 @@ def test_compile_leaves_nothing_behind_on_an_error(capsys: pytest.CaptureFixture
     assert [p.name for p in tmp_path.iterdir()] == ["bad.graft"]
 
 
-def test_a_model_that_raises_shows_the_users_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_model_that_raises_shows_the_users_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = tmp_path / "broken.py"
     file.write_text("def net():\n    return missing_name\n")
     code, _, err = run(capsys, "inspect", f"{file}:net")
@@ -126,7 +132,9 @@ def test_doctor_sees_both_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "both installed" in found["detail"]
 
 
-@pytest.mark.parametrize("verb", [["check", str(HYENA)], ["fmt", "--check", str(HYENA)], ["--version"]])
+@pytest.mark.parametrize(
+    "verb", [["check", str(HYENA)], ["fmt", "--check", str(HYENA)], ["--version"]]
+)
 def test_light_verbs_do_not_import_torch(verb: list[str]) -> None:
     script = (
         "import sys\nfrom graftc.cli.main import main\n"
@@ -138,6 +146,8 @@ def test_light_verbs_do_not_import_torch(verb: list[str]) -> None:
 
 
 def test_import_adds_nothing_to_torch() -> None:
-    script = "import sys, graftc\nassert 'torch' not in sys.modules\nassert 'lark' not in sys.modules\n"
+    script = (
+        "import sys, graftc\nassert 'torch' not in sys.modules\nassert 'lark' not in sys.modules\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -7,8 +7,8 @@ import torch
 
 from graftc.diagnostics import GraftError
 from graftc.distill import call_data, open_data
-from graftc.distill.data import seeded
 from graftc.distill.inputs import check_inputs
+from graftc.distill.sources import seeded
 from tests.distill import tiny
 
 NUMBERS = [{"i": torch.tensor(i)} for i in range(40)]

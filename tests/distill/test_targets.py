@@ -52,7 +52,7 @@ def changed(*path, to):
         (changed("sites", 0, "los", to={}), "G502", "write `loss`"),
         (changed("sites", 0, "loss", "kind", to="l3"), "G502", "l1, l2, huber"),
         (changed("sites", 0, "loss", "weight", to="1e-4"), "G502", "write 1.0e-4"),
-        (changed("sites", 0, "budget", "steps", to=0), "G502", "at least 1"),
+        (changed("sites", 0, "budget", "batch", to=0), "G502", "at least 1"),
         (changed("sites", 0, "budget", "steps", to=True), "G502", "whole number"),
         (changed("sites", 0, "trainable", to=[]), "G502", "something to train"),
         (changed("sites", 1, "name", to="blocks.3.attn"), "G502", "two sites"),
