@@ -47,7 +47,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).view(2, 4, HEADS, DIM // HEADS).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k, v = (
+            p(x).view(2, 4, HEADS, DIM // HEADS).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 4, DIM))
 
 
@@ -67,7 +69,12 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(DIM), Attention(), nn.LayerNorm(DIM), Mlp()
+        self.norm1, self.attn, self.norm2, self.mlp = (
+            nn.LayerNorm(DIM),
+            Attention(),
+            nn.LayerNorm(DIM),
+            Mlp(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -101,13 +108,20 @@ def program(length: int) -> Program:
         node = graph.call_module(f"blocks.{index}", (node,))
         node.meta.update(calls["blocks.1"].meta)
     graph.output(node)
-    classes = {f"blocks.{i}{p.removeprefix('blocks.1')}": c for p, c in small.classes.items() if p.startswith("blocks.1") for i in range(length)}
+    classes = {
+        f"blocks.{i}{p.removeprefix('blocks.1')}": c
+        for p, c in small.classes.items()
+        if p.startswith("blocks.1")
+        for i in range(length)
+    }
     return replace(small, root=fx.GraphModule(holder, graph), classes=classes)
 
 
 def matcher(pattern: nn.Module) -> Callable[[fx.Graph], object]:
     """torch.fx's matcher for a module's flat graph as the pattern."""
-    return SubgraphMatcher(fx.symbolic_trace(pattern).graph, match_output=False, match_placeholder=False).match
+    return SubgraphMatcher(
+        fx.symbolic_trace(pattern).graph, match_output=False, match_placeholder=False
+    ).match
 
 
 def best(run: Callable[[], object], repeats: int) -> float:
@@ -130,7 +144,9 @@ def measure(lengths: tuple[int, ...] = LENGTHS, cap: int = 60) -> Report:
         made = program(length)
         analysing = best(lambda p=made: analyse(p), 1 if length > 1000 else 3)
         analysis: Analysis = analyse(made)
-        found = {name: best(lambda r=rule, a=analysis: match(r, a), 5) for name, rule in rules.items()}
+        found = {
+            name: best(lambda r=rule, a=analysis: match(r, a), 5) for name, rule in rules.items()
+        }
         flat = fx.symbolic_trace(Chain(length)).graph
         assert sum(n.op not in ("placeholder", "output") for n in flat.nodes) == nodes
         theirs: dict[str, float | None] = {}

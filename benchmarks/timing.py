@@ -23,10 +23,14 @@ class Report:
         """The report as Markdown."""
         head = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
         body = ["| " + " | ".join(row) + " |" for row in self.rows]
-        return "\n".join([f"## {self.title}", "", *head, *body, "", *(f"{note}\n" for note in self.notes)])
+        return "\n".join(
+            [f"## {self.title}", "", *head, *body, "", *(f"{note}\n" for note in self.notes)]
+        )
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Seconds of each run in each round. The runs take turns, so that what else the machine does hits all alike.
 
     The order turns round every other time: going second is no advantage.

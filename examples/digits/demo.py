@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from table import GRAFTS, make_controls, make_result, show
-from table_rows import DATA, MODEL, Budget, Grafted, Progress, graft
+from table import GRAFTS, make_controls, make_results, show
+from table_rows import MODEL, Budget, Grafted, Progress, graft
 from table_score import Protocol
 
 import graftc.verbs as verbs
@@ -34,7 +34,9 @@ class Size:
 
 
 DEFAULT = Size(Budget(), Protocol(samples=500, seeds=(0,)), tuned_controls=False)
-QUICK = Size(Budget(stage1=40, stage2=40), Protocol(samples=200, seeds=(0,), steps=10), tuned_controls=False)
+QUICK = Size(
+    Budget(stage1=40, stage2=40), Protocol(samples=200, seeds=(0,), steps=10), tuned_controls=False
+)
 
 
 def run_demo(size: Size, out: Path, progress: Progress, command: str) -> bool:
@@ -48,9 +50,14 @@ def run_demo(size: Size, out: Path, progress: Progress, command: str) -> bool:
         grafts[file.name] = edit(file, out / file.stem, size.budget, progress)
         passed = ship(grafts[file.name]) and passed
     title("The table")
-    print("controls: the teacher given the same stage 2; the same attentions removed; replaced by a token-wise linear map\n", flush=True)
-    made = make_controls(grafts, out / "controls", size.budget, tuned=size.tuned_controls, progress=progress)
-    result = make_result(made, size.protocol, size.budget, progress, command)
+    print(
+        "controls: the teacher given the same stage 2; the same attentions removed; replaced by a token-wise linear map\n",
+        flush=True,
+    )
+    made = make_controls(
+        grafts, out / "controls", size.budget, tuned=size.tuned_controls, progress=progress
+    )
+    *_, result = make_results(made, size.protocol, size.budget, progress, command)
     small = "A small protocol: the distance of so few samples is noisy and biased upwards. The full table is examples/digits/results/table.md."
     result = replace(result, notes=(small, *result.notes))
     result.write(out)
@@ -66,7 +73,10 @@ def edit(file: Path, folder: Path, budget: Budget, progress: Progress) -> Grafte
     step("check", f"{file.name}: ok, {len(rules.rules)} rule{'s' * (len(rules.rules) != 1)}")
     step("plan", "what the file does to the model, before anything is changed")
     show_plan(verbs.plan(file, MODEL))
-    step("compile, distill, finetune", "the student; stage 1 on the teacher's activations; stage 2 on the task's loss")
+    step(
+        "compile, distill, finetune",
+        "the student; stage 1 on the teacher's activations; stage 2 on the task's loss",
+    )
     return graft(file, folder, budget, progress=progress, tell=tell)
 
 
@@ -104,22 +114,39 @@ def step(verb: str, text: str) -> None:
 def main() -> int:
     from graftc.cli.progress import Progress as Bar
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps and samples: shows that the path works, not what it gives")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where everything goes (default: out/demo)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer steps and samples: shows that the path works, not what it gives",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/demo"),
+        help="where everything goes (default: out/demo)",
+    )
     words = parser.parse_args()
     size = QUICK if words.quick else DEFAULT
     for stale in [*(words.out / file.stem for file in GRAFTS), words.out / "controls"]:
-        shutil.rmtree(stale, ignore_errors=True)  # a build with runs of another student is not overwritten
+        shutil.rmtree(
+            stale, ignore_errors=True
+        )  # a build with runs of another student is not overwritten
     started = time.monotonic()
     with Bar() as progress:
-        passed = run_demo(size, words.out, progress, "python examples/digits/demo.py" + " --quick" * words.quick)
+        passed = run_demo(
+            size, words.out, progress, "python examples/digits/demo.py" + " --quick" * words.quick
+        )
     title(f"Done in {time.monotonic() - started:.0f} s")
     print(f"picture   {words.out / 'samples.png'}   rows are models, columns share noise and label")
     print(f"table     {words.out / 'table.md'}, table.json")
     for file in GRAFTS:
         build = words.out / file.stem
-        print(f"build     {build}   student/model.py is the generated source; runs/ the weights of both stages; student.onnx")
+        print(
+            f"build     {build}   student/model.py is the generated source; runs/ the weights of both stages; student.onnx"
+        )
     return 0 if passed else 1
 
 

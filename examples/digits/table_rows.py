@@ -86,13 +86,18 @@ def training_flops(forward: float, steps: int, batch: int) -> float:
     return 3 * forward * steps * batch
 
 
-def distilling_flops(teacher: float, sites: Mapping[str, float], steps: Mapping[str, int], batch: int) -> float:
+def distilling_flops(
+    teacher: float, sites: Mapping[str, float], steps: Mapping[str, int], batch: int
+) -> float:
     """FLOPs of one generation of stage 1: the teacher runs forward as long as any site trains, each site forward and backward.
 
     >>> distilling_flops(10, {"a": 1, "b": 2}, {"a": 5, "b": 5}, batch=1)
     95
     """
-    return batch * (teacher * max(steps.values(), default=0) + sum(3 * sites[name] * count for name, count in steps.items()))
+    return batch * (
+        teacher * max(steps.values(), default=0)
+        + sum(3 * sites[name] * count for name, count in steps.items())
+    )
 
 
 def teacher_row() -> Row:
@@ -111,7 +116,9 @@ def teacher_finetuned(build: Build, budget: Budget, progress: Progress | None = 
     module = build.teacher().eval()
     module.load_state_dict(load_file(run.weights))
     compute = training_flops(row.flops, run.steps, BATCH)
-    return replace(row, key="teacher/stage 2", name="teacher, same stage 2", model=module, compute=compute)
+    return replace(
+        row, key="teacher/stage 2", name="teacher, same stage 2", model=module, compute=compute
+    )
 
 
 def graft(
@@ -134,7 +141,9 @@ def graft(
     teacher = build.plan["totals"]["flops"]["before"]
     student = build.plan["totals"]["flops"]["after"]
     sites = build.targets["sites"]
-    solved = any(edit_weight["pending"] for edit in build.plan["edits"] for edit_weight in edit["weights"])
+    solved = any(
+        edit_weight["pending"] for edit in build.plan["edits"] for edit_weight in edit["weights"]
+    )
     first = Row(
         key=f"{file.stem}/untrained",
         name=f"{name}, untrained",
@@ -149,7 +158,9 @@ def graft(
         tell(run)
         steps = {site.name: site.steps for site in run.sites}
         compute = rows[-1].compute + sum(
-            distilling_flops(teacher, site_flops(build), {name: steps[name] for name in generation}, BATCH)
+            distilling_flops(
+                teacher, site_flops(build), {name: steps[name] for name in generation}, BATCH
+            )
             for generation in _generations(sites)
         )
         rows.append(_after(first, build, run.id, "stage 1", name, compute))
@@ -168,9 +179,11 @@ def site_flops(build: Build) -> dict[str, float]:
     """
     import graftc
 
-    inputs = {k: v for k, v in _teacher().inputs.items()}
-    found = verbs.inspect(graftc.Model(build.student().eval(), inputs)).flops
-    return {s["name"]: sum(found.get(path, 0) for path in s["trainable"]) for s in build.targets["sites"]}
+    found = verbs.inspect(graftc.Model(build.student().eval(), _teacher().inputs)).flops
+    return {
+        s["name"]: sum(found.get(path, 0) for path in s["trainable"])
+        for s in build.targets["sites"]
+    }
 
 
 def _generations(sites: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -186,7 +199,13 @@ def _generations(sites: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _after(first: Row, build: Build, run: str, stage: str, name: str, compute: float) -> Row:
     key = f"{first.key.partition('/')[0]}/{stage}"
-    return replace(first, key=key, name=f"{name}, after {stage}", model=build.student(run).eval(), compute=compute)
+    return replace(
+        first,
+        key=key,
+        name=f"{name}, after {stage}",
+        model=build.student(run).eval(),
+        compute=compute,
+    )
 
 
 @cache

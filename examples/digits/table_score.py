@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from classifier import accuracy, classifier
-from frechet import Score, features, frechet_distance, generate, real_features
-from torch import Tensor, nn
-from train import held_out_loss
+from data import CLASSES
+from frechet import features, frechet_distance, generate, real_features
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Protocol:
     steps: int = 15
     guidance: float = 1.0
     method: str = "ddim"
-    batch: int = 500
+    batch: int = 100
 
     def __str__(self) -> str:
         seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)} ({', '.join(map(str, self.seeds))})"
@@ -34,42 +34,34 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What a row scored: Fréchet distance once a seed, the share of samples that the classifier reads as the label asked for,
-    the task's loss on the 297 held-out digits; and the first samples of the first seed."""
+class Drawn:
+    """One model and one seed: the Fréchet distance, and the share of samples that the classifier reads as the label asked for.
 
-    distance: Score
-    read_as_asked: float
-    held_out_loss: float
-    images: Tensor
-    same_size: Score
-
-
-def score_model(model: nn.Module, task: Any, protocol: Protocol, *, keep: int = 20, done: Callable[[], None] = lambda: None) -> Scored:
-    """Draw and score; `done` is called after each seed.
-
-    `same_size`: the distance of the first samples to random halves of the real digits, 898 against 899 as in `real_against_real`
-    (fewer where fewer are drawn), the only figure that may be held against that one.
+    `same_size` is the distance of the first samples to a random half of the real digits, 898 against 899 as in
+    `real_against_real` (fewer where fewer are drawn): the only figure that may be held against that one.
     """
-    values: list[float] = []
-    small: list[float] = []
-    right = 0.0
-    images = torch.empty(0)
-    everything = real_features("all")
+
+    distance: float
+    same_size: float
+    read_as_asked: float
+    images: Tensor
+
+
+def score_seed(
+    model: Callable[..., Any], task: Any, protocol: Protocol, seed: int, *, keep: int = 20
+) -> Drawn:
+    """Draw the samples of one seed and measure them; the first `keep` are kept for the picture."""
+    drawn = generate(
+        model, task, samples=protocol.samples, seed=seed, steps=protocol.steps, guidance=protocol.guidance,
+        batch=protocol.batch, method=protocol.method,
+    )  # fmt: skip
+    found, everything = features(drawn), real_features("all")
     half = len(everything) // 2
-    for seed in protocol.seeds:
-        drawn = generate(
-            model, task, samples=protocol.samples, seed=seed, steps=protocol.steps, guidance=protocol.guidance,
-            batch=protocol.batch, method=protocol.method,
-        )  # fmt: skip
-        if not len(images):
-            images = drawn[:keep].clone()
-        found = features(drawn)
-        values.append(frechet_distance(found, everything))
-        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
-        small.append(frechet_distance(found[:half], everything[order[half:]]))
-        labels = torch.arange(protocol.samples) % 10
-        right += accuracy(classifier(), {"latent": drawn.clamp(-1, 1), "label": labels}) / len(protocol.seeds)
-        done()
-    said = str(protocol)
-    return Scored(Score(tuple(values), said), right, held_out_loss(model), images, Score(tuple(small), said))
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
+    labels = torch.arange(protocol.samples) % CLASSES
+    return Drawn(
+        distance=frechet_distance(found, everything),
+        same_size=frechet_distance(found[:half], everything[order[half:]]),
+        read_as_asked=accuracy(classifier(), {"latent": drawn.clamp(-1, 1), "label": labels}),
+        images=drawn[:keep].clone(),
+    )

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-COLUMNS = ("model", "Fréchet distance", "read as asked", "held-out loss", "compute", "parameters", "FLOPs")
+COLUMNS = (
+    "model",
+    "Fréchet distance",
+    "read as asked",
+    "held-out loss",
+    "compute",
+    "parameters",
+    "FLOPs",
+)
 
 
 @dataclass(frozen=True)

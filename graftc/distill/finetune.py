@@ -12,7 +12,7 @@ from graftc.distill.checkpoint import load_tensors
 from graftc.distill.data import Task
 from graftc.distill.optim import align
 from graftc.distill.run import Build, Progress, RunResult, finished, latest, open_run
-from graftc.distill.stage1 import using_threads
+from graftc.distill.scopes import using_threads
 from graftc.distill.stage2 import Which, finetune_module, terms_of
 from graftc.distill.targets import Targets, from_dict
 

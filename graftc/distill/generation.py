@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from graftc.distill.optim import (
     clip_or_drop,
     gradient_norm,
 )
-from graftc.distill.sources import seeded
+from graftc.distill.scopes import random_of, training_only
 from graftc.distill.stacked import Mode, Stack, alike, decide
 from graftc.distill.students import Student, Values, losses
 from graftc.distill.targets import ModelInput, Site
@@ -35,6 +34,10 @@ ZERO = 1e-6
 
 CLIP = 1.0
 WARMUP = 0.05
+
+HELD_MEMORY = 256 * 2**20
+"""Bytes of held-out activations that are kept, to spare the teacher's pass at each validation."""
+
 _VALIDATIONS = 8
 _HOPELESS = 50
 
@@ -97,6 +100,7 @@ class Generation:
         self.best: dict[str, Tensor] = {}
         self.batch = next(iter(plans.values())).batch
         self._captured: tuple[tuple[str, ...], Callable[..., Any]] | None = None
+        self._held: dict[str, list[Values]] = {}
         self._in_a_row: dict[str, int] = {}
 
     # -- the teacher ------------------------------------------------------------------------
@@ -121,8 +125,7 @@ class Generation:
     def measure_scales(self) -> None:
         """Mean |t| and mean t² of each site's target. Raises GraftError for a target that is 0."""
         sums: dict[str, list[float]] = {s.site.name: [0.0, 0.0, 0.0] for s in self.students}
-        for where, prepared in self._held_out():
-            values = self.values(self.students, prepared, where)
+        for where, values in self._held_out(self.students):
             check_teacher(self.students, values, where)
             for student, given in zip(self.students, values, strict=True):
                 target = given[-1].double()
@@ -139,8 +142,7 @@ class Generation:
     def measure(self, students: Sequence[Student]) -> dict[str, tuple[float, float]]:
         """(error, loss) of each student over the held-out samples."""
         sums = {s.site.name: [0.0, 0.0, 0.0, 0.0] for s in students}
-        for where, prepared in self._held_out():
-            values = self.values(students, prepared, where)
+        for _, values in self._held_out(students):
             for student, given in zip(students, values, strict=True):
                 name = student.site.name
                 student.region.eval()
@@ -156,10 +158,24 @@ class Generation:
             n: (error / energy, loss / count) for n, (error, energy, loss, count) in sums.items()
         }
 
-    def _held_out(self) -> Iterator[tuple[str, Any]]:
-        batches = self.setting.data.validation(self.setting.task, self.batch)
-        for i, prepared in enumerate(batches):
-            yield f"held-out batch {i}", prepared
+    def _held_out(self, students: Sequence[Student]) -> Iterator[tuple[str, list[Values]]]:
+        """Each held-out batch's name and the teacher's values, kept in memory where they fit."""
+        names = [s.site.name for s in students]
+        if all(name in self._held for name in names):
+            for i, values in enumerate(zip(*(self._held[name] for name in names), strict=True)):
+                yield f"held-out batch {i}", list(values)
+            return
+        size, kept = 0, list[list[Values]]()
+        for i, prepared in enumerate(self.setting.data.validation(self.setting.task, self.batch)):
+            where = f"held-out batch {i}"
+            values = self.values(students, prepared, where)
+            size += sum(v.nbytes for given in values for v in given)
+            if size <= HELD_MEMORY:
+                kept.append(values)
+            yield where, values
+        if size <= HELD_MEMORY:
+            columns = map(list, zip(*kept, strict=True))
+            self._held.update(zip(names, columns, strict=True))
 
     def begin(self) -> None:
         """Measure the errors at start and decide what is stacked."""
@@ -172,7 +188,7 @@ class Generation:
         if len(training) > 1 and self.setting.stacked != "never":
             prepared = self.train_batch(0, self.phase)
             values = self.values(training, prepared, "step 0")
-            with _requires_grad(training):
+            with training_only(training):
                 groups = alike(training, values)
                 self.state.stacks = decide(self.setting.stacked, groups, training, values)
 
@@ -212,7 +228,7 @@ class Generation:
         every = max(1, -(-total // _VALIDATIONS))
         stacks: list[Stack] = []
         active: list[Student] = []
-        with _requires_grad(self.training(0)):
+        with training_only(self.training(0)):
             for step in range(self.state.step, total):
                 training = self.training(step)
                 if [s.site.name for s in training] != [s.site.name for s in active]:
@@ -295,26 +311,3 @@ def check_teacher(students: Sequence[Student], values: Sequence[Values], where: 
                  notes=(Note("the last checkpoint is whole"),),
                  help="look at DATA for this batch, at the teacher's weights, "
                       "or at its precision")  # fmt: skip
-
-
-@contextmanager
-def random_of(*key: int | str) -> Generator[None]:
-    """torch's global generator as a function of `key`, and as it was afterwards (dropout)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(seeded(*key).get_state())
-        yield
-
-
-@contextmanager
-def _requires_grad(students: Sequence[Student]) -> Generator[None]:
-    """Only these students' parameters take gradients."""
-    regions = [p for s in students for p in s.region.parameters()]
-    chosen = {id(p) for s in students for p in s.parameters.values()}
-    before = [p.requires_grad for p in regions]
-    try:
-        for parameter in regions:
-            parameter.requires_grad_(id(parameter) in chosen)
-        yield
-    finally:
-        for parameter, flag in zip(regions, before, strict=True):
-            parameter.requires_grad_(flag)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from graftc.distill.generation import Generation, Setting, State
 from graftc.distill.optim import Kind, Optimiser, align
 from graftc.distill.pending import solve_pending
 from graftc.distill.run import Build, Progress, Run, RunResult, SiteResult, open_run
+from graftc.distill.scopes import using_threads
 from graftc.distill.stacked import Mode
 from graftc.distill.students import students_of, trainable_names
 from graftc.distill.targets import Site, Targets, from_dict
@@ -298,14 +298,3 @@ class Saver:
             return False
         self._last = time.monotonic()
         return True
-
-
-@contextmanager
-def using_threads(count: int) -> Generator[None]:
-    """torch with `count` CPU threads: sums are split among them, so the bits depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,11 +19,12 @@ from graftc.diagnostics import fail
 from graftc.distill import lora
 from graftc.distill.budget import Plan, stage2_plan
 from graftc.distill.data import Data, Task, open_data
-from graftc.distill.generation import random_of
 from graftc.distill.inputs import check_inputs
 from graftc.distill.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm, named
 from graftc.distill.run import Progress, Run
+from graftc.distill.scopes import random_of
 from graftc.distill.stage1 import Saver, silent, under
+from graftc.distill.students import is_under
 from graftc.distill.targets import Lora, ModelInput, Stage2
 
 PHASE = "stage2"
@@ -67,7 +68,8 @@ def finetune_module(
 ) -> Finetuned:
     """Train `module` in place on `task.loss`; it ends with the EMA weights, in its own mode.
 
-    `stage2` gives the terms (`train` "inserted": only parameters under the prefixes `inserted`);
+    `stage2` gives the terms (`train` "inserted": only parameters under the prefixes `inserted`; a
+    parameter that takes no gradient, such as a fixed position table, is never trained);
     `steps`, `batch` and `lr` override it. The rate rises over `warmup` steps (at most a tenth of
     all), stays, and halves at each of `halve_lr_at`. The average's decay is min(ema, (1+s)/(10+s))
     at step s, so that a short run does not average in its first weights. Steps without a finite
@@ -102,8 +104,8 @@ def finetune_module(
     else:
         names = [
             n
-            for n, _ in named(module.named_parameters())
-            if terms.train == "all" or any(p in ("", n) or n.startswith(p + ".") for p in inserted)
+            for n, parameter in named(module.named_parameters())
+            if parameter.requires_grad and (terms.train == "all" or is_under(n, inserted))
         ]
     if not names:
         fail("G542", "stage 2 has no parameter to train", site="stage2.train",

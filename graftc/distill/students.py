@@ -43,6 +43,7 @@ class Student:
 def students_of(model: nn.Module, sites: Sequence[Site]) -> tuple[Student, ...]:
     """The sites' students inside the model `model`; a parameter of two sites belongs to the first.
 
+    A parameter that takes no gradient (a fixed table) is not trained.
     Raises GraftError where a cut is not in the model (see `extract`), or a site would train
     nothing (G542).
     """
@@ -53,12 +54,13 @@ def students_of(model: nn.Module, sites: Sequence[Site]) -> tuple[Student, ...]:
         region = extract(model, site.student)
         places = {given.name: i for i, given in enumerate(site.teacher.inputs)}
         inside = {id(p): p for p in region.parameters()}
-        chosen = {
+        free = {
             names[key]: p
             for key, p in inside.items()
-            if _is_under(names[key], site.trainable) and key not in taken
+            if is_under(names[key], site.trainable) and key not in taken
         }
-        if not chosen and not site.exact:
+        chosen = {name: p for name, p in free.items() if p.requires_grad}
+        if not free and not site.exact:
             found = [names[key] for key in inside]
             near = nearest(site.trainable[0], found)
             fail("G542", f"`{site.name}` has no parameter to train", site=site.name,
@@ -75,10 +77,11 @@ def students_of(model: nn.Module, sites: Sequence[Site]) -> tuple[Student, ...]:
 def trainable_names(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     """The parameters of `model` that any of the sites trains, in the model's order."""
     prefixes = [prefix for site in sites for prefix in site.trainable]
-    return [n for n, _ in named(model.named_parameters()) if _is_under(n, prefixes)]
+    return [n for n, _ in named(model.named_parameters()) if is_under(n, prefixes)]
 
 
-def _is_under(name: str, prefixes: Sequence[str]) -> bool:
+def is_under(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a parameter's name is one of the prefixes, or inside one ('' is everything)."""
     return any(p in ("", name) or name.startswith(p + ".") for p in prefixes)
 
 

@@ -80,9 +80,7 @@ class Build:
         """`config.yaml` of `student` or `teacher`: inputs, outputs, facts."""
         return files.read_yaml(self.path / part / "config.yaml")
 
-    def teacher(
-        self, state: State | Callable[[], State | nn.Module] | None = None
-    ) -> nn.Module:
+    def teacher(self, state: State | Callable[[], State | nn.Module] | None = None) -> nn.Module:
         """The teacher. Where the build only links its weights, `state` or else MODEL itself gives them."""
         linked = self.config("teacher")["weights"].get("model")
         if state is None and linked:
@@ -158,7 +156,9 @@ def write_build(
             },
             "versions": {**config["versions"], **dict(manifest.get("versions", {}))},
         }
-        files.write_yaml(partial / "manifest.yaml", said)  # last: its presence says that all is there
+        files.write_yaml(
+            partial / "manifest.yaml", said
+        )  # last: its presence says that all is there
         if not drop_runs:
             _keep_runs(folder, partial)
     return Build.open(folder)

@@ -78,7 +78,9 @@ def build_tree(program: Program) -> Tree:
     for key, members in groups.items():
         path, module = members[0]
         original = program.classes.get(path, "")
-        tree.classes[names[key]] = Class(names[key], module, path, original, [p for p, _ in members])
+        tree.classes[names[key]] = Class(
+            names[key], module, path, original, [p for p, _ in members]
+        )
     _write_constructors(program, tree, groups, names)
     return tree
 
@@ -87,6 +89,8 @@ def _needs_class(path: str, module: nn.Module, tree: Tree) -> bool:
     """Whether `module` is printed as a class; else its constructor is written where it stands."""
     if isinstance(module, fx.GraphModule):
         if not path:
+            if is_list(module) == "list":
+                tree.kinds[id(module)] = "list"
             return True
         if is_chain(module):
             tree.kinds[id(module)] = "list"
@@ -171,7 +175,13 @@ def _name(
 
 def _base_name(program: Program, path: str, module: nn.Module) -> str:
     original = program.classes.get(path, "").rpartition(".")[2]
-    if original and original not in ("Sequential", "ModuleList", "ModuleDict", "Module", "GraphModule"):
+    if original and original not in (
+        "Sequential",
+        "ModuleList",
+        "ModuleDict",
+        "Module",
+        "GraphModule",
+    ):
         return re.sub(r"\W", "", original)
     words = [w for w in re.split(r"\W|_", path) if w and not w.isdigit()]
     return "".join(w.capitalize() for w in words[-2:]) or "Model"

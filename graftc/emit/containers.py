@@ -22,7 +22,9 @@ def is_list(module: nn.Module) -> str | None:
         rising = [int(n) for n in names]
         if rising == sorted(rising):
             gaps = rising[-1] + 1 - len(rising)
-            filled = gaps <= _MOST_GAPS and len(rising) <= 8 and all(map(_takes_one, module.children()))
+            filled = (
+                gaps <= _MOST_GAPS and len(rising) <= 8 and all(map(_takes_one, module.children()))
+            )
             return "list" if gaps == 0 or filled else "dict"
     if any(n in _dict_attributes() or (not n.isidentifier() and not n.isdecimal()) for n in names):
         return None
@@ -96,7 +98,9 @@ def _dict(texts: Mapping[str, str]) -> str:
     kinds = list(dict.fromkeys(texts.values()))
     if numbered and len(texts) > 2 and len(kinds) <= 3:
         value = _choice({int(n): t for n, t in texts.items()})
-        return f"nn.ModuleDict({{str(i): {value} for i in {members_text([int(n) for n in texts])}}})"
+        return (
+            f"nn.ModuleDict({{str(i): {value} for i in {members_text([int(n) for n in texts])}}})"
+        )
     entries = ", ".join(f'"{n}": {t}' for n, t in texts.items())
     return f"nn.ModuleDict({{{entries}}})"
 

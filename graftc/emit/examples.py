@@ -32,7 +32,10 @@ def random_inputs(config: Mapping[str, Any], model: nn.Module) -> Inputs:
 
 
 def _draw(
-    port: Mapping[str, Any], sizes: Mapping[str, int], limits: Mapping[str, int], generator: torch.Generator
+    port: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    limits: Mapping[str, int],
+    generator: torch.Generator,
 ) -> Tensor:
     shape = [sizes[s] if isinstance(s, str) else int(s) for s in port["shape"]]
     dtype = getattr(torch, port["dtype"])

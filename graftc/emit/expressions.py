@@ -85,7 +85,10 @@ def parse(text: str) -> ast.expr:
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in target.tags
+    )
 
 
 def is_mutating(node: fx.Node) -> bool:
@@ -245,7 +248,10 @@ def _index(value: Any, operand: Operand) -> ast.expr:
     if isinstance(value, tuple):
         return ast.Tuple([_index(v, operand) for v in cast("tuple[Any, ...]", value)])
     if isinstance(value, slice):
-        parts = [None if p is None else literal(p, operand) for p in (value.start, value.stop, value.step)]
+        parts = [
+            None if p is None else literal(p, operand)
+            for p in (value.start, value.stop, value.step)
+        ]
         return cast("ast.expr", ast.Slice(*parts))
     if value is Ellipsis:
         return ast.Constant(...)
@@ -285,6 +291,13 @@ def _select(node: fx.Node, given: dict[str, Any], operand: Operand) -> ast.expr 
     return ast.Subscript(operand(given["self"]), _leading(dim, _ndim(given["self"]), at))
 
 
+def _gather(node: fx.Node, given: dict[str, Any], operand: Operand) -> ast.expr | None:
+    """`x[:, rows]`: indexing by tensors."""
+    whole = cast("ast.expr", ast.Slice())
+    at = [whole if i is None else literal(i, operand) for i in given["indices"]]
+    return ast.Subscript(operand(given["self"]), ast.Tuple(at) if len(at) > 1 else at[0])
+
+
 def _squeeze(node: fx.Node, given: dict[str, Any], operand: Operand) -> ast.expr | None:
     """A squeeze of a dimension that is not 1 does nothing here, and is an error in ONNX."""
     value = given["self"].meta.get("val") if isinstance(given["self"], fx.Node) else None
@@ -314,7 +327,9 @@ def _dim_arange(node: fx.Node, given: dict[str, Any], operand: Operand) -> ast.e
     if not isinstance(given.get("start", 0), int) or given.get("start", 0) != 0:
         return None
     keywords = [
-        ast.keyword(k, literal(given[k], operand)) for k in ("dtype", "device") if given[k] is not None
+        ast.keyword(k, literal(given[k], operand))
+        for k in ("dtype", "device")
+        if given[k] is not None
     ]
     return ast.Call(parse("torch.arange"), [literal(given["end"], operand)], keywords)
 
@@ -324,6 +339,7 @@ _SPECIAL: dict[str, Callable[[fx.Node, dict[str, Any], Operand], ast.expr | None
     "select.int": _select,
     "einsum.default": _einsum,
     "squeeze.dim": _squeeze,
+    "index.Tensor": _gather,
     "add.Tensor": _sum_with_factor,
     "sub.Tensor": _sum_with_factor,
     "rsub.Scalar": lambda n, g, o: None,

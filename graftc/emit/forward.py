@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import fx
 
 from graftc.emit.loops import Loop, Run, find_loops
-from graftc.emit.names import RESERVED, Style, is_float, is_stream, layout_base, suggestions
+from graftc.emit.names import (
+    PURPOSES,
+    RESERVED,
+    Style,
+    is_float,
+    is_stream,
+    layout_base,
+    suggestions,
+)
 from graftc.emit.statements import Layout, Statement, layout, written
 
 
@@ -58,7 +66,13 @@ class _Writer:
     def __init__(
         self, graph: fx.Graph, access: Access, style: Style, hints: Hints, site: str
     ) -> None:
-        self.graph, self.access, self.style, self.hints, self.site = graph, access, style, hints, site
+        self.graph, self.access, self.style, self.hints, self.site = (
+            graph,
+            access,
+            style,
+            hints,
+            site,
+        )
         self.loops = find_loops(graph)
         self.layout: Layout = layout(graph, self.loops, access.paths, site)
         self.names: dict[fx.Node, str] = {}
@@ -68,7 +82,9 @@ class _Writer:
         parameters = self._parameters()
         lines: list[str] = []
         for i, statement in enumerate(self.layout.statements):
-            lines += self._loop(i, statement) if statement.loop else [self._assignment(i, statement)]
+            lines += (
+                self._loop(i, statement) if statement.loop else [self._assignment(i, statement)]
+            )
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         returned = self._returned(output, result)
         text = ast.unparse(returned)
@@ -87,20 +103,23 @@ class _Writer:
             self.names[node] = self._free([hint], -1)
         return [self.names[n] for n in nodes]
 
-    def _free(self, wanted: list[str], at: int) -> str:
+    def _free(self, wanted: list[str], at: int, taken: Sequence[str] = ()) -> str:
         """The first wanted name that no live variable has when statement `at` assigns."""
-        live = {
+        live = set(taken)
+        live |= {
             name for node, name in self.names.items()
             if self.layout.last_use.get(node, -1) > at or (at < 0)
         }  # fmt: skip
         wanted = [f"{n}_" if n in RESERVED else n for n in wanted]
-        for name in wanted:
+        modulates = wanted[0].startswith(("shift_", "scale_", "gate_"))
+        for name in wanted[: 1 if modulates else None]:
             if name not in live:
                 return name
+        base = wanted[0 if modulates else -1]
         number = 2
-        while f"{wanted[-1]}_{number}" in live:
+        while f"{base}_{number}" in live:
             number += 1
-        return f"{wanted[-1]}_{number}"
+        return f"{base}_{number}"
 
     def _text(self, node: fx.Node) -> ast.expr:
         def name(n: fx.Node) -> ast.expr:
@@ -111,7 +130,7 @@ class _Writer:
     def _wanted(self, node: fx.Node, at: int) -> list[str]:
         """Names for a value that statement `at` assigns, the best first."""
         wanted = suggestions(node, self.style)
-        purpose = [w for w in wanted[:1] if w in ("q", "k", "v", "mask", "angles")]
+        purpose = [w for w in wanted[:1] if w in PURPOSES]
         returned = self._output_hint(node)
         reused = self._reused(node, at)
         return [w for w in (*purpose, returned, reused, *wanted) if w]
@@ -153,11 +172,7 @@ class _Writer:
             if part is None:
                 taken.append("_")
                 continue
-            wanted = [w for w in self._wanted(part, at) if w not in taken]
-            name = self._free(wanted or self._wanted(part, at), at)
-            number = 2
-            while name in taken:
-                name, number = f"{name.rstrip('0123456789_')}_{number}", number + 1
+            name = self._free(self._wanted(part, at), at, taken)
             self.names[part] = name
             taken.append(name)
         return f"{', '.join(taken)} = {value}"

@@ -53,7 +53,9 @@ def captured_leaf(module: fx.GraphModule) -> str | None:
     used = {str(n.target) for n in nodes if n.op == "get_attr"}
     if used != set(module._parameters) or any(own.get(n, n) not in (n, None) for n in _PARAMETERS):
         return None
-    if not used <= _PARAMETERS or any(isinstance(v, fx.Node) and v is not inputs[0] for v in own.values()):
+    if not used <= _PARAMETERS or any(
+        isinstance(v, fx.Node) and v is not inputs[0] for v in own.values()
+    ):
         return None
     made = reader(own, {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None})
     return made if made is not None and _same_state(made, module) else None

@@ -49,7 +49,8 @@ _NOUNS = {
     "_to_copy": "cast",
 }
 RESERVED = frozenset({"torch", "nn", "F", "math", "self", "range", "zip", "str", "float", "super"})
-_SDPA_ROLES = {0: "q", 1: "k", 2: "v", 3: "mask"}
+PURPOSES = frozenset({"q", "k", "v", "angles"})
+_SDPA_ROLES = {0: "q", 1: "k", 2: "v"}
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,15 @@ def _purpose(node: fx.Node) -> str | None:
     users = list(node.users)
     if len(users) == 2 and {operation(u) for u in users} == {"sin", "cos"}:
         return "angles"
+    if _is_mask(node):
+        return "mask"
     seen = node
     while len(seen.users) == 1:
         user = next(iter(seen.users))
         name = operation(user)
         if name == "scaled_dot_product_attention":
             at = [i for i, a in enumerate(user.args) if a is seen]
-            return _SDPA_ROLES.get(at[0]) if at else "mask"
+            return _SDPA_ROLES.get(at[0]) if at else None
         if name in ("add", "mul") and (modulation := _modulation(node, seen, user)):
             return modulation
         if name not in _LAYOUT:
@@ -175,9 +178,34 @@ def _purpose(node: fx.Node) -> str | None:
     return None
 
 
+def _is_mask(node: fx.Node) -> bool:
+    """Whether a value ends as the mask of an attention, here or in a module that it is given to."""
+    user = next(iter(node.users), None)
+    if user is None:
+        return False
+    if operation(user) == "scaled_dot_product_attention":
+        return user.kwargs.get("attn_mask") is node or any(a is node for a in user.args[3:4])
+    if user.op == "call_module" and user.graph.owning_module is not None and node in user.args:
+        callee = user.graph.owning_module.get_submodule(str(user.target))
+        if not isinstance(callee, fx.GraphModule):
+            return False
+        inputs = [n for n in callee.graph.nodes if n.op == "placeholder"]
+        at = user.args.index(node)
+        return at < len(inputs) and _is_mask(inputs[at])
+    return user.op == "call_function" and operation(user) in _LAYOUT and _is_mask(user)
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Whether a value modulates tokens and is none itself: [batch, channels] or [batch, 1, channels]."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and (
+        value.ndim == 2 or (value.ndim == 3 and value.shape[1] == 1)
+    )
+
+
 def _modulation(node: fx.Node, seen: fx.Node, user: fx.Node) -> str | None:
     """`scale` in n · (1 + scale) + shift, `gate` in gate · branch, with what they act on."""
-    if node.target is not operator.getitem:
+    if node.target is not operator.getitem or not _is_factor(node):
         return None
     other = next((a for a in user.args if a is not seen), None)
     if operation(user) == "add":

@@ -151,7 +151,9 @@ def _refused(
         texts.append(str(seen))
         seen = seen.__cause__ or seen.__context__
     whole = "\n".join(texts)
-    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", whole)
+    found = re.search(
+        r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", whole
+    )
     if found is not None:
         name, site = _where(f"{found[1]}.{found[2]}", model, inputs, shapes)
         message = f"ONNX has no form of `{name}`" + (f", which `{site}` uses" if site else "")
@@ -177,7 +179,9 @@ def _where(
     except Exception:  # the first error is the one to show
         return name, None
     word = name.split(".")[1]
-    calls = [n for graph in graphs for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    calls = [
+        n for graph in graphs for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)
+    ]
     exact = [n for n in calls if str(n.target) == name]
     # `prims.bessel_j0` is what is left of `aten.special_bessel_j0`.
     alike = [n for n in calls if str(n.target).split(".")[1].endswith(word)]
@@ -191,7 +195,9 @@ def _where(
 def _add_metadata(program: Any, config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
     """What the file was made from; and on each node of an edited site, the rule and line that made it."""
     about = {k: config[k] for k in ("inputs", "outputs", "facts")}
-    program.model.metadata_props.update({**facts, "graftc.about": json.dumps(about, sort_keys=True)})
+    program.model.metadata_props.update(
+        {**facts, "graftc.about": json.dumps(about, sort_keys=True)}
+    )
     provenance: Mapping[str, str] = config.get("provenance", {})
     if not provenance:
         return

@@ -98,7 +98,11 @@ def describe(program: Program) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {"graftc": _graftc_version(), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "graftc": _graftc_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _graftc_version() -> str:
@@ -200,9 +204,7 @@ def import_source(path: Path) -> ModuleType:
     return module
 
 
-def _take_linked(
-    model: nn.Module, entry: Mapping[str, Any], state: Any, folder: Path
-) -> None:
+def _take_linked(model: nn.Module, entry: Mapping[str, Any], state: Any, folder: Path) -> None:
     if state is None:
         fail("G623", "the weights are not in this package, only their hash", site=str(folder),
              wanted=f"the weights that `{entry.get('model')}` makes",

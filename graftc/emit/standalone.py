@@ -37,10 +37,10 @@ def check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any
     return given
 '''
 
-CALL = '''
+CALL = """
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(**check_inputs(args, kwargs))
-'''
+"""
 
 LOAD = '''
 def load_weights(model: nn.Module, path: str | Path, *, part: bool = False) -> nn.Module:

@@ -161,7 +161,9 @@ def _too_long(
         if not inner or _is_short(node, inner, inlined, access, site):
             continue
         if node.op == "output" and len(node.all_input_nodes) > 1:
-            return next(v for v in node.all_input_nodes if v in inlined and not _is_brief(v, inlined))
+            return next(
+                v for v in node.all_input_nodes if v in inlined and not _is_brief(v, inlined)
+            )
         half = (len(inner) + 1) / 2
         return min(inner, key=lambda n: abs(len(_inner(n, inlined)) + 1 - half))
     return None
@@ -181,7 +183,9 @@ def _is_short(
         written_out = written(node, inlined, name, access, site)
         return len(inner) < _MOST_OPERATIONS and len(ast.unparse(written_out)) <= _WIDEST
     values = [v for v in node.all_input_nodes if v in inlined]
-    if len(node.all_input_nodes) > 1:  # in a tuple of results only what is short is written in place
+    if (
+        len(node.all_input_nodes) > 1
+    ):  # in a tuple of results only what is short is written in place
         return all(_is_brief(v, inlined) for v in values)
     return all(_is_short(v, _inner(v, inlined), inlined, access, site) for v in values)
 

@@ -120,6 +120,7 @@ METHODS: dict[str, str] = {
     "clamp_min.default": "self.clamp(min=min)",
     "masked_fill.Scalar": "self.masked_fill(mask, value)",
     "masked_fill.Tensor": "self.masked_fill(mask, value)",
+    "diff.default": "self.diff(n, dim=dim, prepend=prepend, append=append)",
     "tril.default": "self.tril(diagonal)",
     "triu.default": "self.triu(diagonal)",
     "flip.default": "self.flip(dims)",

@@ -144,7 +144,9 @@ def check_file(path: Path) -> Rung:
     except Exception as error:  # several classes, and all mean the same to a reader
         return Rung("onnx checker", "FAIL", _first_line(error))
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-    return Rung("onnx checker", "PASS", f"opset {opset}, {len(proto.graph.node)} nodes, strict shapes")
+    return Rung(
+        "onnx checker", "PASS", f"opset {opset}, {len(proto.graph.node)} nodes, strict shapes"
+    )
 
 
 def check_runtime(
@@ -208,7 +210,11 @@ def _fixed_sizes(session: Any, config: Mapping[str, Any], given: Mapping[str, Te
 
 
 def _negative_control(
-    path: Path, given: Mapping[str, Tensor], wanted: list[Tensor], dtype: str, sites: tuple[str, ...]
+    path: Path,
+    given: Mapping[str, Tensor],
+    wanted: list[Tensor],
+    dtype: str,
+    sites: tuple[str, ...],
 ) -> Rung:
     """One number of one weight is changed in the file: the comparison must then fail.
 
@@ -239,11 +245,17 @@ def _negative_control(
             return Rung("negative control", "NOT RUN", _first_line(error))
         initializer.ParseFromString(kept)
         if not difference.within(dtype):
-            passed = f"; {len(still)} weights tried before it move nothing (zero gates?)" if still else ""
+            passed = (
+                f"; {len(still)} weights tried before it move nothing (zero gates?)"
+                if still
+                else ""
+            )
             detail = f"one number of `{initializer.name}` doubled: {difference.relative:.1e} off, seen{passed}"
             return Rung("negative control", "PASS", detail)
         still.append(initializer.name)
-    return Rung("negative control", "FAIL", f"none of {len(still)} weights changes the output: {still[:3]}")
+    return Rung(
+        "negative control", "FAIL", f"none of {len(still)} weights changes the output: {still[:3]}"
+    )
 
 
 def _is_float(initializer: Any) -> bool:

@@ -22,9 +22,10 @@ def wrap(line: str, indent: int = 0) -> list[str]:
     if line.startswith("return ") and len(_pieces(line)) > 1:
         line = f"return ({line[7:]})"
     left, equals, right = line.partition(" = ")
-    if equals and len(_pieces(left)) > 1 and len(pad) + len(left) > WIDTH // 2:
-        return _unpacked(left, right, indent)
     span = _widest(line)
+    opening = span[0] + 1 if span is not None else len(line)
+    if equals and len(_pieces(left)) > 1 and len(pad) + opening > WIDTH:
+        return _unpacked(left, right, indent)
     operators = _operators(line)
     if operators and (span is None or not _ends_with(line, span)):
         return _in_brackets(line, operators, indent)

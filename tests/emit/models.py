@@ -19,7 +19,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(dim, 4)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU("tanh"), nn.Dropout(0.1), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.GELU("tanh"), nn.Dropout(0.1), nn.Linear(2 * dim, dim)
+        )
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -37,7 +39,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(y.transpose(1, 2).reshape(b, n, d))
 
@@ -54,7 +58,9 @@ class TinyDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         rate = torch.exp(-math.log(100) * torch.arange(16, device=t.device) / 16)
         angle = t[:, None].float() * rate
-        c = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.labels.weight.dtype) + self.labels(y)
+        c = torch.cat([angle.cos(), angle.sin()], dim=-1).to(
+            self.labels.weight.dtype
+        ) + self.labels(y)
         x = self.embed(x).flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
             x = block(x, c)

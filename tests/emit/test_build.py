@@ -69,7 +69,13 @@ def test_linked_teacher_is_made_by_model(tmp_path):
     model = load_model(reference)
     program = capture(model)
     build = write_build(
-        tmp_path / "b", student=program, teacher=program, plan={}, targets={}, manifest={}, model=reference
+        tmp_path / "b",
+        student=program,
+        teacher=program,
+        plan={},
+        targets={},
+        manifest={},
+        model=reference,
     )
     assert same(run(build.teacher(), model.inputs), run(model.module, model.inputs))
     other = load_model(reference).module
@@ -98,7 +104,9 @@ def test_a_full_disk_leaves_the_old_build_whole(case, tmp_path, monkeypatch, ste
 
 
 def test_a_full_disk_leaves_nothing_where_nothing_was(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(
+        package, "save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
     with pytest.raises(GraftError):
         write(case("gpt"), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

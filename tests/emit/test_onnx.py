@@ -56,7 +56,12 @@ def test_the_file_names_what_it_has(build):
     assert next(o.version for o in proto.opset_import if not o.domain) == 20
     ruled = [n for n in proto.graph.node if any(p.key == "graftc.rule" for p in n.metadata_props)]
     assert ruled
-    assert all(p.value == "mix @ dit.graft:3" for n in ruled for p in n.metadata_props if p.key == "graftc.rule")
+    assert all(
+        p.value == "mix @ dit.graft:3"
+        for n in ruled
+        for p in n.metadata_props
+        if p.key == "graftc.rule"
+    )
 
 
 def changed(build, tmp_path, change):

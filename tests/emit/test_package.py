@@ -45,7 +45,10 @@ def test_runs_in_an_environment_without_graftc(case, name, tmp_path):
     save_file({k: v.contiguous() for k, v in c.inputs.items()}, tmp_path / "in.safetensors")
     arguments = [str(package), str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, *arguments], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-I", "-c", ALONE, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], run(c.emitted, c.inputs)[0])
@@ -58,7 +61,9 @@ def test_shared_tensors_are_stored_once(case):
     assert "transformer.h.0.attn.mask" in stored  # not in the state dict, but part of the model
     config = yaml.safe_load((c.directory / "config.yaml").read_text())
     assert config["weights"]["ties"] == {"lm_head.weight": "transformer.wte.weight"}
-    assert config["inputs"] == [{"name": "tokens", "shape": ["batch", 9], "dtype": "int64", "meaning": "other"}]
+    assert config["inputs"] == [
+        {"name": "tokens", "shape": ["batch", 9], "dtype": "int64", "meaning": "other"}
+    ]
     assert config["facts"]["mode"] == "eval"
 
 
@@ -140,7 +145,10 @@ def test_a_model_on_meta_has_no_weights_to_write(tmp_path):
 
 
 def test_weights_in_half_precision_stay_so(tmp_path):
-    model = Model(nn.Sequential(nn.Linear(4, 4), nn.SiLU()).bfloat16(), {"input": torch.zeros(2, 4).bfloat16()})
+    model = Model(
+        nn.Sequential(nn.Linear(4, 4), nn.SiLU()).bfloat16(),
+        {"input": torch.zeros(2, 4).bfloat16()},
+    )
     write_package(capture(model), tmp_path / "p")
     loaded = load_package(tmp_path / "p")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}

@@ -118,9 +118,14 @@ def test_reads_like_a_person_wrote_it(case):
     assert "q = self.to_q(hidden_states).view(batch, -1, 2, 16).transpose(1, 2)" in text
     assert "attended = F.scaled_dot_product_attention(q, k, v)" in text
     assert text.count("class BasicTransformerBlock") == 1
-    assert "def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Output:" in text
+    assert (
+        "def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Output:"
+        in text
+    )
     assert "getitem" not in text
-    assert "encoder_attention_mask = ((1 - encoder_attention_mask) * -10000.0)" in case("pixart").text
+    assert (
+        "encoder_attention_mask = ((1 - encoder_attention_mask) * -10000.0)" in case("pixart").text
+    )
 
 
 def test_named_outputs(case):
@@ -142,7 +147,10 @@ def test_shared_and_tied_stay_shared(case):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_states": torch.randn(2, 4, 16, 16)}, r"captured at \(batch, 4, 8, 8\): batch may vary"),
+        (
+            {"hidden_states": torch.randn(2, 4, 16, 16)},
+            r"captured at \(batch, 4, 8, 8\): batch may vary",
+        ),
         ({"timestep": torch.zeros(2, 1)}, r"`timestep` is \(2, 1\)"),
         ({"cross_attention_kwargs": {"scale": 2}}, "captured without `cross_attention_kwargs`"),
     ],
@@ -242,6 +250,9 @@ def test_dropout_of_a_train_capture():
 
 
 def test_two_packages_do_not_meet(case):
-    a, b = import_source(case("gpt").directory / "model.py"), import_source(case("gpt").directory / "model.py")
+    a, b = (
+        import_source(case("gpt").directory / "model.py"),
+        import_source(case("gpt").directory / "model.py"),
+    )
     assert a.GPT is not b.GPT
     assert sys.modules[a.GPT.__module__] is a

@@ -16,7 +16,7 @@ A = torch.ops.aten
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
 Y = X * 3
 M = X > 0
-I = torch.tensor([[0, 1], [3, 2]])
+INDEX = torch.tensor([[0, 1], [3, 2]])
 W = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 S = X.flatten(0, 1)
 IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(2))
@@ -66,7 +66,7 @@ CALLS = [
     (A.repeat_interleave.self_int, (X, 2, 0), {"output_size": 4}, "a.repeat_interleave(2, dim=0, output_size=4)"),
     (A.topk.default, (X, 2), {}, "a.topk(2)"),
     (A.roll.default, (X, [1], [1]), {}, "a.roll([1], [1])"),
-    (A.gather.default, (S, 0, I), {}, "a.gather(0, b)"),
+    (A.gather.default, (S, 0, INDEX), {}, "a.gather(0, b)"),
     (A.cumsum.default, (X, 1), {}, "a.cumsum(dim=1)"),
     (A.tril.default, (X,), {}, "a.tril()"),
     (A.cat.default, ([X, X], -1), {}, "torch.cat([a, a], dim=-1)"),
@@ -81,8 +81,8 @@ CALLS = [
     (A.linear.default, (X, W), {}, "F.linear(a, b)"),
     (A.layer_norm.default, (X, [6], None, None, 1e-6, False), {}, "F.layer_norm(a, [6], eps=1e-06)"),
     (A.rms_norm.default, (X, [6], X[0, 0], 1e-6), {}, "F.rms_norm(a, [6], b, eps=1e-06)"),
-    (A.embedding.default, (W, I), {}, "F.embedding(b, a)"),
-    (A.embedding.default, (W, I, 1), {}, "F.embedding(b, a, padding_idx=1)"),
+    (A.embedding.default, (W, INDEX), {}, "F.embedding(b, a)"),
+    (A.embedding.default, (W, INDEX, 1), {}, "F.embedding(b, a, padding_idx=1)"),
     (A.conv2d.default, (IMAGE, KERNEL, None, [2, 2], [1, 1], [1, 1], 2), {},
      "F.conv2d(a, b, stride=[2, 2], padding=[1, 1], groups=2)"),
     (A.gelu.default, (X,), {"approximate": "tanh"}, "F.gelu(a, approximate='tanh')"),
@@ -121,7 +121,9 @@ def written_and_run(target, args, kwargs):
         return nodes[names[id(value)]]
 
     nodes: dict[str, fx.Node] = {}
-    node = graph.call_function(target, tuple(placed(a) for a in args), {k: placed(v) for k, v in kwargs.items()})
+    node = graph.call_function(
+        target, tuple(placed(a) for a in args), {k: placed(v) for k, v in kwargs.items()}
+    )
     text = ast.unparse(expression(node, lambda n: ast.Name(n.name), "here"))
     return text, eval(text, {"torch": torch, "F": F, **tensors})
 

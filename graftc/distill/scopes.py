@@ -1,0 +1,45 @@
+"""Settings that hold for a while and are then put back: threads, randomness, what takes gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from graftc.distill.sources import seeded
+from graftc.distill.students import Student
+
+
+@contextmanager
+def using_threads(count: int) -> Generator[None]:
+    """torch with `count` CPU threads: sums are split among them, so the bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def random_of(*key: int | str) -> Generator[None]:
+    """torch's global generator as a function of `key`, and as it was afterwards (dropout)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(seeded(*key).get_state())
+        yield
+
+
+@contextmanager
+def training_only(students: Sequence[Student]) -> Generator[None]:
+    """Only these students' parameters take gradients."""
+    regions = [p for s in students for p in s.region.parameters()]
+    chosen = {id(p) for s in students for p in s.parameters.values()}
+    before = [p.requires_grad for p in regions]
+    try:
+        for parameter in regions:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, flag in zip(regions, before, strict=True):
+            parameter.requires_grad_(flag)
