@@ -294,6 +294,8 @@ def verify(
     _json(verification_dict(result)) if format == "json" else show_verification(result)
     if not result.passed:
         raise typer.Exit(1)
+    if result.not_run:
+        raise typer.Exit(3)
 
 
 @app.command()

@@ -164,7 +164,7 @@ def _name(
         plain = sorted(keys, key=lambda k: (len(_held(groups[k][0][1])), keys.index(k)))
         for key in plain:
             held = _held(groups[key][0][1])
-            wanted = base if key == plain[0] else f"{base}With{''.join(held)}" if held else base
+            wanted = f"{base}With{''.join(held)}" if held and len(keys) > 1 else base
             names[key] = _unused(wanted, taken)
             taken.add(names[key])
     for module in program.root.modules():

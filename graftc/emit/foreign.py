@@ -49,34 +49,24 @@ class Foreign:
             elif getattr(value, "__module__", None) == getattr(module, "__name__", ""):
                 self._copy(inner, value, taken, renamed)
             elif isinstance(value, (int, float, str, bool, tuple)) and not inner.startswith("__"):
-                self._constant(inner, value, taken, renamed)
+                renamed[inner] = self._place(inner, f"{inner} = {value!r}", taken, False)
             else:
                 self._import_from(inner, value, name)
         for old, new in renamed.items():
             if old != new:
-                text = re.sub(rf"(?<![\w.]){re.escape(old)}\b", new, text)
-        same = next((n for n, t in self.sources.items() if n == name and t == text), None)
-        if same is not None:
-            return
+                text = _with_name(text, old, new)
+        renamed[name] = self._place(name, text, taken, inspect.isclass(thing))
+
+    def _place(self, name: str, text: str, taken: set[str], is_class: bool) -> str:
+        """Put a source into the file, under another name if its own is taken by something else."""
         new = name
         while new in taken:
-            new = f"{new}_"
-        if new != name:
-            text = re.sub(rf"(?<![\w.]){re.escape(name)}\b", new, text)
-            known = next((n for n, t in self.sources.items() if t == text), None)
-            if known is not None:
-                renamed[name] = known
-                return
-        renamed[name] = new
+            if self.sources.get(new) == _with_name(text, name, new):
+                return new
+            new = f"Grafted{new}" if is_class else f"{new}_"
         taken.add(new)
-        self.sources[new] = text
-
-    def _constant(self, name: str, value: Any, taken: set[str], renamed: dict[str, str]) -> None:
-        text = f"{name} = {value!r}"
-        renamed[name] = name
-        if name not in self.sources:
-            taken.add(name)
-            self.sources = {name: text, **self.sources}
+        self.sources[new] = _with_name(text, name, new)
+        return new
 
     def _import(self, name: str, module: Any, user: str) -> None:
         self._allowed(module.__name__, user)
@@ -97,6 +87,14 @@ class Foreign:
                 wanted="an operator that imports torch and the standard library alone",
                 help="move what it uses into its own file",
             )  # fmt: skip
+
+
+def _with_name(text: str, old: str, new: str) -> str:
+    """`text` with a file-level name changed; attributes and keyword arguments are other names."""
+    if old == new:
+        return text
+    head = re.sub(rf"^{re.escape(old)} = ", f"{new} = ", text)
+    return re.sub(rf"(?<![\w.]){re.escape(old)}\b(?!\s*=[^=])", new, head)
 
 
 def _source(thing: Any, name: str) -> str:

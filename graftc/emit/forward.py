@@ -18,6 +18,7 @@ from graftc.emit.names import (
     is_float,
     is_stream,
     layout_base,
+    operation,
     suggestions,
 )
 from graftc.emit.statements import Layout, Statement, layout, written
@@ -137,7 +138,7 @@ class _Writer:
 
     def _reused(self, node: fx.Node, at: int) -> str | None:
         """`x = f(x)`: the name of what is read here for the last time, where it stays what it was."""
-        last = [s for s in self.layout.sources(node) if self.layout.last_use.get(s) == at]
+        last = [s for s in self._read(node) if self.layout.last_use.get(s) == at]
         names = {s: self.names[s] for s in last if s in self.names}
         base = layout_base(node)
         if base in names and base is not node:
@@ -151,6 +152,15 @@ class _Writer:
             return None
         carried = [n for n in names.values() if n in self.style.inputs]
         return carried[0] if len(last) == 1 and carried else None
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        """The variables whose values, and not only sizes, a node's expression reads."""
+        found: list[fx.Node] = []
+        for source in node.all_input_nodes:
+            if operation(source) == "sym_size":
+                continue
+            found += self._read(source) if source in self.layout.inlined else [source]
+        return found
 
     def _output_hint(self, node: fx.Node) -> str | None:
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")

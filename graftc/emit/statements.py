@@ -127,6 +127,8 @@ def _candidates(
         if unpacked[node] is not None or len(node.users) != 1:
             continue
         user = next(iter(node.users))
+        if loops and operation(node) == "sym_size":
+            continue  # `batch = x.shape[0]` stands before x becomes something else
         if _occurrences(user, node) == 1 and not _stands_alone(node, user):
             found.add(node)
     return found

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -242,7 +243,8 @@ def as_model(made: Any, site: str = "MODEL") -> Model:
 def _call_on_meta(function: Callable[..., Any]) -> Any:
     """Build without memory; a function that needs real values while building is called plainly."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weights read into meta parameters are meant to vanish
             made = function()
     except Exception:  # a second, plain call decides: its error, if any, is the user's
         made = function()

@@ -256,3 +256,30 @@ def test_two_packages_do_not_meet(case):
     )
     assert a.GPT is not b.GPT
     assert sys.modules[a.GPT.__module__] is a
+
+
+def test_operators_with_helpers_of_one_name_do_not_mix(tmp_path):
+    """Two files may each have a `helper`; and an operator may be called as a class of the model is."""
+    import importlib.util
+
+    def imported(name: str, factor: int) -> type[nn.Module]:
+        (tmp_path / f"{name}.py").write_text(
+            "from torch import Tensor, nn\n\nFACTOR = " + str(factor) + "\n\n"
+            "def helper(x: Tensor) -> Tensor:\n    return x * FACTOR\n\n"
+            "class Attention(nn.Module):\n"
+            "    def forward(self, x: Tensor) -> Tensor:\n        return helper(x)\n"
+        )
+        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module.Attention
+
+    model = models.tiny_dit()
+    program = with_module(capture(model), "blocks.0.attn", imported("two_fold", 2)())
+    program = with_module(program, "blocks.1.attn", imported("three_fold", 3)())
+    text = source(program)
+    assert "class GraftedAttention(nn.Module)" in text
+    write_package(program, tmp_path / "p")
+    inputs = dict(model.inputs)
+    assert same(run(load_package(tmp_path / "p"), inputs), run_program(program, inputs))
