@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graftc import __version__
 from graftc.diagnostics import fail
-from graftc.distill.targets import Targets, to_dict
+from graftc.distillation.targets import Targets, to_dict
 from graftc.emit.build import Build, write_build
 from graftc.language.check import check
 from graftc.language.rules import Rules
@@ -36,11 +36,11 @@ class Compiled:
     """Everything that compiling a file on a model gives, in memory.
 
     >>> import graftc.compiler as c, torch
-    >>> layer = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
-    >>> model = Model(torch.nn.Sequential(layer(), layer()), {"input": torch.zeros(2, 3, 4)})
-    >>> rules = check('rule wide {\\n match m = mlp in blocks all\\n replace m with mlp(ratio = 4)\\n}')
+    >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    >>> model = Model(torch.nn.Sequential(layer), {"input": torch.zeros(2, 3, 4)})
+    >>> rules = check("rule wide {\\n match m = mlp\\n replace m with mlp(ratio = 4)\\n}")
     >>> c.compile_model(rules, model).plan.parameters
-    (152, 296)
+    (76, 148)
     """
 
     analysis: Analysis
@@ -168,7 +168,7 @@ def _check_weights(module: nn.Module) -> None:
 
 def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) -> Targets:
     """First weights that need data, solved on the teacher's activations."""
-    from graftc.distill.first_weights import solve_first_weights
+    from graftc.distillation.first_weights import solve_first_weights
     from graftc.verbs import load_data, load_task
 
     chosen = load_task(task if task is not None else model.task)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graftc.distill.targets import (
+from graftc.distillation.targets import (
     Budget,
     Cut,
     CutInput,

@@ -11,7 +11,7 @@ from graftc.doctor import doctor
 from graftc.language.check import check
 
 if TYPE_CHECKING:
-    from graftc.distill import RunResult
+    from graftc.distillation import RunResult
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
     from graftc.program.analysis import Analysis
@@ -102,8 +102,8 @@ def compile(
 def distill(
     build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any
 ) -> RunResult:
-    """Stage 1: every learned site is trained on the teacher's activations; see `graftc.distill.distill`."""
-    from graftc.distill import distill as engine
+    """Stage 1: every learned site is trained on the teacher's activations; see `graftc.distillation.distill`."""
+    from graftc.distillation import distill as engine
 
     return _train(engine, build, data, task, options)
 
@@ -111,8 +111,8 @@ def distill(
 def finetune(
     build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any
 ) -> RunResult:
-    """Stage 2: the student is trained end to end on the task's loss; see `graftc.distill.finetune`."""
-    from graftc.distill import finetune as engine
+    """Stage 2: the student is trained end to end on the task's loss; see `graftc.distillation.finetune`."""
+    from graftc.distillation import finetune as engine
 
     return _train(engine, build, data, task, options)
 
@@ -191,15 +191,12 @@ def _build(build: str | Path | Build) -> Build:
 
 def load_data(data: str | Any) -> Any:
     """DATA by name (`file.py:function`, called), or the object itself."""
-    from graftc.program.model import Reference, user_error
+    from graftc.distillation import call_data
+    from graftc.program.model import Reference
 
     if not isinstance(data, str):
         return data
-    function = Reference(data, "DATA").resolve()
-    try:
-        return function()
-    except Exception as error:
-        raise user_error(error, "DATA", data) from error
+    return call_data(Reference(data, "DATA").resolve())
 
 
 def load_task(task: str | Any) -> Any:
@@ -245,7 +242,7 @@ def _task_inputs(build: Build, data: str | Any) -> Any:
     chosen = data if data is not None else (build.manifest.get("data") or {}).get("reference")
     if chosen is None:
         return None
-    from graftc.distill.data import open_data
+    from graftc.distillation.data import open_data
 
     source = open_data(load_data(chosen), seed=0, fraction=None, samples=None, validation=None)
     task = _task(build, None)

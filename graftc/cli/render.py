@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from graftc.distill import RunResult
+    from graftc.distillation import RunResult
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
     from graftc.program.analysis import Analysis, Site

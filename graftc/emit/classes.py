@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from graftc.emit.containers import constructor_of_list, is_chain, is_list, list_members
 from graftc.emit.foreign import Foreign
-from graftc.emit.leaves import captured_leaf, constructor
+from graftc.emit.leaves import ARGUMENTS, captured_leaf, constructor
 from graftc.emit.names import RESERVED
 from graftc.program.program import Program, join, structure_hash
 
@@ -128,9 +128,12 @@ def _group(program: Program, tree: Tree) -> dict[str, list[tuple[str, nn.Module]
             visit(join(path, name), child)
         if _needs_class(path, module, tree):
             original = program.classes.get(path, "").rpartition(".")[2]
-            inner = repr(tree.ties.get(path, []))
-            details = _details(module)
-            key = f"{original}:{structure_hash(module, memo)}:{inner}:{details}"
+            ties = {
+                p[len(path) :]: t
+                for p, t in tree.ties.items()
+                if p == path or p.startswith(f"{path}.")
+            }
+            key = f"{original}:{structure_hash(module, memo)}:{ties}:{_details(module)}"
             groups.setdefault(key, []).append((path, module))
 
     visit("", program.root)
@@ -142,13 +145,25 @@ def _is_torch_container(module: nn.Module) -> bool:
 
 
 def _details(module: nn.Module) -> str:
-    """What `structure_hash` does not see and the source says."""
-    parameters = [(n, p.requires_grad) for n, p in module._parameters.items() if p is not None]
-    buffers = [
-        (n, str(b.dtype), n in module._non_persistent_buffers_set)
-        for n, b in module._buffers.items() if b is not None
-    ]  # fmt: skip
-    return repr((parameters, buffers))
+    """What `structure_hash` does not see and the source says, of a module and all in it.
+
+    Of an operator these are its class and its settings: two may have the same parameters and compute
+    different things.
+    """
+    found: list[Any] = []
+    for path, inner in module.named_modules():
+        frozen = [n for n, p in inner._parameters.items() if p is not None and not p.requires_grad]
+        loose = sorted(inner._non_persistent_buffers_set)
+        dtypes = [(n, str(b.dtype)) for n, b in inner._buffers.items() if b is not None]
+        found.append((path, frozen, loose, dtypes))
+        if not isinstance(inner, fx.GraphModule) and type(inner) is not nn.Module:
+            plain = (bool, int, float, str, tuple, type(None))
+            settings = {
+                k: v for k, v in vars(inner).items() if isinstance(v, plain) and k != "training"
+            }
+            built = getattr(inner, ARGUMENTS, None)
+            found.append((type(inner).__module__, type(inner).__qualname__, settings, built))
+    return repr(found)
 
 
 def _name(

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from torch import fx
 
+from graftc.emit.literals import literal
 from graftc.emit.loops import Loop, Run, find_loops
 from graftc.emit.names import (
     PURPOSES,
@@ -260,8 +261,6 @@ class _Writer:
     def _returned(
         self, output: fx.Node, result: Callable[[list[ast.expr]], ast.expr] | None
     ) -> ast.expr:
-        from graftc.emit.expressions import literal
-
         def operand(node: fx.Node) -> ast.expr:
             return self._text(node) if node in self.layout.inlined else ast.Name(self.names[node])
 

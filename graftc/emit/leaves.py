@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from graftc.diagnostics import fail
-from graftc.emit.expressions import literal, schema_arguments
+from graftc.emit.literals import literal, schema_arguments
 
 ARGUMENTS = "graft_arguments"
 """Attribute of an inserted module: the arguments it was built with, by name."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from graftc.emit.expressions import Operand, expression, is_mutating, is_random, literal
+from graftc.emit.expressions import expression, is_mutating, is_random
+from graftc.emit.literals import Operand, literal
 from graftc.emit.loops import Loop
 from graftc.emit.names import operation
 

@@ -25,7 +25,8 @@ def test_no_placeholder_is_left() -> None:
 
 def test_every_command_shown_exists() -> None:
     help_ = CliRunner().invoke(app, ["--help"]).output
-    for verb in set(re.findall(r"^graftc (\w+)", README, re.M)):
+    shown = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    for verb in set(re.findall(r"^graftc (\w+)", shown, re.M)):
         assert verb in help_, verb
 
 

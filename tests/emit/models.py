@@ -179,3 +179,14 @@ def gpt() -> Model:
 def shared() -> Model:
     torch.manual_seed(2)
     return Model(Shared().eval(), {"x": torch.randn(2, 8)})
+
+
+class Mixer(nn.Module):
+    """An operator without parameters, whose setting changes what it computes."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, is_causal=self.causal)

@@ -283,3 +283,15 @@ def test_operators_with_helpers_of_one_name_do_not_mix(tmp_path):
     write_package(program, tmp_path / "p")
     inputs = dict(model.inputs)
     assert same(run(load_package(tmp_path / "p"), inputs), run_program(program, inputs))
+
+
+def test_operators_that_differ_in_a_setting_alone_stay_apart(tmp_path):
+    model = models.tiny_dit()
+    program = capture(model)
+    for i, causal in enumerate((True, False)):
+        mixer = models.Mixer(causal)
+        mixer.graft_arguments = {"causal": causal}
+        with_module(program, f"blocks.{i}.attn", mixer)
+    write_package(program, tmp_path / "p")
+    inputs = dict(model.inputs)
+    assert same(run(load_package(tmp_path / "p"), inputs), run_program(program, inputs))

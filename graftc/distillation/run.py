@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.diagnostics import fail, nearest
-from graftc.distill.checkpoint import load_tensors, load_yaml, save_tensors, save_yaml
+from graftc.distillation.checkpoint import load_tensors, load_yaml, save_tensors, save_yaml
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called with (phase, steps done, steps in all, values); an exception in it stops the run."""

@@ -15,7 +15,7 @@ import networkx as nx
 import yaml
 
 from graftc.diagnostics import fail, nearest
-from graftc.distill.reader import Table
+from graftc.distillation.reader import Table
 
 VERSION = 1
 LOSSES = ("l1", "l2", "huber")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graftc.distill.targets import Loss
+from graftc.distillation.targets import Loss
 
 
 @dataclass(frozen=True)

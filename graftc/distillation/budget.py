@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graftc.distill.targets import Budget, Site, Stage2
+from graftc.distillation.targets import Budget, Site, Stage2
 
 BATCH = 64
 EPOCHS = 20
@@ -52,7 +52,7 @@ def site_plans(
     caller gives overrides the file, but for a site of 0 steps, which is not trained. Unsaid, the
     batch is 64 (or all samples), and the steps are 20 epochs, held between 200 and 2,500.
 
-    >>> from graftc.distill.targets import Cut
+    >>> from graftc.distillation.targets import Cut
     >>> site = Site("a", Cut("", (), "a"), Cut("", (), "a"), ("a",))
     >>> site_plans([site], 1500)["a"]
     Plan(steps=469, batch=64, lr=None)

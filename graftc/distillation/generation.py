@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from graftc.diagnostics import Note, fail
-from graftc.distill.budget import Plan
-from graftc.distill.cuts import capture_graph
-from graftc.distill.data import Data, Task
-from graftc.distill.inputs import check_inputs
-from graftc.distill.loss import Scale, finite, squared_error
-from graftc.distill.optim import (
+from graftc.distillation.budget import Plan
+from graftc.distillation.cuts import capture_graph
+from graftc.distillation.data import Data, Task
+from graftc.distillation.inputs import check_inputs
+from graftc.distillation.loss import Scale, finite, squared_error
+from graftc.distillation.optim import (
     Group,
     Kind,
     Optimiser,
@@ -24,10 +24,10 @@ from graftc.distill.optim import (
     clip_or_drop,
     gradient_norm,
 )
-from graftc.distill.scopes import random_of, training_only
-from graftc.distill.stacked import Mode, Stack, alike, decide
-from graftc.distill.students import Student, Values, losses
-from graftc.distill.targets import ModelInput, Site
+from graftc.distillation.scopes import random_of, training_only
+from graftc.distillation.stacked import Mode, Stack, alike, decide
+from graftc.distillation.students import Student, Values, losses
+from graftc.distillation.targets import ModelInput, Site
 
 ZERO = 1e-6
 """A relative error up to which a site counts as exact from the start, and is not trained."""

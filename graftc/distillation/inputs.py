@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from graftc.diagnostics import Note, fail, nearest
-from graftc.distill.sources import shape_text
-from graftc.distill.targets import ModelInput
+from graftc.distillation.sources import shape_text
+from graftc.distillation.targets import ModelInput
 
 
 def check_inputs(given: Mapping[str, Tensor], wanted: Sequence[ModelInput], site: str) -> None:

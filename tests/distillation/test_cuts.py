@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from graftc.diagnostics import GraftError
-from graftc.distill import capture_graph, extract
-from graftc.distill.targets import Cut, CutInput
-from tests.distill import tiny
+from graftc.distillation import capture_graph, extract
+from graftc.distillation.targets import Cut, CutInput
+from tests.distillation import tiny
 
 
 def batch(count: int = 3) -> dict[str, Tensor]:

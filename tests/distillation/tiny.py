@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.distill.targets import (
+from graftc.distillation.targets import (
     Budget,
     Cut,
     CutInput,

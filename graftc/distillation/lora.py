@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from graftc.diagnostics import Diagnostic, NotRunError, fail
-from graftc.distill.targets import Lora
+from graftc.distillation.targets import Lora
 
 
 def inject(module: nn.Module, lora: Lora) -> list[str]:

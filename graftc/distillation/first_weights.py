@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from graftc.distill.budget import site_plans
-from graftc.distill.data import Task, open_data
-from graftc.distill.generation import Generation, Setting
-from graftc.distill.pending import solve_pending
-from graftc.distill.students import students_of
-from graftc.distill.targets import Targets
+from graftc.distillation.budget import site_plans
+from graftc.distillation.data import Task, open_data
+from graftc.distillation.generation import Generation, Setting
+from graftc.distillation.pending import solve_pending
+from graftc.distillation.students import students_of
+from graftc.distillation.targets import Targets
 
 
 def solve_first_weights(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graftc.diagnostics import Diagnostic, GraftError, fail
-from graftc.distill.sources import (
+from graftc.distillation.sources import (
     Dataset,
     Sample,
     Source,

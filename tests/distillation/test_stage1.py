@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from graftc.diagnostics import GraftError
-from graftc.distill import distill, latest, runs
-from graftc.distill.targets import Budget, Loss
-from tests.distill import tiny
+from graftc.distillation import distill, latest, runs
+from graftc.distillation.targets import Budget, Loss
+from tests.distillation import tiny
 
 
 def build(path, *sites, **made):
@@ -114,7 +114,7 @@ def test_stacked_sites_come_out_as_single_ones_do(tmp_path, optimiser):
 
 
 def test_the_stacked_forward_and_gradient_equal_the_single_ones():
-    from graftc.distill.stacked import Stack
+    from graftc.distillation.stacked import Stack
 
     model = tiny.hyena((0, 1, 2))
     regions = {str(i): model.blocks[i].attn for i in (0, 1, 2)}
@@ -185,7 +185,7 @@ def test_nan_in_the_teacher_before_training(tmp_path):
 def test_nan_in_the_data_is_told_with_its_step_and_the_checkpoint_stays(tmp_path):
     data = tiny.latents()
     made = build(tmp_path, tiny.attention_site(1))
-    from graftc.distill import open_data
+    from graftc.distillation import open_data
 
     order = open_data([{"i": torch.tensor(i)} for i in range(len(data))], seed=0)
     bad = int(order.raw(2, 16)["i"][5])  # first drawn in step 2
@@ -196,7 +196,7 @@ def test_nan_in_the_data_is_told_with_its_step_and_the_checkpoint_stays(tmp_path
     assert "step 2" in str(raised.value)
     assert "input `x`" in str(raised.value)
     assert runs(tmp_path)["0001-distill"]["status"] == "running"
-    from graftc.distill.checkpoint import load_tensors
+    from graftc.distillation.checkpoint import load_tensors
 
     tensors, facts = load_tensors(tmp_path / "runs" / "0001-distill" / "checkpoint.safetensors")
     assert facts["state"]["step"] == 2

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from graftc.diagnostics import GraftError
-from graftc.distill import distill, finetune, runs
-from graftc.distill.checkpoint import load_tensors, save_tensors
-from graftc.distill.run import digest_of, open_run
-from graftc.distill.targets import Budget, Lora, Stage2
-from tests.distill import tiny
+from graftc.distillation import distill, finetune, runs
+from graftc.distillation.checkpoint import load_tensors, save_tensors
+from graftc.distillation.run import digest_of, open_run
+from graftc.distillation.targets import Budget, Lora, Stage2
+from tests.distillation import tiny
 
 SITES = (
     tiny.attention_site(1, budget=Budget(steps=9), solve=True),
@@ -130,7 +130,7 @@ def test_a_process_killed_while_it_works(tmp_path, whole):
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         torch.set_num_threads(1)
         from pathlib import Path
-        from tests.distill import test_resume as t
+        from tests.distillation import test_resume as t
         def slowly(*_):
             print("step", flush=True)
             time.sleep(0.05)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from graftc.diagnostics import fail
-from graftc.distill.generation import Generation, check_teacher
-from graftc.distill.students import Student
-from graftc.distill.targets import Pending
+from graftc.distillation.generation import Generation, check_teacher
+from graftc.distillation.students import Student
+from graftc.distillation.targets import Pending
 
 MEMORY = 512 * 2**20
 """Bytes of activations held at a time; more sites than fit are solved in several teacher passes."""

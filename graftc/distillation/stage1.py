@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.distill.budget import samples_of, site_plans
-from graftc.distill.data import Data, Task, open_data
-from graftc.distill.generation import Generation, Setting, State
-from graftc.distill.optim import Kind, Optimiser, align
-from graftc.distill.pending import solve_pending
-from graftc.distill.run import Build, Progress, Run, RunResult, SiteResult, open_run
-from graftc.distill.scopes import using_threads
-from graftc.distill.stacked import Mode
-from graftc.distill.students import students_of, trainable_names
-from graftc.distill.targets import Site, Targets, from_dict
+from graftc.distillation.budget import samples_of, site_plans
+from graftc.distillation.data import Data, Task, open_data
+from graftc.distillation.generation import Generation, Setting, State
+from graftc.distillation.optim import Kind, Optimiser, align
+from graftc.distillation.pending import solve_pending
+from graftc.distillation.run import Build, Progress, Run, RunResult, SiteResult, open_run
+from graftc.distillation.scopes import using_threads
+from graftc.distillation.stacked import Mode
+from graftc.distillation.students import students_of, trainable_names
+from graftc.distillation.targets import Site, Targets, from_dict
 
 DEFAULT_OPTIMISER: Kind = "muon"
 CHECKPOINT_SECONDS = 60.0
@@ -48,7 +48,7 @@ def distill(
 
     Sites are trained in topological generations of `after`; within one, a single teacher pass a
     step feeds all, and ends after the last that still trains. `steps`, `batch`, `lr` and `samples`
-    override the file for all sites; unsaid, see `graftc.distill.budget`. `seed` (0) orders the data
+    override the file for all sites; unsaid, see `graftc.distillation.budget`. `seed` (0) orders the data
     and draws the noise. `validation` is a DATA to measure errors on; unsaid, a tenth of DATA.
     `stacked` is "auto", "never" or "always". A checkpoint is written every `checkpoint_every` steps
     (unsaid: every minute). `resume` continues a run that was killed, with its own options, and

@@ -5,14 +5,14 @@ nothing: progress goes to a callback, everything else to the run's log. Knows no
 files.
 """
 
-from graftc.distill.cuts import capture_graph, extract
-from graftc.distill.data import open_data
-from graftc.distill.finetune import UNTRAINED, finetune
-from graftc.distill.run import Progress, RunResult, SiteResult, finished, latest, runs
-from graftc.distill.sources import call_data
-from graftc.distill.stage1 import distill
-from graftc.distill.stage2 import Finetuned, finetune_module
-from graftc.distill.targets import Targets, from_dict, load_targets, save_targets, to_dict
+from graftc.distillation.cuts import capture_graph, extract
+from graftc.distillation.data import open_data
+from graftc.distillation.finetune import UNTRAINED, finetune
+from graftc.distillation.run import Progress, RunResult, SiteResult, finished, latest, runs
+from graftc.distillation.sources import call_data
+from graftc.distillation.stage1 import distill
+from graftc.distillation.stage2 import Finetuned, finetune_module
+from graftc.distillation.targets import Targets, from_dict, load_targets, save_targets, to_dict
 
 __all__ = [
     "UNTRAINED",

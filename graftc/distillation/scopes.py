@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from graftc.distill.sources import seeded
-from graftc.distill.students import Student
+from graftc.distillation.sources import seeded
+from graftc.distillation.students import Student
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from graftc.diagnostics import GraftError
-from graftc.distill import call_data, open_data
-from graftc.distill.inputs import check_inputs
-from graftc.distill.sources import seeded
-from tests.distill import tiny
+from graftc.distillation import call_data, open_data
+from graftc.distillation.inputs import check_inputs
+from graftc.distillation.sources import seeded
+from tests.distillation import tiny
 
 NUMBERS = [{"i": torch.tensor(i)} for i in range(40)]
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from graftc.diagnostics import GraftError, NotRunError
-from graftc.distill import distill, finetune, finetune_module
-from graftc.distill.optim import Schedule
-from graftc.distill.targets import Budget, Lora, Stage2
-from tests.distill import tiny
+from graftc.distillation import distill, finetune, finetune_module
+from graftc.distillation.optim import Schedule
+from graftc.distillation.targets import Budget, Lora, Stage2
+from tests.distillation import tiny
 
 TERMS = Stage2(steps=40, batch=16, lr=5e-3, warmup=4, ema=0.9)
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from graftc.diagnostics import GraftError
-from graftc.distill import from_dict, load_targets, save_targets, to_dict
-from graftc.distill.targets import Lora, Stage2
-from tests.distill import tiny
+from graftc.distillation import from_dict, load_targets, save_targets, to_dict
+from graftc.distillation.targets import Lora, Stage2
+from tests.distillation import tiny
 
 BOTH = tiny.targets(tiny.attention_site(3, solve=True), tiny.pair_site(after=("blocks.3.attn",)))
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from graftc.diagnostics import fail
-from graftc.distill import lora
-from graftc.distill.budget import Plan, stage2_plan
-from graftc.distill.data import Data, Task, open_data
-from graftc.distill.inputs import check_inputs
-from graftc.distill.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm, named
-from graftc.distill.run import Progress, Run
-from graftc.distill.scopes import random_of
-from graftc.distill.stage1 import Saver, silent, under
-from graftc.distill.students import is_under
-from graftc.distill.targets import Lora, ModelInput, Stage2
+from graftc.distillation import lora
+from graftc.distillation.budget import Plan, stage2_plan
+from graftc.distillation.data import Data, Task, open_data
+from graftc.distillation.inputs import check_inputs
+from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm, named
+from graftc.distillation.run import Progress, Run
+from graftc.distillation.scopes import random_of
+from graftc.distillation.stage1 import Saver, silent, under
+from graftc.distillation.students import is_under
+from graftc.distillation.targets import Lora, ModelInput, Stage2
 
 PHASE = "stage2"
 _HOPELESS = 20

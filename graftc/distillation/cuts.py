@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from graftc.diagnostics import fail, nearest
-from graftc.distill.targets import Cut, CutInput
+from graftc.distillation.targets import Cut, CutInput
 
 
 def capture_graph(module: nn.Module, cuts: Sequence[Cut]) -> fx.GraphModule:

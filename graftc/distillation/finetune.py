@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from graftc.diagnostics import fail
-from graftc.distill.checkpoint import load_tensors
-from graftc.distill.data import Task
-from graftc.distill.optim import align
-from graftc.distill.run import Build, Progress, RunResult, finished, latest, open_run
-from graftc.distill.scopes import using_threads
-from graftc.distill.stage2 import Which, finetune_module, terms_of
-from graftc.distill.targets import Targets, from_dict
+from graftc.distillation.checkpoint import load_tensors
+from graftc.distillation.data import Task
+from graftc.distillation.optim import align
+from graftc.distillation.run import Build, Progress, RunResult, finished, latest, open_run
+from graftc.distillation.scopes import using_threads
+from graftc.distillation.stage2 import Which, finetune_module, terms_of
+from graftc.distillation.targets import Targets, from_dict
 
 UNTRAINED = "untrained"
 """As `run`: start from the student as it was compiled."""
