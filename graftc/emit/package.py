@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
@@ -140,6 +141,9 @@ def save_state(stored: State, path: Path) -> None:
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in stored.items()}, path)
     except SafetensorError as error:  # a full disk comes in this shape
         raise OSError(errno.EIO, str(error), str(path)) from error
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
 
 
 def load_package(

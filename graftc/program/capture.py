@@ -178,6 +178,9 @@ def _plain(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
             if node in val_map:
                 val_map[node].meta = dict(node.meta)
         copied.output(output)
+        for node in copied.nodes:
+            if node.name == "self":  # BERT's `attention.self`; in generated code it is the module
+                node._rename("self_")
         plain.graph = copied
     return plain
 

@@ -95,7 +95,9 @@ def _build(graph: fx.Graph, expression: Any, places: dict[str, tuple[fx.Node, in
         return int(expression)
     if isinstance(expression, sympy.Symbol):
         return graph.call_function(ATEN.sym_size.int, places[str(expression)])
-    built = [_build(graph, a, places) for a in expression.args]
+    # Symbols before numbers, as people write and tracing records it: `batch * 16`.
+    args = sorted(expression.args, key=lambda a: isinstance(a, sympy.Integer))
+    built = [_build(graph, a, places) for a in args]
     result = built[0]
     for other in built[1:]:
         result = graph.call_function(_BINARY[type(expression).__name__], (result, other))
