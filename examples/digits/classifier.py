@@ -66,7 +66,9 @@ def train(epochs: int = 60, seed: int = 0) -> Classifier:
     batch, model = images().batch(), Classifier()
     count, size = len(batch["label"]), 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=epochs * (count // size))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=4e-3, total_steps=epochs * (count // size)
+    )
     for _ in range(epochs):
         order = torch.randperm(count, generator=generator)
         for start in range(0, count - size + 1, size):
@@ -94,7 +96,9 @@ def main() -> None:
 
     model = train()
     save_file(model.state_dict(), WEIGHTS)
-    print(f"accuracy: train {accuracy(model, images().batch()):.4f}, held out {accuracy(model, held_out().batch()):.4f}")
+    print(
+        f"accuracy: train {accuracy(model, images().batch()):.4f}, held out {accuracy(model, held_out().batch()):.4f}"
+    )
 
 
 if __name__ == "__main__":

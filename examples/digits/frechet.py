@@ -31,7 +31,11 @@ class Score:
 
     @property
     def std(self) -> float:
-        return torch.tensor(self.values, dtype=torch.float64).std().item() if len(self.values) > 1 else 0.0
+        return (
+            torch.tensor(self.values, dtype=torch.float64).std().item()
+            if len(self.values) > 1
+            else 0.0
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} ± {self.std:.2f}"
@@ -50,7 +54,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     root = _sqrt(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    return (
+        (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    ).item()
 
 
 def _sqrt(matrix: Tensor) -> Tensor:
@@ -78,7 +84,17 @@ def score(
     values = [
         frechet_distance(
             features(
-                generate(model, task, samples=samples, seed=seed, steps=steps, guidance=guidance, batch=batch, method=method, device=device)
+                generate(
+                    model,
+                    task,
+                    samples=samples,
+                    seed=seed,
+                    steps=steps,
+                    guidance=guidance,
+                    batch=batch,
+                    method=method,
+                    device=device,
+                )
             ),
             real_features("all"),
         )
@@ -104,7 +120,15 @@ def generate(
     labels = torch.arange(samples) % CLASSES
     generator = torch.Generator().manual_seed(seed)
     return task.sample(
-        model, count=samples, generator=generator, steps=steps, method=method, guidance=guidance, labels=labels, batch=batch, device=device
+        model,
+        count=samples,
+        generator=generator,
+        steps=steps,
+        method=method,
+        guidance=guidance,
+        labels=labels,
+        batch=batch,
+        device=device,
     ).cpu()
 
 
@@ -146,7 +170,13 @@ def grid_png(rows: Mapping[str, Tensor], path: Path | str, *, columns: int = 20)
     figure = Figure(figsize=(0.45 * columns + 2, 0.5 * len(rows)))
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
-        strip = torch.cat([torch.nn.functional.pad(image[0], (0, 1), value=1.0) for image in images[:columns].clamp(-1, 1)], dim=1)
+        strip = torch.cat(
+            [
+                torch.nn.functional.pad(image[0], (0, 1), value=1.0)
+                for image in images[:columns].clamp(-1, 1)
+            ],
+            dim=1,
+        )
         axis.imshow(strip.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         axis.set_xticks([])

@@ -34,7 +34,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x)
+            .reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
 
@@ -69,7 +74,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -95,7 +102,9 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
-        rate = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        rate = torch.exp(
+            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        )
         angle = t[:, None].float() * rate[None]
         wave = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
@@ -134,7 +143,14 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, size: int = 8, patch: int = 1, channels: int = 1, dim: int = 64, depth: int = 8, num_heads: int = 4, classes: int = 10
+        self,
+        size: int = 8,
+        patch: int = 1,
+        channels: int = 1,
+        dim: int = 64,
+        depth: int = 8,
+        num_heads: int = 4,
+        classes: int = 10,
     ) -> None:
         super().__init__()
         self.patch_size = patch
@@ -165,13 +181,19 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.xavier_uniform_(
+            self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1)
+        )
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         # adaLN-zero: every block starts as the identity, and the model starts by predicting nothing.
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        for layer in (
+            *(block.adaLN_modulation[1] for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -194,7 +216,15 @@ def task() -> DDPM:
     """
     from graftc.tasks import DDPM
 
-    return DDPM(shape=(1, 8, 8), schedule="linear", beta_end=0.015, null_label=10, label_dropout=0.1, levels=17, clip=True)
+    return DDPM(
+        shape=(1, 8, 8),
+        schedule="linear",
+        beta_end=0.015,
+        null_label=10,
+        label_dropout=0.1,
+        levels=17,
+        clip=True,
+    )
 
 
 def teacher() -> graftc.Model:

@@ -54,12 +54,21 @@ def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimiz
     if not matrices:
         return [adam]
     # match_rms_adamw scales Muon's step to the size of AdamW's, so one rate serves both.
-    return [torch.optim.Muon(matrices, lr=settings.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adam]
+    return [
+        torch.optim.Muon(
+            matrices, lr=settings.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        adam,
+    ]
 
 
 def rate(settings: Settings, step: int, progress: float) -> float:
     """Factor on the learning rate: linear warm-up, then a cosine to zero at progress 1."""
-    return min(1.0, (step + 1) / settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return (
+        min(1.0, (step + 1) / settings.warmup_steps)
+        * 0.5
+        * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -75,30 +84,50 @@ def average(ema: nn.Module, model: nn.Module, keep: float) -> None:
         old.lerp_(new, 1 - keep)
 
 
-def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_atomic(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file that a reader sees whole or not at all."""
     partial = path.with_suffix(".partial")
-    save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, partial, metadata=metadata)
+    save_file(
+        {name: value.detach().contiguous().clone() for name, value in tensors.items()},
+        partial,
+        metadata=metadata,
+    )
     partial.chmod(0o644)  # safetensors writes for the owner alone
     os.replace(partial, path)
 
 
-def checkpoint(path: Path, model: nn.Module, ema: nn.Module, opts: list[torch.optim.Optimizer], clock: dict[str, float]) -> None:
+def checkpoint(
+    path: Path,
+    model: nn.Module,
+    ema: nn.Module,
+    opts: list[torch.optim.Optimizer],
+    clock: dict[str, float],
+) -> None:
     """Store weights, average, optimiser moments and clock in one safetensors file."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {
+        f"ema.{k}": v for k, v in ema.state_dict().items()
+    }
     for number, opt in enumerate(opts):
         for key, state in opt.state_dict()["state"].items():
-            tensors |= {f"opt{number}.{key}.{name}": torch.as_tensor(value) for name, value in state.items()}
+            tensors |= {
+                f"opt{number}.{key}.{name}": torch.as_tensor(value) for name, value in state.items()
+            }
     save_atomic(tensors, path, {"clock": json.dumps(clock)})
 
 
-def resume(path: Path, model: nn.Module, ema: nn.Module, opts: list[torch.optim.Optimizer]) -> dict[str, float]:
+def resume(
+    path: Path, model: nn.Module, ema: nn.Module, opts: list[torch.optim.Optimizer]
+) -> dict[str, float]:
     """Read what `checkpoint` wrote; returns the clock."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         clock: dict[str, float] = json.loads(file.metadata()["clock"])
     for prefix, module in (("model.", model), ("ema.", ema)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        module.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
     for number, opt in enumerate(opts):
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -111,10 +140,16 @@ def resume(path: Path, model: nn.Module, ema: nn.Module, opts: list[torch.optim.
 
 def held_out_loss(model: nn.Module) -> float:
     """The task's loss on the 297 held-out images, at the same noise and timesteps each time (4 draws an image)."""
-    objective, generator, batch = task(), torch.Generator().manual_seed(1), Digits("held_out").batch()
+    objective, generator, batch = (
+        task(),
+        torch.Generator().manual_seed(1),
+        Digits("held_out").batch(),
+    )
     with torch.inference_mode():
         drawn = [objective.prepare(batch, generator) for _ in range(4)]
-        return sum(objective.loss(model(**prepared.inputs), prepared).item() for prepared in drawn) / len(drawn)
+        return sum(
+            objective.loss(model(**prepared.inputs), prepared).item() for prepared in drawn
+        ) / len(drawn)
 
 
 def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples: int) -> None:
@@ -126,7 +161,9 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
     model, ema = DiT(), DiT().requires_grad_(False).eval()
     ema.load_state_dict(model.state_dict())
     opts = optimizers(model, settings)
-    clock = resume(state, model, ema, opts) if state.exists() else {"step": 0, "wall": 0.0, "loss": 1.0}
+    clock = (
+        resume(state, model, ema, opts) if state.exists() else {"step": 0, "wall": 0.0, "loss": 1.0}
+    )
     step, spent = int(clock["step"]), clock["wall"]
     # A resumed run draws from a fresh stream: repeating the first run's batches would be worse than losing its place.
     generator = torch.Generator().manual_seed(settings.seed + step)
@@ -153,7 +190,10 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
         mean_loss = 0.99 * mean_loss + 0.01 * loss.item()
         done = wall >= settings.seconds
         if step % 100 == 0 or done:
-            print(f"step {step} loss {mean_loss:.4f} lr {settings.lr * factor:.2e} wall {wall:.0f}", flush=True)
+            print(
+                f"step {step} loss {mean_loss:.4f} lr {settings.lr * factor:.2e} wall {wall:.0f}",
+                flush=True,
+            )
         if done or wall - last_save >= settings.save_every:
             last_save = wall
             save_atomic(ema.state_dict(), weights)
@@ -161,7 +201,13 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
         if done or wall - last_score >= settings.score_every:
             last_score = wall
             result = score(ema, objective, samples=samples, seeds=[0])
-            line = {"step": step, "wall_s": round(wall), "loss": mean_loss, "held_out_loss": held_out_loss(ema), "frechet": result.mean}
+            line = {
+                "step": step,
+                "wall_s": round(wall),
+                "loss": mean_loss,
+                "held_out_loss": held_out_loss(ema),
+                "frechet": result.mean,
+            }
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
@@ -170,7 +216,9 @@ def train(settings: Settings, *, weights: Path, state: Path, log: Path, samples:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=48)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -182,7 +230,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="samples a score")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("train_log.jsonl"))
-    parser.add_argument("--state", type=Path, default=Path("/tmp/digits_state.safetensors"), help="where to keep what a resume needs")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path("/tmp/digits_state.safetensors"),
+        help="where to keep what a resume needs",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(

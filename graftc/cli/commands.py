@@ -199,7 +199,6 @@ def _training(
             data,
             task=task,
             progress=progress,
-            command=_command(),
             **{k: v for k, v in options.items() if v is not None},
         )
     show_run(result)

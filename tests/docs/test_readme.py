@@ -31,7 +31,9 @@ def test_every_command_shown_exists() -> None:
 
 
 def test_paths_named_in_the_readme_exist() -> None:
-    for path in re.findall(r"`((?:graftc|examples|docs|benchmarks|rules|grammar)/[\w./]*)`", README):
+    for path in re.findall(
+        r"`((?:graftc|examples|docs|benchmarks|rules|grammar)/[\w./]*)`", README
+    ):
         assert (ROOT / path).exists(), path
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 MODULES = ("classifier", "data", "frechet", "model", "train")
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn (pip install 'graftc[report]')")
+pytest.importorskip(
+    "sklearn", reason="the digits come with scikit-learn (pip install 'graftc[report]')"
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +103,22 @@ def test_the_committed_teacher_denoises_digits_it_never_saw(digits: SimpleNamesp
 
 
 def test_the_committed_teacher_draws_the_digits_asked_for(digits: SimpleNamespace):
-    drawn = digits.frechet.generate(trained(digits), digits.model.task(), samples=40, seed=0, steps=10)
-    assert digits.classifier.accuracy(digits.classifier.classifier(), {"latent": drawn, "label": torch.arange(40) % 10}) > 0.9
+    drawn = digits.frechet.generate(
+        trained(digits), digits.model.task(), samples=40, seed=0, steps=10
+    )
+    assert (
+        digits.classifier.accuracy(
+            digits.classifier.classifier(), {"latent": drawn, "label": torch.arange(40) % 10}
+        )
+        > 0.9
+    )
 
 
 def test_the_classifier_knows_digits_it_never_saw(digits: SimpleNamespace):
-    assert digits.classifier.accuracy(digits.classifier.classifier(), digits.data.held_out().batch()) > 0.97
+    assert (
+        digits.classifier.accuracy(digits.classifier.classifier(), digits.data.held_out().batch())
+        > 0.97
+    )
 
 
 def test_the_features_of_real_digits_have_full_rank(digits: SimpleNamespace):
@@ -118,24 +130,34 @@ def test_the_features_of_real_digits_have_full_rank(digits: SimpleNamespace):
 def test_the_distance_is_that_of_the_fitted_gaussians(digits: SimpleNamespace):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T)  # exactly standard
+    x = (x - x.mean(0)) @ torch.linalg.inv(
+        torch.linalg.cholesky(torch.cov(x.T)).T
+    )  # exactly standard
     distance = digits.frechet.frechet_distance
     assert distance(x, x) == pytest.approx(0, abs=1e-9)
     assert distance(x, 3 * x + 1) == pytest.approx(3 * 1 + 3 * (3 - 1) ** 2)
     turned = torch.tensor([[2.0, 1, 0], [0, 1, 0], [0, 0, 0.5]], dtype=torch.float64)
     a, b = x @ turned, x @ turned.T
     general = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.sqrt().sum()
-    assert distance(a, b) == pytest.approx((torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * general).item())
+    assert distance(a, b) == pytest.approx(
+        (torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * general).item()
+    )
 
 
 def test_a_score_is_repeatable_and_says_how_it_was_got(digits: SimpleNamespace):
     def grey(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return torch.cat([x, torch.zeros_like(x)], dim=1)
 
-    first, second = (digits.frechet.score(grey, digits.model.task(), samples=50, seeds=[0, 1], steps=3) for _ in range(2))
+    first, second = (
+        digits.frechet.score(grey, digits.model.task(), samples=50, seeds=[0, 1], steps=3)
+        for _ in range(2)
+    )
     assert first == second
     assert len(first.values) == 2
-    assert first.protocol == "50 samples x 2 seeds, ddim 3 steps, guidance 1.5, against all 1797 digits"
+    assert (
+        first.protocol
+        == "50 samples x 2 seeds, ddim 3 steps, guidance 1.5, against all 1797 digits"
+    )
     assert first.mean > 20 * digits.frechet.real_against_real().mean
 
 
@@ -144,7 +166,11 @@ def test_real_digits_are_near_real_digits(digits: SimpleNamespace):
 
 
 def test_training_can_stop_and_go_on(digits: SimpleNamespace, tmp_path: Path):
-    files = {"weights": tmp_path / "w.safetensors", "state": tmp_path / "s.safetensors", "log": tmp_path / "log.jsonl"}
+    files = {
+        "weights": tmp_path / "w.safetensors",
+        "state": tmp_path / "s.safetensors",
+        "log": tmp_path / "log.jsonl",
+    }
     settings = digits.train.Settings(seconds=0.5, batch=4, compile=False)
     digits.train.train(settings, **files, samples=40)
     digits.train.train(replace(settings, seconds=1.0), **files, samples=40)

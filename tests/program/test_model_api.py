@@ -13,7 +13,9 @@ from graftc.program.capture import capture
 
 def test_meanings_are_checked() -> None:
     with pytest.raises(GraftError, match="noisy_latent"):
-        graftc.Model(nn.Linear(2, 2), {"input": torch.ones(2, 2)}, meanings={"input": "noisy_latnet"})
+        graftc.Model(
+            nn.Linear(2, 2), {"input": torch.ones(2, 2)}, meanings={"input": "noisy_latnet"}
+        )
     with pytest.raises(GraftError, match="no input"):
         graftc.Model(nn.Linear(2, 2), {"input": torch.ones(2, 2)}, meanings={"x": "other"})
 

@@ -79,7 +79,10 @@ def test_input_names_can_be_those_of_diffusers():
 
 def reference_loss(output: Tensor, prepared: Prepared, task: DDPM) -> float:
     """The learned-variance loss of improved-diffusion written out pixel by pixel, in Python floats."""
-    betas = [task.beta_start + (task.beta_end - task.beta_start) * i / (task.steps - 1) for i in range(task.steps)]
+    betas = [
+        task.beta_start + (task.beta_end - task.beta_start) * i / (task.steps - 1)
+        for i in range(task.steps)
+    ]
     bars = [math.prod(1 - b for b in betas[: i + 1]) for i in range(task.steps)]
 
     def variance(i: int) -> float:
@@ -102,14 +105,34 @@ def reference_loss(output: Tensor, prepared: Prepared, task: DDPM) -> float:
             mse += (noise - guess) ** 2 / pixels
             log_var = (v + 1) / 2 * high + (1 - (v + 1) / 2) * low
             predicted = (noisy - math.sqrt(1 - bar) * guess) / math.sqrt(bar)
-            of_clean, of_noisy = beta * math.sqrt(before) / (1 - bar), (1 - before) * math.sqrt(1 - beta) / (1 - bar)
-            true_mean, mean = of_clean * clean + of_noisy * noisy, of_clean * predicted + of_noisy * noisy
+            of_clean, of_noisy = (
+                beta * math.sqrt(before) / (1 - bar),
+                (1 - before) * math.sqrt(1 - beta) / (1 - bar),
+            )
+            true_mean, mean = (
+                of_clean * clean + of_noisy * noisy,
+                of_clean * predicted + of_noisy * noisy,
+            )
             if t > 0:
-                nats = 0.5 * (-1 + log_var - low + math.exp(low - log_var) + (true_mean - mean) ** 2 / math.exp(log_var))
+                nats = 0.5 * (
+                    -1
+                    + log_var
+                    - low
+                    + math.exp(low - log_var)
+                    + (true_mean - mean) ** 2 / math.exp(log_var)
+                )
             else:
                 half, scale = 1 / (task.levels - 1), math.exp(0.5 * log_var)
-                upper = 1.0 if clean > 0.999 else 0.5 * (1 + math.erf((clean - mean + half) / scale / math.sqrt(2)))
-                lower = 0.0 if clean < -0.999 else 0.5 * (1 + math.erf((clean - mean - half) / scale / math.sqrt(2)))
+                upper = (
+                    1.0
+                    if clean > 0.999
+                    else 0.5 * (1 + math.erf((clean - mean + half) / scale / math.sqrt(2)))
+                )
+                lower = (
+                    0.0
+                    if clean < -0.999
+                    else 0.5 * (1 + math.erf((clean - mean - half) / scale / math.sqrt(2)))
+                )
                 nats = -math.log(max(upper - lower, 1e-12))
             bound += nats / math.log(2) / pixels
     count = len(prepared.inputs["t"])
@@ -125,7 +148,9 @@ def test_the_learned_variance_loss_agrees_with_a_float64_reference(steps: int):
     prepared = Prepared({"x": noisy, "t": t}, prepared.targets | {"t": t, "x_t": noisy})
     near = prepared.targets["noise"] + 0.1 * torch.randn(8, 1, 8, 8, generator=seeded(4))
     output = torch.cat([near, torch.rand(8, 1, 8, 8, generator=seeded(6)) * 2 - 1], dim=1)
-    assert task.loss(output, prepared).item() == pytest.approx(reference_loss(output, prepared, task), rel=2e-4)
+    assert task.loss(output, prepared).item() == pytest.approx(
+        reference_loss(output, prepared, task), rel=2e-4
+    )
 
 
 def test_the_bound_trains_the_variance_alone():
@@ -152,7 +177,13 @@ def test_a_model_with_the_wrong_channels_is_told_so():
 def test_the_grey_levels_share_out_all_probability():
     levels = torch.linspace(-1, 1, 17, dtype=torch.float64)
     for mean, log_scale in [(0.0, -1.0), (0.9, -2.0), (-1.3, 0.5)]:
-        total = discretized_log_likelihood(levels, torch.tensor(mean).double(), torch.tensor(log_scale).double(), 17).exp().sum()
+        total = (
+            discretized_log_likelihood(
+                levels, torch.tensor(mean).double(), torch.tensor(log_scale).double(), 17
+            )
+            .exp()
+            .sum()
+        )
         assert total.item() == pytest.approx(1.0, abs=1e-6)
 
 
@@ -171,10 +202,15 @@ def exact_denoiser(task: DDPM, fraction: float = -1.0):
     return model
 
 
-@pytest.mark.parametrize(("method", "steps", "eta"), [("ddim", 50, 0.0), ("ddim", 250, 1.0), ("ddpm", 250, 0.0), ("ddpm", 1000, 0.0)])
+@pytest.mark.parametrize(
+    ("method", "steps", "eta"),
+    [("ddim", 50, 0.0), ("ddim", 250, 1.0), ("ddpm", 250, 0.0), ("ddpm", 1000, 0.0)],
+)
 def test_samplers_recover_a_known_gaussian(method: str, steps: int, eta: float):
     task = DDPM(shape=(2,))
-    drawn = task.sample(exact_denoiser(task), count=8000, generator=seeded(), method=method, steps=steps, eta=eta)
+    drawn = task.sample(
+        exact_denoiser(task), count=8000, generator=seeded(), method=method, steps=steps, eta=eta
+    )
     assert drawn.shape == (8000, 2)
     assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert drawn.std().item() == pytest.approx(SPREAD, abs=0.03)
@@ -184,14 +220,23 @@ def test_labels_and_guidance_steer_the_mean():
     task = DDPM(shape=(2,))
     model = exact_denoiser(task)
     labelled = task.sample(model, count=2000, generator=seeded(), labels=3, steps=100)
-    guided = task.sample(model, count=2000, generator=seeded(), labels=torch.full((2000,), 3), guidance=2.0, steps=100)
+    guided = task.sample(
+        model,
+        count=2000,
+        generator=seeded(),
+        labels=torch.full((2000,), 3),
+        guidance=2.0,
+        steps=100,
+    )
     assert labelled.mean().item() == pytest.approx(MEAN + 0.3, abs=0.03)
     assert guided.mean().item() == pytest.approx(MEAN + 0.6, abs=0.03)
 
 
 def test_guidance_can_be_limited_to_the_first_channels():
     task = DDPM(shape=(2,), guided_channels=1)
-    guided = task.sample(exact_denoiser(task), count=2000, generator=seeded(), labels=3, guidance=2.0, steps=100)
+    guided = task.sample(
+        exact_denoiser(task), count=2000, generator=seeded(), labels=3, guidance=2.0, steps=100
+    )
     assert guided[:, 0].mean().item() == pytest.approx(MEAN + 0.6, abs=0.03)
     assert guided[:, 1].mean().item() == pytest.approx(MEAN + 0.3, abs=0.03)
 
@@ -200,7 +245,16 @@ def test_guidance_can_be_limited_to_the_first_channels():
 def test_samples_do_not_depend_on_the_batch(method: str):
     task = DDPM(shape=(2,))
     whole, parts = (
-        task.sample(exact_denoiser(task), count=10, generator=seeded(), method=method, steps=10, labels=2, guidance=1.5, batch=size)
+        task.sample(
+            exact_denoiser(task),
+            count=10,
+            generator=seeded(),
+            method=method,
+            steps=10,
+            labels=2,
+            guidance=1.5,
+            batch=size,
+        )
         for size in (10, 3)
     )
     assert torch.allclose(whole, parts, atol=1e-6)

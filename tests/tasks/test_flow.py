@@ -14,7 +14,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_the_path_runs_straight_from_data_to_noise():
-    prepared = RectifiedFlow(null_label=5).prepare({"latent": torch.randn(64, 3), "label": torch.arange(64) % 5}, seeded())
+    prepared = RectifiedFlow(null_label=5).prepare(
+        {"latent": torch.randn(64, 3), "label": torch.arange(64) % 5}, seeded()
+    )
     t, start = prepared.targets["t"][:, None], prepared.targets["x_start"]
     assert torch.allclose(prepared.inputs["x"], start + t * prepared.targets["velocity"], atol=1e-6)
     assert torch.allclose(prepared.targets["velocity"], prepared.targets["noise"] - start)
@@ -53,14 +55,18 @@ def exact(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_steps_recover_a_known_gaussian(shift: float):
-    drawn = RectifiedFlow(shape=(2,), shift=shift).sample(exact, count=8000, generator=seeded(), steps=100, batch=3000)
+    drawn = RectifiedFlow(shape=(2,), shift=shift).sample(
+        exact, count=8000, generator=seeded(), steps=100, batch=3000
+    )
     assert drawn.shape == (8000, 2)
     assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert drawn.std().item() == pytest.approx(SPREAD, abs=0.02)
 
 
 def test_guidance_steers_the_mean():
-    drawn = RectifiedFlow(shape=(2,)).sample(exact, count=4000, generator=seeded(), steps=100, labels=3, guidance=2.0)
+    drawn = RectifiedFlow(shape=(2,)).sample(
+        exact, count=4000, generator=seeded(), steps=100, labels=3, guidance=2.0
+    )
     assert drawn.mean().item() == pytest.approx(MEAN + 0.6, abs=0.02)
 
 

@@ -10,9 +10,20 @@ from torch import Tensor
 from graftc.tasks import TASKS, Prepared, Task, get_task, primary
 
 IMAGE = {"image": torch.rand(4, 3), "label": torch.tensor([0, 1, 2, 1])}
-LATENT = {"latent": torch.linspace(-1, 1, 32).reshape(4, 2, 2, 2), "label": torch.tensor([3, 1, 2, 0])}
-TOKENS = {"input_ids": torch.tensor([[5, 6, 7, 0], [1, 2, 3, 4]]), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
-SAMPLES: dict[str, dict[str, Tensor]] = {"ddpm": LATENT, "rectified_flow": LATENT, "causal_lm": TOKENS, "classification": IMAGE}
+LATENT = {
+    "latent": torch.linspace(-1, 1, 32).reshape(4, 2, 2, 2),
+    "label": torch.tensor([3, 1, 2, 0]),
+}
+TOKENS = {
+    "input_ids": torch.tensor([[5, 6, 7, 0], [1, 2, 3, 4]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+}
+SAMPLES: dict[str, dict[str, Tensor]] = {
+    "ddpm": LATENT,
+    "rectified_flow": LATENT,
+    "causal_lm": TOKENS,
+    "classification": IMAGE,
+}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -20,7 +31,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def flat(prepared: Prepared) -> dict[str, Tensor]:
-    return {f"in.{k}": v for k, v in prepared.inputs.items()} | {f"out.{k}": v for k, v in prepared.targets.items()}
+    return {f"in.{k}": v for k, v in prepared.inputs.items()} | {
+        f"out.{k}": v for k, v in prepared.targets.items()
+    }
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -50,7 +63,9 @@ def test_prepare_leaves_the_global_generator_and_the_sample_alone(name: str):
 @pytest.mark.parametrize("name", ["ddpm", "rectified_flow"])
 def test_another_seed_draws_another_batch(name: str):
     task = get_task(name)()
-    assert not torch.equal(task.prepare(LATENT, seeded(0)).inputs["x"], task.prepare(LATENT, seeded(1)).inputs["x"])
+    assert not torch.equal(
+        task.prepare(LATENT, seeded(0)).inputs["x"], task.prepare(LATENT, seeded(1)).inputs["x"]
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -91,19 +106,26 @@ def test_padding_counts_for_nothing():
     changed = logits.clone()
     changed[0, 2:] = 100.0  # the prediction of a padding token, and what follows the last token
     assert torch.equal(task.loss(logits, prepared), task.loss(changed, prepared))
-    assert task.metrics(logits, prepared)["perplexity"] == pytest.approx(task.loss(logits, prepared).exp().item())
+    assert task.metrics(logits, prepared)["perplexity"] == pytest.approx(
+        task.loss(logits, prepared).exp().item()
+    )
 
 
 def test_causal_lm_continues_greedily():
     def counting(input_ids: Tensor) -> Tensor:
         return torch.nn.functional.one_hot((input_ids + 1) % 10, 10).float()
 
-    out = get_task("causal_lm")().sample(counting, count=2, generator=seeded(), prompt=torch.tensor([3, 4]), length=3, temperature=0)
+    out = get_task("causal_lm")().sample(
+        counting, count=2, generator=seeded(), prompt=torch.tensor([3, 4]), length=3, temperature=0
+    )
     assert out.tolist() == [[3, 4, 5, 6, 7]] * 2
 
 
 def test_a_classifier_predicts_but_does_not_generate():
     task = get_task("classification")()
-    assert task.sample(lambda x: x, count=2, generator=seeded(), inputs=torch.eye(3)).tolist() == [0, 1]
+    assert task.sample(lambda x: x, count=2, generator=seeded(), inputs=torch.eye(3)).tolist() == [
+        0,
+        1,
+    ]
     with pytest.raises(ValueError, match="generates nothing"):
         task.sample(lambda x: x, count=2, generator=seeded())
