@@ -21,6 +21,7 @@ class Progress:
         self._bar = None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, int] = {}
         self._said = 0.0
 
     def __enter__(self) -> Progress:
@@ -52,7 +53,10 @@ class Progress:
 
     def __call__(self, phase: str, done: int, total: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
-        begun, first = self._started.setdefault(phase, (now, done))
+        if done <= self._last.get(phase, done):  # a phase of this name begins again
+            self._started[phase] = (now, done)
+        self._last[phase] = done
+        begun, first = self._started[phase]
         rate = (done - first) / (now - begun) if now > begun else 0.0
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         speed = f"{rate:.1f}/s" if rate else ""

@@ -91,11 +91,10 @@ def analyse(program: Program) -> Analysis:
     found = chains(program)
     batch = next(iter(program.facts.dynamic.values()), None) or _first_size(program)
     flops = flops_by_path(flat, batch)
-    calls: dict[str, Call] = {}
-    for call in flat.calls:
-        calls.setdefault(call.path, call)
+    calls = flat.first_calls
     attention = {a.path: a for a in attentions(flat) if a.path in calls}
     blocks = {p: (c.name, i) for c in found for i, p in enumerate(c.paths)}
+    streams = {c.name: c.stream for c in found}
     outside = {p: a for p, a in attention.items() if p not in blocks}
     mlp = {
         m.path: m for m in mlps(flat, set(attention)) if m.path in calls and m.path not in blocks
@@ -112,15 +111,14 @@ def analyse(program: Program) -> Analysis:
     for call in sorted(calls.values(), key=lambda c: _order(c)):
         role, stream, facts, has = "unknown", 0, {}, frozenset[str]()
         if call.path in blocks:
-            chain = next(c for c in found if call.path in c.paths)
-            role, stream = "block", chain.stream
+            role, stream = "block", streams[blocks[call.path][0]]
         elif call.path in outside:
             a = outside[call.path]
-            role, stream = a.kind, _argument_index(call, [linear_input(o) for o in a.q], calls)
+            role, stream = a.kind, _argument_index(call, [linear_input(o) for o in a.q])
             facts, has = _attention_facts(a)
         elif call.path in mlp:
             m = mlp[call.path]
-            role, stream = "mlp", _argument_index(call, [linear_input(m.up)], calls)
+            role, stream = "mlp", _argument_index(call, [linear_input(m.up)])
             facts = _mlp_facts(m)
         else:
             role, facts = _leaf_role(call, flat)
@@ -159,7 +157,7 @@ def _first_size(program: Program) -> int:
     return first[0] if first and isinstance(first[0], int) else 1
 
 
-def _argument_index(call: Call, sources: list[Op], calls: Mapping[str, Call]) -> int:
+def _argument_index(call: Call, sources: list[Op]) -> int:
     """Which argument of the call the sources are computed from, the nearest in dimensions first."""
     given = [a for a in call.args if isinstance(a, Op)]
     seen: set[int] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -35,11 +36,20 @@ def chains(program: Program) -> tuple[Chain, ...]:
     """Every chain of at least two blocks, outermost first."""
     memo: dict[int, str] = {}
     found: list[Chain] = []
+    inside: set[str] = set()
     for path, module in program.graphs():
-        if any(path == p or path.startswith(p + ".") for c in found for p in c.paths):
+        if path in inside or any(above in inside for above in _above(path)):
             continue  # inside a block: a Sequential of linears is no chain of blocks
-        found += _chains_of(path, module, memo)
+        here = _chains_of(path, module, memo)
+        inside.update(p for c in here for p in c.paths)
+        found += here
     return tuple(found)
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules that hold a module, nearest first."""
+    while path := path.rpartition(".")[0]:
+        yield path
 
 
 def _chains_of(path: str, module: fx.GraphModule, memo: dict[int, str]) -> list[Chain]:

@@ -88,6 +88,14 @@ class Flat:
     def called_paths(self) -> frozenset[str]:
         return frozenset(c.path for c in self.calls)
 
+    @cached_property
+    def first_calls(self) -> dict[str, Call]:
+        """Path → its first call."""
+        found: dict[str, Call] = {}
+        for call in self.calls:
+            found.setdefault(call.path, call)
+        return found
+
     def called(self, path: str) -> str:
         """The nearest module at or above `path` that a graph calls ('' is root): `ff` for its container `ff.net`."""
         while path and path not in self.called_paths:

@@ -8,6 +8,7 @@ joint attention apart.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +145,10 @@ def _around(
         kind = "cross_attention"
     out = _next_linear(result)
     members = [anchor, *q, *k, *v]
-    path = flat.called(common_path([*members, out]) if out is not None else common_path(members))
+    found = _site(flat, members, [*q, *k, *v], out, result)
+    if found is None:
+        return None
+    path, out = found
     return Attention(
         path,
         kind,
@@ -160,6 +164,47 @@ def _around(
         causal,
         rotary=_multiplied(query, q),
     )
+
+
+def _site(
+    flat: Flat, members: list[Op], linears: list[Op], out: Op | None, result: Op
+) -> tuple[str, Op | None] | None:
+    """The module that is the attention and nothing else, and its output projection if that is inside.
+
+    BERT's `attention` also adds the residual and normalises; its `attention.self` is the site then.
+    """
+    if out is not None:
+        path = flat.called(common_path([*members, out]))
+        if _is_just(flat, path, linears, out):
+            return path, out
+    path = flat.called(common_path(members))
+    return (path, None) if _is_just(flat, path, linears, result) else None
+
+
+def _is_just(flat: Flat, path: str, linears: list[Op], result: Op) -> bool:
+    """Whether a module's inputs reach the linears, and `result` its output, through movements alone.
+
+    A norm before or a residual after would be lost if the module were replaced.
+    """
+    call = flat.first_calls.get(path)
+    if call is None:
+        return False
+    given = {a.index for a in call.args if isinstance(a, Op)}
+    returned = call.result if isinstance(call.result, tuple) else (call.result,)
+    return all(_moved_from(linear_input(o), given) for o in linears) and any(
+        isinstance(r, Op) and _moved_from(r, {result.index}) for r in returned
+    )
+
+
+def _moved_from(op: Op, goals: set[int]) -> bool:
+    """Whether `op` is one of the goals, or one of them moved."""
+    while op.index not in goals:
+        if op.kind != "op" or not (op.target in MOVEMENTS or op.target is operator.getitem):
+            return False
+        if not isinstance(op.args[0], Op):
+            return False
+        op = op.args[0]
+    return True
 
 
 def _multiplied(query: Op, linears: tuple[Op, ...]) -> bool:
@@ -261,6 +306,9 @@ def _mlp_around(flat: Flat, activation: Op) -> Mlp | None:
     if not wide:
         return None
     path = flat.called(common_path([o for o in (before, gate, down, activation) if o is not None]))
+    firsts = [before] if gate is None else [before, gate]
+    if not _is_just(flat, path, firsts, down):
+        return None
     name = ACTIVATIONS[activation.target]
     if name == "gelu" and activation.kwargs.get("approximate") == "tanh":
         name = "gelu_tanh"
@@ -269,8 +317,6 @@ def _mlp_around(flat: Flat, activation: Op) -> Mlp | None:
 
 def _through(op: Any, *, back: bool) -> Op | None:
     """Walk back over movements (a chunk of a fused linear)."""
-    import operator
-
     while (
         isinstance(op, Op)
         and op.kind == "op"

@@ -112,3 +112,51 @@ def test_inspect_at_real_size_within_limits() -> None:
     analysis = analyse(capture(Model(module, inputs)))
     assert len(analysis.chains[0]) == 28
     assert len(roles(analysis, "self_attention")) == len(roles(analysis, "mlp")) == 28
+
+
+class PostNorm(nn.Module):
+    """BERT's layout: the output projection stands with the residual and the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Core()
+        self.dense, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.norm(x + self.dense(self.inner(x, mask)))
+
+
+class Core(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (p(x).view(2, 5, 2, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).reshape(2, 5, 8)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PostNorm() for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+MASKED = Model(
+    Masked(), {"x": torch.randn(2, 5, 8), "mask": torch.zeros(2, 1, 5, 5)}, dynamic={"x": {}}
+)
+
+
+def test_a_residual_or_norm_is_never_part_of_a_site() -> None:
+    analysis = analyse(capture(MASKED))
+    assert roles(analysis, "self_attention") == [f"layers.{i}.inner" for i in range(3)]
+    assert "out" not in {
+        k for k, v in part_refs(analysis, "layers.0.inner").items() if isinstance(v, PartRef)
+    }
+    assert "mask" in analysis.by_path["layers.0.inner"].has

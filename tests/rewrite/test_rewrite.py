@@ -11,11 +11,13 @@ from torch import Tensor
 from graftc.compiler import compile_model, initialise_new
 from graftc.diagnostics import GraftError
 from graftc.language.check import check
-from graftc.program.analysis import Analysis
+from graftc.program.analysis import Analysis, analyse
+from graftc.program.capture import capture
 from graftc.program.model import Model
 from graftc.program.program import Program
 from graftc.rewrite.apply import apply, undo
 from graftc.rewrite.plan import Plan, make_plan, plan_dict
+from tests.program.test_roles import MASKED
 
 HYENA = """
 rule hyena {
@@ -248,3 +250,14 @@ def test_where_filters_and_says_so(digits: Analysis) -> None:
     found = diagnostic(text, digits)
     assert found.code == "G332"
     assert "tokens(a) is 64" in found.notes[0].message
+
+
+def test_a_mask_is_not_dropped_in_silence() -> None:
+    analysis = analyse(capture(MASKED))
+    text = "rule r {\n match a = self_attention in blocks all\n replace a with %s\n init %s = identity\n distill l2\n}"
+    planned(text % ("token_linear()", "proj"), analysis)  # it mixes no tokens: nothing to mask
+    text = text % ("hyena_x()", "out_proj")
+    found = diagnostic(text, analysis)
+    assert found.code == "G354"
+    assert "drop mask" in (found.help or "")
+    planned(text.replace(" distill", " drop mask\n distill"), analysis)

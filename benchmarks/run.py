@@ -1,0 +1,36 @@
+"""Run every benchmark and write RESULTS.md: ratios within one run, since machines differ and are shared.
+
+python benchmarks/run.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import matching
+import stage1
+import student
+import torch
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    words = parser.parse_args()
+    reports = [student.measure(), matching.measure(), stage1.measure()]
+    head = (
+        "# Benchmarks\n\n`python benchmarks/run.py` wrote this file. "
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
+        "Only ratios within one run are worth comparing.\n\nOn a GPU: NOT RUN (no device at hand).\n"
+    )
+    text = "\n\n".join([head, *(r.markdown() for r in reports)])
+    words.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
