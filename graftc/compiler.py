@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftc import __version__
 from graftc.diagnostics import fail
@@ -137,13 +137,12 @@ def compile_build(
                       "parameters": dict(rules.parameters)},
             "model": _named(model, "MODEL"),
             "data": _named(data, "DATA"),
-            "task": task if isinstance(task, str) else None,
-            "task_source": _named(task, "TASK") if isinstance(task, str) and ":" in task else None,
+            "task": _task_entry(task),
             "checks": list(compiled.checks),
         },
         copy_teacher=copy_teacher or not isinstance(model, str),
         provenance={n.path: f"{e.rule.name} @ {e.origin}" for e in compiled.plan.edits for n in e.new},
-        model=model if isinstance(model, str) else "",
+        model=Reference(model).absolute() if isinstance(model, str) else "",
         made_by=f"graftc {__version__} from {file.name}",
     )  # fmt: skip
 
@@ -157,13 +156,12 @@ def _check_weights(module: nn.Module) -> None:
             site="MODEL",
             help="load the weights in the MODEL function",
         )
-    for name, tensor in module.state_dict().items():
-        if (
-            isinstance(tensor, Tensor)
-            and tensor.is_floating_point()
-            and not bool(torch.isfinite(tensor).all())
-        ):
+    for name, tensor in module.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
             fail("G207", f"`{name}` holds values that are not finite", site="MODEL")
+    for name, tensor in module.named_buffers():  # a buffer of -inf is a mask
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            fail("G207", f"`{name}` holds values that are no numbers", site="MODEL")
 
 
 def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) -> Targets:
@@ -192,7 +190,15 @@ def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) ->
 def _named(what: Any, kind: str) -> dict[str, str] | None:
     if not isinstance(what, str):
         return None
-    return {"reference": what, "sha256": Reference(what, kind).source_hash()}
+    named = Reference(what, kind)
+    return {"reference": what, "absolute": named.absolute(), "sha256": named.source_hash()}
+
+
+def _task_entry(task: Any) -> dict[str, str] | None:
+    """A shipped task by its name, the user's own by its file."""
+    if isinstance(task, str) and ":" not in task:
+        return {"reference": task, "absolute": task}
+    return _named(task, "TASK")
 
 
 def _versions() -> dict[str, str]:

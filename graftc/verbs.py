@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftc.diagnostics import fail
-from graftc.doctor import doctor
+from graftc.environment import doctor
 from graftc.language.check import check
 
 if TYPE_CHECKING:
@@ -159,7 +160,6 @@ def verify(
 
 def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Path]:
     """Format `.graft` files; returns those that changed (or would)."""
-    from graftc.emit.files import write_text
     from graftc.language.check import read
     from graftc.language.formatter import format_text
 
@@ -170,7 +170,9 @@ def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Pat
         if after != before:
             changed.append(file)
             if write:
-                write_text(file, after)
+                partial = file.with_name(f".{file.name}.partial")
+                partial.write_text(after, encoding="utf-8")
+                os.replace(partial, file)
     return changed
 
 
@@ -223,8 +225,8 @@ def _task(build: Build, task: str | Any) -> Any:
         return load_task(task)
     recorded = build.manifest.get("task")
     if recorded:
-        return load_task(recorded)
-    model = build.manifest.get("model", {}).get("reference")
+        return load_task(recorded["absolute"])
+    model = (build.manifest.get("model") or {}).get("absolute")
     own = _model(model, on_meta=True).task if model else None
     if own is None:
         fail(
@@ -239,7 +241,7 @@ def _task(build: Build, task: str | Any) -> Any:
 
 def _task_inputs(build: Build, data: str | Any) -> Any:
     """Inputs by batch size, as the Task draws them from DATA: given, or recorded at compile; else None."""
-    chosen = data if data is not None else (build.manifest.get("data") or {}).get("reference")
+    chosen = data if data is not None else (build.manifest.get("data") or {}).get("absolute")
     if chosen is None:
         return None
     from graftc.distillation.data import open_data

@@ -163,22 +163,34 @@ def _classifier() -> Classifier:
     return classifier()
 
 
-def grid_png(rows: Mapping[str, Tensor], path: Path | str, *, columns: int = 20) -> None:
-    """Draw one row of images a model: the same noise and label down each column. Needs matplotlib (`graftc[report]`)."""
+def grid_png(
+    rows: Mapping[str, Tensor],
+    path: Path | str,
+    *,
+    columns: int = 20,
+    beside: Mapping[str, str] | None = None,
+    title: str = "",
+) -> None:
+    """Draw one row of images a model: the same noise and label down each column, as ink on paper.
+
+    `beside`: a few words at the right of a row, by its name. Needs matplotlib (`graftc[report]`).
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(0.45 * columns + 2, 0.5 * len(rows)))
-    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    figure = Figure(figsize=(0.42 * columns + 3.2, 0.44 * len(rows) + 0.5))
+    axes = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"hspace": 0.12})[:, 0]
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
-        strip = torch.cat(
-            [
-                torch.nn.functional.pad(image[0], (0, 1), value=1.0)
-                for image in images[:columns].clamp(-1, 1)
-            ],
-            dim=1,
+        shown = [
+            torch.nn.functional.pad(image[0], (1, 1), value=-1.0)
+            for image in images[:columns].clamp(-1, 1)
+        ]
+        axis.imshow(
+            torch.cat(shown, dim=1), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest"
         )
-        axis.imshow(strip.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+        axis.text(-0.012, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
+        words = (beside or {}).get(name, "")
+        axis.text(1.012, 0.5, words, transform=axis.transAxes, ha="left", va="center", fontsize=9)
+        axis.set_axis_off()
+    if title:
+        axes[0].set_title(title, fontsize=9, loc="left", pad=8)
+    figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")

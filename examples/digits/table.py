@@ -44,7 +44,7 @@ FULL = Protocol(samples=2000, seeds=(0, 1, 2))
 GRAFTS = (HERE / "hyena.graft", HERE / "hyena_and_pairs.graft")
 CONTROLS = (
     (HERE / "controls" / "removed.graft", "same attentions removed"),
-    (HERE / "controls" / "token_linear.graft", "token-wise linear map, least squares"),
+    (HERE / "controls" / "token_linear.graft", "token-wise linear, least squares"),
 )
 Scores = dict[str, list[Drawn]]
 
@@ -72,7 +72,13 @@ class Result:
         (folder / "table.md").write_text(markdown(self.lines, self.notes), encoding="utf-8")
         data = json.dumps(plain(self.lines, self.about), indent=1, ensure_ascii=False)
         (folder / "table.json").write_text(data + "\n", encoding="utf-8")
-        grid_png(self.images, folder / "samples.png")
+        distances = {line.name: distance_text(line.mean, line.deviation) for line in self.lines}
+        grid_png(
+            self.images,
+            folder / "samples.png",
+            beside=distances,
+            title="Rows are models, a column shares noise and label; at the right, the Fréchet distance",
+        )
 
 
 def make_controls(
@@ -88,7 +94,9 @@ def make_controls(
     rows = [teacher_row(), teacher_finetuned(first, budget, progress)]
     stages = ("stage 2",) if tuned else ()
     for file, name in CONTROLS:
-        made = graft(file, folder / file.stem, budget, name=name, stages=stages, progress=progress)
+        made = graft(
+            file, folder / file.stem, budget, control=name, stages=stages, progress=progress
+        )
         rows += made.rows
     return Made((*rows, *(row for made in grafts.values() for row in made.rows)), grafts)
 

@@ -126,16 +126,17 @@ def graft(
     output: Path,
     budget: Budget,
     *,
-    name: str | None = None,
+    control: str = "",
     stages: Sequence[str] = ("stage 1", "stage 2"),
     progress: Progress | None = None,
     tell: Callable[[Any], None] = lambda made: None,
 ) -> Grafted:
     """Compile a `.graft` file on the teacher and train its student; a row for the build, and one for each stage.
 
-    `tell` is handed what each verb returned, as soon as it did.
+    `control` is a control's name in words; there is nothing to train in one but by the same stage 2. `tell` is handed what each
+    verb returned, as soon as it did.
     """
-    name = name or file.stem
+    name = control or file.stem
     build = verbs.compile(file, MODEL, output, data=DATA)
     tell(build)
     teacher = build.plan["totals"]["flops"]["before"]
@@ -146,7 +147,7 @@ def graft(
     )
     first = Row(
         key=f"{file.stem}/untrained",
-        name=f"{name}, untrained",
+        name=control or f"{name}, untrained",
         model=build.student().eval(),
         parameters=build.plan["totals"]["parameters"]["after"],
         flops=student,
@@ -157,18 +158,18 @@ def graft(
         run = verbs.distill(build, DATA, steps=budget.stage1, progress=progress)
         tell(run)
         steps = {site.name: site.steps for site in run.sites}
+        forward = site_flops(build)
         compute = rows[-1].compute + sum(
-            distilling_flops(
-                teacher, site_flops(build), {name: steps[name] for name in generation}, BATCH
-            )
-            for generation in _generations(sites)
+            distilling_flops(teacher, forward, {site: steps[site] for site in generation}, BATCH)
+            for generation in generations(sites)
         )
-        rows.append(_after(first, build, run.id, "stage 1", name, compute))
+        rows.append(_after(first, build, run.id, "stage 1", f"{name}, after stage 1", compute))
     if "stage 2" in stages:
         run = verbs.finetune(build, DATA, steps=budget.stage2, progress=progress)
         tell(run)
         compute = rows[-1].compute + training_flops(student, run.steps, BATCH)
-        rows.append(_after(first, build, run.id, "stage 2", name, compute))
+        said = f"{name}, {'same' if control else 'after'} stage 2"
+        rows.append(_after(first, build, run.id, "stage 2", said, compute))
     return Grafted(build, tuple(rows))
 
 
@@ -186,7 +187,7 @@ def site_flops(build: Build) -> dict[str, float]:
     }
 
 
-def _generations(sites: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def generations(sites: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Names of the sites that train together: those that wait for none, then those that wait for these, …"""
     done: set[str] = set()
     found: list[list[str]] = []
@@ -202,7 +203,7 @@ def _after(first: Row, build: Build, run: str, stage: str, name: str, compute: f
     return replace(
         first,
         key=key,
-        name=f"{name}, after {stage}",
+        name=name,
         model=build.student(run).eval(),
         compute=compute,
     )

@@ -41,6 +41,9 @@ SetOption = Annotated[
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
 BuildArgument = Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")]
+MaybeSeed = Annotated[
+    int | None, typer.Option("--seed", help="seed of every random choice; default 0")
+]
 SeedOption = Annotated[int, typer.Option(help="seed of every random choice")]
 
 
@@ -193,14 +196,18 @@ def _training(
     from graftc import verbs
     from graftc.cli.render import show_run
 
-    with Progress() as progress:
-        result = getattr(verbs, verb)(
-            directory,
-            data,
-            task=task,
-            progress=progress,
-            **{k: v for k, v in options.items() if v is not None},
-        )
+    try:
+        with Progress() as progress:
+            result = getattr(verbs, verb)(
+                directory,
+                data,
+                task=task,
+                progress=progress,
+                **{k: v for k, v in options.items() if v is not None},
+            )
+    except KeyboardInterrupt:
+        print("interrupted: `--resume ID` goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
     show_run(result)
 
 
@@ -222,7 +229,7 @@ def distill(
     steps: StepsOption = None,
     batch: BatchOption = None,
     lr: RateOption = None,
-    seed: SeedOption = 0,
+    seed: MaybeSeed = None,
     resume: ResumeOption = None,
 ) -> None:
     """Stage 1: train each new operator on the teacher's activations."""
@@ -246,7 +253,7 @@ def finetune(
     steps: StepsOption = None,
     batch: BatchOption = None,
     lr: RateOption = None,
-    seed: SeedOption = 0,
+    seed: MaybeSeed = None,
     resume: ResumeOption = None,
 ) -> None:
     """Stage 2: train the whole student on the task's loss."""

@@ -31,9 +31,6 @@ def main(arguments: list[str] | None = None) -> None:
             _wants_json(given),
         )
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
-        sys.exit(130)
 
 
 def _wants_json(given: list[str]) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -71,6 +73,11 @@ class Analysis:
         """A path's most telling site: a role before `unknown`."""
         return {s.path: s for s in reversed(self.sites)}
 
+    @cached_property
+    def call_counts(self) -> Counter[int]:
+        """id(module) → how often a forward pass runs it, under whatever name."""
+        return Counter(id(self.program.module(c.path)) for c in self.flat.calls)
+
     @property
     def parameters(self) -> int:
         return parameter_count(self.program)
@@ -89,12 +96,12 @@ def analyse(program: Program) -> Analysis:
     """
     flat = flatten(program)
     found = chains(program)
-    batch = next(iter(program.facts.dynamic.values()), None) or _first_size(program)
+    batch = _batch(program)
     flops = flops_by_path(flat, batch)
     calls = flat.first_calls
     attention = {a.path: a for a in attentions(flat) if a.path in calls}
     blocks = {p: (c.name, i) for c in found for i, p in enumerate(c.paths)}
-    streams = {c.name: c.stream for c in found}
+    streams = {p: c.stream for c in found for p in c.paths}
     outside = {p: a for p, a in attention.items() if p not in blocks}
     mlp = {
         m.path: m for m in mlps(flat, set(attention)) if m.path in calls and m.path not in blocks
@@ -111,11 +118,11 @@ def analyse(program: Program) -> Analysis:
     for call in sorted(calls.values(), key=lambda c: _order(c)):
         role, stream, facts, has = "unknown", 0, {}, frozenset[str]()
         if call.path in blocks:
-            role, stream = "block", streams[blocks[call.path][0]]
+            role, stream = "block", streams[call.path]
         elif call.path in outside:
             a = outside[call.path]
             role, stream = a.kind, _argument_index(call, [linear_input(o) for o in a.q])
-            facts, has = _attention_facts(a)
+            facts, has = _attention_facts(a, batch)
         elif call.path in mlp:
             m = mlp[call.path]
             role, stream = "mlp", _argument_index(call, [linear_input(m.up)])
@@ -152,9 +159,10 @@ def _order(call: Call) -> int:
     return result.index if isinstance(result, Op) else 0
 
 
-def _first_size(program: Program) -> int:
-    first = program.inputs[0].shape if program.inputs else ()
-    return first[0] if first and isinstance(first[0], int) else 1
+def _batch(program: Program) -> int:
+    """The example's batch size: dimension 0 of the first input that has one."""
+    first = next((p.shape[0] for p in program.inputs if p.shape), 1)
+    return program.facts.dynamic[first] if isinstance(first, str) else first
 
 
 def _argument_index(call: Call, sources: list[Op]) -> int:
@@ -177,17 +185,18 @@ def _stream_facts(op: Any) -> dict[str, Fact]:
         return {}
     shape = [size_hint(s) for s in op.tensor.shape]
     facts: dict[str, Fact] = {"dim": shape[-1]}
-    if len(shape) == 3:
-        facts["tokens"] = shape[1]
+    if len(shape) >= 3:
+        facts["tokens"] = prod(shape[1:-1])
     return facts
 
 
-def _attention_facts(a: Attention) -> tuple[dict[str, Fact], frozenset[str]]:
+def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozenset[str]]:
     query = [size_hint(s) for s in a.query.tensor.shape]
     head_dim = query[-1]
     out = sum(_out_features(o) for o in a.q)
     fused = a.q == a.k == a.v
-    heads = query[-3] if len(query) >= 4 else max(1, out // head_dim)
+    # [batch, heads, n, d], or [batch · heads, n, d] as nn.MultiheadAttention has it.
+    heads = query[-3] if len(query) >= 4 else max(1, query[0] // batch)
     if fused:
         kv_heads = (out // head_dim - heads) // 2
     else:
@@ -205,6 +214,7 @@ def _attention_facts(a: Attention) -> tuple[dict[str, Fact], frozenset[str]]:
             ("mask", a.mask is not None),
             ("causal", a.causal),
             ("rotary", a.rotary),
+            ("qk_norm", a.normed),
             ("groups", kv_heads != heads),
         ]
         if there

@@ -57,6 +57,24 @@ def _addmm(op: Op) -> int:
     return 2 * prod(_shape(op)) * _shape(op.args[1])[-1]
 
 
+def _baddbmm(op: Op) -> int:
+    return 2 * prod(_shape(op)) * _shape(op.args[1])[-1]
+
+
+def _einsum(op: Op) -> int:
+    """A product over all its indices; one operand is a movement or a sum."""
+    terms = str(op.args[0]).replace(" ", "").partition("->")[0].split(",")
+    operands = op.args[1]
+    if len(terms) < 2 or "." in "".join(terms):
+        return 0
+    sizes = {
+        i: n
+        for t, o in zip(terms, operands, strict=True)
+        for i, n in zip(t, _shape(o), strict=True)
+    }
+    return 2 * prod(sizes.values())
+
+
 def _conv(op: Op) -> int:
     return 2 * prod(_shape(op)) * prod(_shape(op.args[1])[1:])
 
@@ -73,6 +91,8 @@ _RULES: Mapping[Any, Callable[[Op], int]] = {
     ATEN.bmm.default: _matmul,
     ATEN.mm.default: _matmul,
     ATEN.addmm.default: _addmm,
+    ATEN.baddbmm.default: _baddbmm,
+    ATEN.einsum.default: _einsum,
     ATEN.conv1d.default: _conv,
     ATEN.conv2d.default: _conv,
     ATEN.conv3d.default: _conv,

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 import warnings
@@ -58,6 +59,7 @@ class Model:
     task: Any = None
 
     def __post_init__(self) -> None:
+        self._check_dynamic()
         for name, meaning in self.meanings.items():
             if name not in self.inputs:
                 fail(
@@ -77,6 +79,27 @@ class Model:
                     found=meaning,
                     help=f"write `{near}`" if near else "write `other`",
                 )
+
+    def _check_dynamic(self) -> None:
+        for name, dims in self.dynamic.items():
+            tensor = self.inputs.get(name)
+            if not isinstance(tensor, torch.Tensor):
+                fail(
+                    "G202",
+                    f"`dynamic` names `{name}`, which is no tensor input",
+                    site="graftc.Model",
+                    wanted=", ".join(self.inputs),
+                    found=name,
+                )
+            for dimension in dims:
+                if not 0 <= dimension < tensor.ndim:
+                    fail(
+                        "G202",
+                        f"`dynamic` names dimension {dimension} of `{name}`, which has {tensor.ndim}",
+                        site="graftc.Model",
+                        wanted=f"0..{tensor.ndim - 1}",
+                        found=str(dimension),
+                    )
 
 
 @dataclass(frozen=True)
@@ -132,10 +155,17 @@ class Reference:
         return module
 
     def _package(self, where: str) -> Any:
+        if os.getcwd() not in sys.path:  # as `python -m` does: a package beside the user
+            sys.path.append(os.getcwd())
         try:
             return importlib.import_module(where)
         except Exception as error:
             raise user_error(error, self.what, self.text) from error
+
+    def absolute(self) -> str:
+        """The same reference from any working directory (a package's is so already)."""
+        where, _, name = self.text.rpartition(":")
+        return f"{Path(where).resolve()}:{name}" if where.endswith(".py") else self.text
 
     def source_hash(self) -> str:
         """SHA-256 of the file that the reference names ('' where it has none)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from graftc.diagnostics import fail
 from graftc.program.analysis import Analysis
 from graftc.program.flat import Op
 from graftc.program.program import ATEN, Program, size_hint
-from graftc.program.roles import MOVEMENTS
+from graftc.program.roles import MOVEMENTS, Attention
 
 
 @dataclass(frozen=True)
 class PartRef:
     """Where a part stands: parameters, the rows (or columns) that are its own in head-major order.
 
-    None for rows or columns means all, in order. `transposed`: stored [in, out] (Conv1D).
+    None for rows or columns means all, in order. `transposed`: stored [in, out] (Conv1D). `factor`: q
+    takes up a softmax scale that is not 1 / √head_dim, so that an attention of the usual scale equals it.
     """
 
     weight: str
@@ -34,6 +35,7 @@ class PartRef:
     rows: tuple[int, ...] | None = None
     columns: tuple[int, ...] | None = None
     transposed: bool = False
+    factor: float = 1.0
 
     def tensors(self, program: Program) -> tuple[Tensor, Tensor | None]:
         """(weight [out, in], bias [out] or None), copied."""
@@ -46,7 +48,7 @@ class PartRef:
             bias = bias[index] if bias is not None else None
         if self.columns is not None:
             weight = weight[:, torch.tensor(self.columns, device=weight.device)]
-        return weight.clone(), bias.clone() if bias is not None else None
+        return weight * self.factor, bias * self.factor if bias is not None else None
 
 
 def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
@@ -62,6 +64,9 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
                 found[name] = f"{name} comes from {len(linears)} linears"
             else:
                 found[name] = _rows_of(linears[0], end)
+        q = found["q"]
+        if isinstance(q, PartRef) and (factor := _scale_factor(a)) != 1.0:
+            found["q"] = replace(q, factor=factor)
         result = a.anchor if a.anchor.target is ATEN.scaled_dot_product_attention.default else None
         if a.out is None:
             found["out"] = "no linear follows the attention"
@@ -81,6 +86,15 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
             found["up"] = _rows_of(m.up, other)
         return found
     return {}
+
+
+def _scale_factor(a: Attention) -> float:
+    """The attention's own scale as a multiple of 1 / √head_dim, where it is an argument."""
+    if a.anchor.target is not ATEN.scaled_dot_product_attention.default:
+        return 1.0
+    scale = a.anchor.argument(6, "scale")
+    width = size_hint(a.query.tensor.shape[-1])
+    return float(scale) * width**0.5 if isinstance(scale, (int, float)) else 1.0
 
 
 def _whole(linear: Op) -> PartRef | str:
@@ -115,7 +129,8 @@ def _rows_of(linear: Op, end: Op) -> PartRef | str:
         first = moved.narrow(i, 0, 1)
         if moved.shape[i] > 1 and bool((moved == first).all()):
             moved = first
-    rows = tuple(moved.reshape(-1).tolist())
+    # Batch and heads may share a dimension (nn.MultiheadAttention): each row once.
+    rows = tuple(dict.fromkeys(moved.reshape(-1).tolist()))
     return _ref(linear, None if rows == tuple(range(features)) else rows, None)
 
 

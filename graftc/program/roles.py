@@ -43,6 +43,10 @@ MOVEMENTS = frozenset(
 )  # fmt: skip
 _SDPA = ATEN.scaled_dot_product_attention.default
 _SOFTMAX = frozenset({ATEN.softmax.int, ATEN._softmax.default})
+_MASKINGS = frozenset(
+    {ATEN.masked_fill.Scalar, ATEN.masked_fill.Tensor, ATEN.where.self, ATEN.where.ScalarOther}
+)
+_SUMS = frozenset({ATEN.add.Tensor, ATEN.sub.Tensor})
 _PRODUCTS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.baddbmm.default})
 
 
@@ -63,6 +67,7 @@ class Attention:
     mask: Op | None
     causal: bool
     rotary: bool
+    normed: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +127,47 @@ def _written_out(flat: Flat, softmax: Op) -> Attention | None:
         return None
     score, out = scores[-1], outs[0]
     offset = 1 if score.target is ATEN.baddbmm.default else 0
+    mask = score.args[0] if offset else _masking(softmax, score)
     return _around(
-        flat, softmax, out, score.args[offset], score.args[offset + 1], out.args[1], None, False
+        flat, softmax, out, score.args[offset], score.args[offset + 1], out.args[1], mask, False
     )
+
+
+def _masking(softmax: Op, score: Op) -> Op | None:
+    """The op between scores and softmax that masks: what it hides (the future, padding) is not known."""
+    for op in _between(softmax, {score.index}):
+        if op.target in _MASKINGS:
+            return op
+        if op.target in _SUMS and all(isinstance(a, Op) for a in op.args[:2]):
+            return op
+    return None
+
+
+def _between(end: Op, starts: set[int]) -> list[Op]:
+    """The ops after `starts` on the way to `end`, both left out where they are an end."""
+    memo: dict[int, bool] = {}
+
+    def from_start(op: Op) -> bool:
+        if op.index not in memo:
+            memo[op.index] = op.index in starts or (
+                op.kind == "op"
+                and op.target is not ATEN.sym_size.int
+                and op.index > min(starts)
+                and any(from_start(o) for o in op.operands)
+            )
+        return memo[op.index]
+
+    found: list[Op] = []
+    stack = [end]
+    seen: set[int] = set()
+    while stack:
+        op = stack.pop()
+        if op.index in seen or op.index in starts or not from_start(op):
+            continue
+        seen.add(op.index)
+        found.append(op)
+        stack.extend(op.operands)
+    return found
 
 
 def _around(
@@ -163,6 +206,7 @@ def _around(
         mask,
         causal,
         rotary=_multiplied(query, q),
+        normed=any(o.target in NORMS for o in _between(query, {p.index for p in q})),
     )
 
 

@@ -33,11 +33,13 @@ class Patch:
     order: Mapping[str, tuple[str, ...]]
 
 
-def apply(program: Program, edits: Iterable[Edit]) -> tuple[Program, Patch]:
+def apply(
+    program: Program, edits: Iterable[Edit], *, on_meta: bool = False
+) -> tuple[Program, Patch]:
     """The student, its new operators with their modules' own first weights, and the way back.
 
     What no edit touches is shared with `program`, parameters included; names of untouched parameters
-    do not change. Raises GraftError where an edit cannot be made, and then nothing has changed.
+    do not change. With `on_meta` the new operators have no weights. Raises GraftError where an edit cannot be made, and then nothing has changed.
     """
     chosen = list(edits)
     chosen = [chosen[i] for i in inner_first([e.claim for e in chosen])]
@@ -47,14 +49,14 @@ def apply(program: Program, edits: Iterable[Edit]) -> tuple[Program, Patch]:
     root = with_own_paths(program.root, existing)
     before = {p: m.graph for p, m in graphs(program.root) if p in {e.graph for e in chosen}}
     for edit in chosen:
-        _APPLY[edit.kind](root, program, edit)
+        _APPLY[edit.kind](root, program, edit, on_meta)
     for path in before:
         module = root.get_submodule(path)
         assert isinstance(module, fx.GraphModule)
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
-    prune(root)
+    prune(root, program.root)
     student = replace(program, root=root)
     return student, _patch(program, student, before, chosen)
 
@@ -124,18 +126,18 @@ def _patch(
 # -- the four kinds ----------------------------------------------------------------------------
 
 
-def _replace(root: fx.GraphModule, program: Program, edit: Edit) -> None:
+def _replace(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
     (site,), (new,) = edit.sites, edit.new
     graph, node = _call(root, edit.graph, site.node)
     _check_single_use(program, site.path)
-    module = _placed(root, new, node.args[site.stream])
+    module = _placed(root, new, node.args[site.stream], on_meta)
     node.args = (node.args[site.stream],)
     _mark(node, edit, site.path)
     _check_shape(module, node, new)
     del graph
 
 
-def _remove(root: fx.GraphModule, program: Program, edit: Edit) -> None:
+def _remove(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
     (site,) = edit.sites
     graph, node = _call(root, edit.graph, site.node)
     with graph.inserting_before(node):
@@ -176,7 +178,7 @@ def _fold_zero(graph: fx.Graph, zero: fx.Node) -> None:
                 graph.erase_node(user)
 
 
-def _skip(root: fx.GraphModule, program: Program, edit: Edit) -> None:
+def _skip(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
     (site,) = edit.sites
     graph, node = _call(root, edit.graph, site.node)
     stream = node.args[site.stream]
@@ -194,7 +196,7 @@ def _skip(root: fx.GraphModule, program: Program, edit: Edit) -> None:
     graph.erase_node(node)
 
 
-def _parallel(root: fx.GraphModule, program: Program, edit: Edit) -> None:
+def _parallel(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
     graph, first = _call(root, edit.graph, edit.sites[0].node)
     stream = first.args[edit.sites[0].stream]
     assert isinstance(stream, fx.Node)
@@ -210,7 +212,7 @@ def _parallel(root: fx.GraphModule, program: Program, edit: Edit) -> None:
             node.args = (*node.args[:index], stream, *node.args[index + 1 :])
         else:
             new = next(n for n in edit.new if n.path == path)
-            module = _placed(root, new, stream)
+            module = _placed(root, new, stream, on_meta)
             with graph.inserting_after(position):
                 node = graph.call_module(_local(edit.graph, path), (stream,))
             node.meta["val"] = value(last)
@@ -219,7 +221,7 @@ def _parallel(root: fx.GraphModule, program: Program, edit: Edit) -> None:
         _mark(node, edit, path)
         results.append(node)
     uses = list(last.users)
-    merged = _merge(root, graph, edit, stream, results, position)
+    merged = _merge(root, graph, edit, stream, results, position, on_meta)
     for user in uses:
         user.replace_input_with(last, merged)
     _mark(merged, edit, edit.name)
@@ -232,10 +234,11 @@ def _merge(
     stream: fx.Node,
     results: list[fx.Node],
     after: fx.Node,
+    on_meta: bool,
 ) -> fx.Node:
     new = edit.new[-1]
     given = (stream, *results) if edit.of_blocks and edit.merge == "sum" else tuple(results)
-    _placed(root, new, stream)
+    _placed(root, new, stream, on_meta)
     with graph.inserting_after(after):
         node = graph.call_module(_local(edit.graph, new.path), given)
     node.meta["val"] = value(results[-1])
@@ -257,12 +260,13 @@ def _call(root: fx.GraphModule, path: str, name: str) -> tuple[fx.Graph, fx.Node
     raise KeyError(f"{path}: no node {name}")
 
 
-def _placed(root: fx.GraphModule, new: NewModule, source: Any) -> nn.Module:
+def _placed(root: fx.GraphModule, new: NewModule, source: Any, on_meta: bool) -> nn.Module:
     """The new operator, in the dtype of the values it will read, in its place in the tree."""
     assert isinstance(source, fx.Node)
     tensor = value(source)
     dtype = tensor.dtype if isinstance(tensor, torch.Tensor) else torch.float32
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
+    device = torch.device("meta") if on_meta else device
     module = build(new, device, dtype)
     set_module(root, new.path, module)
     return module
@@ -324,20 +328,6 @@ def _check_single_use(program: Program, path: str) -> None:
             f"{outside[0][0]}, inside {path}, is also used by `{outside[0][1] or 'the root'}`",
             site=path,
             help="name a smaller site, or edit the other user too",
-        )
-    module = program.root.get_submodule(path)
-    same = [
-        g
-        for p, uses in program.calls().items()
-        for g, _ in uses
-        if program.root.get_submodule(p) is module
-    ]
-    if len(same) > 1:
-        fail(
-            "G361",
-            f"{path} is shared: it is called {len(same)} times",
-            site=path,
-            help="an edit of one call would edit all; edits of shared modules are not supported yet",
         )
 
 

@@ -165,6 +165,14 @@ def check_fits(
                 site=site.path,
                 help=f"write `drop {what}` in the rule if that is meant",
             )
+    if "qk_norm" in site.has and spec.arg("heads") is not None:
+        fail(
+            "G354",
+            f"`{spec.name}` would drop the norms of q and k at {site.path}",
+            span=span,
+            site=site.path,
+            help="keep the attention there (`except {…}`), or choose an operator without heads",
+        )
     if spec.mixes == "tokens" and arguments.get("window") is not None:
         tokens, window = site.facts.get("tokens"), arguments["window"]
         if isinstance(tokens, int) and isinstance(window, int) and window >= tokens:

@@ -76,7 +76,24 @@ class Edit:
 
 def edits_of(rule: Rule, matches: tuple[Match, ...], analysis: Analysis) -> list[Edit]:
     """The edits of a rule, one for each match. Raises GraftError where the model does not allow one."""
-    return [_edit(rule, m, i, analysis) for i, m in enumerate(matches)]
+    edits = [_edit(rule, m, i, analysis) for i, m in enumerate(matches)]
+    for edit in edits:
+        for site in edit.sites:
+            _check_called_once(edit, site, analysis)
+    return edits
+
+
+def _check_called_once(edit: Edit, site: Site, analysis: Analysis) -> None:
+    """A module that runs several times has one set of weights: an edit of one call would edit all."""
+    calls = analysis.call_counts[id(analysis.program.module(site.path))]
+    if calls > 1:
+        fail(
+            "G361",
+            f"{site.path} is shared: it is called {calls} times",
+            span=edit.rule.edit.span,
+            site=site.path,
+            help="edits of modules that run several times are not supported yet",
+        )
 
 
 def _edit(rule: Rule, match: Match, index: int, analysis: Analysis) -> Edit:

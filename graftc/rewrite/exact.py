@@ -55,21 +55,44 @@ def check_exact(
 def difference(
     before: Program, after: Program, inputs: Mapping[str, Any]
 ) -> tuple[float, torch.dtype]:
-    """The largest difference of the outputs relative to the largest output, and their dtype."""
-    given = [_noised(inputs[p.name]) for p in before.inputs]
+    """The largest difference of any output relative to its largest number, and the outputs' dtype."""
+    named = _named_tensors(inputs)
+    given = [_noised(named[p.name]) for p in before.inputs]
     with torch.no_grad():
-        wanted, found = _first(before.root(*given)), _first(after.root(*given))
-    scale = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
-    return float((found - wanted).abs().max() / scale), wanted.dtype
+        wanted, found = _tensors(before.root(*given)), _tensors(after.root(*given))
+    worst = 0.0
+    for a, b in zip(wanted, found, strict=True):
+        scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
+        worst = max(worst, float((b - a).abs().max() / scale))
+    return worst, wanted[0].dtype
 
 
-def _noised(value: Any) -> Any:
+def _named_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by the names that capture gives them: those inside dicts and tuples by their way down."""
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
+                visit(f"{name}_{key}" if name else str(key), item)
+        elif isinstance(value, (tuple, list)):
+            for i, item in enumerate(value):  # pyright: ignore[reportUnknownVariableType]
+                visit(f"{name}_{i}", item)
+
+    visit("", inputs)
+    return found
+
+
+def _noised(value: Tensor) -> Tensor:
     """Random floats in place of an example's: an example of zeros would prove nothing."""
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if value.is_floating_point():
         generator = torch.Generator().manual_seed(0)
         return torch.randn(value.shape, generator=generator).to(value)
     return value
 
 
-def _first(outputs: Any) -> Tensor:
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+def _tensors(outputs: Any) -> list[Tensor]:
+    items = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return [t for t in items if isinstance(t, Tensor) and t.is_floating_point()]

@@ -11,7 +11,10 @@ from graftc.language.evaluate import settled
 from graftc.language.rules import Finetune, Rules
 from graftc.operators.spec import Cost, InitSource
 from graftc.program.analysis import Analysis, Site
+from graftc.program.cost import parameter_count
 from graftc.program.parts import part_refs
+from graftc.program.program import Program
+from graftc.rewrite.apply import apply
 from graftc.rewrite.claims import check_claims
 from graftc.rewrite.edits import Edit, NewModule, edits_of
 from graftc.rewrite.match import Matches, match, site_fact
@@ -69,19 +72,20 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     if problems:
         raise GraftError(*problems)
     check_claims([e.claim for e in edits])
-    steps = tuple(_step(e, analysis) for e in edits)
-    parameters = analysis.parameters
+    # Applied without weights: what cannot be applied is said now, and parameters are counted, not added up.
+    student, _ = apply(analysis.program, edits, on_meta=True)
+    steps = tuple(_step(e, analysis, student) for e in edits)
     flops = analysis.flops.get("", 0)
     return Plan(
         steps,
         tuple(selections),
         rules.finetune,
-        (parameters, parameters + sum(s.after.params - s.before.params for s in steps)),
+        (analysis.parameters, parameter_count(student)),
         (flops, flops + sum(s.after.flops - s.before.flops for s in steps)),
     )
 
 
-def _step(edit: Edit, analysis: Analysis) -> Step:
+def _step(edit: Edit, analysis: Analysis, student: Program) -> Step:
     new = Cost(0, 0, 0)
     origins: list[Origin] = []
     for module in edit.new:
@@ -93,7 +97,7 @@ def _step(edit: Edit, analysis: Analysis) -> Step:
         return Step(edit, Cost(0, 0, 0), new, tuple(origins), ())
     (site,) = edit.sites
     before = Cost(_int(site, "params"), _int(site, "flops"), 0)
-    return Step(edit, before, new, tuple(origins), _dropped(site, analysis))
+    return Step(edit, before, new, tuple(origins), _dropped(site, analysis, student))
 
 
 def _origins(edit: Edit, module: NewModule, analysis: Analysis) -> list[Origin]:
@@ -134,10 +138,11 @@ def init_clause(edit: Edit, module: NewModule) -> InitClause:
     return InitClause(sources, {i.slot: i.span for i in edit.rule.inits}, name)
 
 
-def _dropped(site: Site, analysis: Analysis) -> tuple[str, ...]:
-    """Teacher parameters that the student no longer has."""
+def _dropped(site: Site, analysis: Analysis, student: Program) -> tuple[str, ...]:
+    """Teacher parameters of the site that the student no longer has under any name."""
+    kept = {id(p) for p in student.root.parameters()}
     module = analysis.program.root.get_submodule(site.path)
-    return tuple(f"{site.path}.{n}" for n, _ in module.named_parameters())
+    return tuple(f"{site.path}.{n}" for n, p in module.named_parameters() if id(p) not in kept)
 
 
 def _int(site: Site, name: str) -> int:

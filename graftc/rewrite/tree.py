@@ -79,20 +79,23 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     holder._modules[name] = module
 
 
-def prune(root: fx.GraphModule) -> list[str]:
-    """Take away modules that nothing calls or reads any more; their parameters' names are returned."""
-    used = _reached(root)
-    removed: list[str] = []
+def prune(root: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Take away the modules that `original` reached through calls and `root` no longer does.
+
+    What the original never called stays, and nothing that the two trees share is changed.
+    """
+    used, before = _reached(root), _reached(original)
+    shared = {id(m) for m in original.modules()}
 
     def visit(module: nn.Module, path: str) -> None:
         for name, child in list(module._modules.items()):
-            if child is None:
-                continue
             where = join(path, name)
+            if child is None or (id(child) in shared and where in used):
+                continue  # nothing in a shared graph was changed
             if where in used:
                 if isinstance(child, fx.GraphModule):
                     visit(child, where)
-            elif any(u.startswith(where + ".") for u in used):
+            elif _any_under(used, where):
                 # Nothing calls it, but something below it is used: it stays as a mere container.
                 holder = nn.Module()
                 holder._modules = dict(child._modules)
@@ -101,12 +104,14 @@ def prune(root: fx.GraphModule) -> list[str]:
                 }
                 module._modules[name] = holder
                 visit(holder, where)
-            else:
-                removed.extend(join(where, n) for n, _ in child.named_parameters())
+            elif where in before or _any_under(before, where):
                 del module._modules[name]
 
     visit(root, "")
-    return removed
+
+
+def _any_under(paths: set[str], where: str) -> bool:
+    return any(p.startswith(where + ".") for p in paths)
 
 
 def _reached(root: fx.GraphModule) -> set[str]:

@@ -124,10 +124,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_sees_both_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftc import doctor
+    from graftc import environment
 
-    monkeypatch.setattr(doctor, "_version", lambda package: "1.20.0")
-    found = doctor._runtime()
+    monkeypatch.setattr(environment, "_version", lambda package: "1.20.0")
+    found = environment._runtime()
     assert found["state"] == "problem"
     assert "both installed" in found["detail"]
 

@@ -160,3 +160,67 @@ def test_a_residual_or_norm_is_never_part_of_a_site() -> None:
         k for k, v in part_refs(analysis, "layers.0.inner").items() if isinstance(v, PartRef)
     }
     assert "mask" in analysis.by_path["layers.0.inner"].has
+
+
+class WrittenOut(nn.Module):
+    """nanoGPT's attention without flash: a causal mask by masked_fill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.register_buffer("bias", torch.tril(torch.ones(5, 5)).view(1, 1, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind()
+        scores = (q @ k.transpose(-2, -1)) * 0.5
+        scores = scores.masked_fill(self.bias == 0, float("-inf"))
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 8))
+
+
+def site_of(module: nn.Module, x: Tensor) -> tuple[Analysis, str]:
+    analysis = analyse(capture(Model(nn.Sequential(module), {"input": x}, dynamic={"input": {}})))
+    return analysis, roles(analysis, "self_attention")[0]
+
+
+def test_a_mask_of_written_out_attention_is_seen() -> None:
+    analysis, path = site_of(WrittenOut(), torch.randn(2, 5, 8))
+    assert "mask" in analysis.by_path[path].has
+
+
+def test_an_unusual_scale_goes_into_q() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind()
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+            return self.proj(y.transpose(1, 2).reshape(2, 5, 8))
+
+    analysis, path = site_of(Scaled(), torch.randn(2, 5, 8))
+    q = part_refs(analysis, path)["q"]
+    assert isinstance(q, PartRef)
+    assert q.factor == 2.0
+
+
+def test_multihead_attention_with_weights() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(x, x, x, need_weights=True)[0]
+
+    analysis = analyse(capture(Model(Wrapped().train(), {"x": torch.randn(3, 5, 16)}, dynamic={"x": {}})))
+    (site,) = analysis.of_role("self_attention")
+    assert (site.facts["heads"], site.facts["kv_heads"], site.facts["head_dim"]) == (2, 2, 8)
+
+
+def test_flops_are_of_one_sample_whatever_is_dynamic_first() -> None:
+    flops: set[int] = set()
+    for dynamic in ({0: "batch", 1: "tokens"}, {1: "tokens", 0: "batch"}):
+        model = Model(nn.Sequential(Gated()), {"input": torch.randn(2, 5, 8)}, dynamic={"input": dynamic})
+        flops.add(analyse(capture(model)).flops[""])
+    assert flops == {3 * 2 * 5 * 8 * 16}

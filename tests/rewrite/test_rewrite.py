@@ -261,3 +261,51 @@ def test_a_mask_is_not_dropped_in_silence() -> None:
     assert found.code == "G354"
     assert "drop mask" in (found.help or "")
     planned(text.replace(" distill", " drop mask\n distill"), analysis)
+
+
+class Repeated(torch.nn.Module):
+    """One block, run three times: ALBERT's way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = WithSpare()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.block(x)
+        return x
+
+
+class WithSpare(torch.nn.Module):
+    """A block with a submodule that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)
+        self.mlp = torch.nn.Sequential(self.up, self.act, self.down)
+        self.spare = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+REMOVE = "rule r {\n match m = mlp in blocks {0}\n remove m\n}"
+
+
+def test_a_module_that_runs_several_times_is_refused() -> None:
+    analysis = analyse(capture(Model(Repeated(), {"x": torch.randn(2, 5, 8)})))
+    with pytest.raises(GraftError) as caught:
+        planned(REMOVE, analysis)
+    assert caught.value.diagnostics[0].code in ("G361", "G310")
+
+
+def test_apply_leaves_the_original_whole() -> None:
+    net = torch.nn.ModuleList(WithSpare() for _ in range(3))
+    chain = torch.nn.Sequential(*net)
+    program = analyse(capture(Model(chain, {"input": torch.randn(2, 5, 8)})))
+    before = {k: v.clone() for k, v in program.program.root.state_dict().items()}
+    plan = planned(REMOVE, program)
+    student, patch = apply(program.program, plan.edits)
+    assert list(program.program.root.state_dict()) == list(before)
+    assert list(undo(student, patch).root.state_dict()) == list(before)
+    assert sum(p.numel() for p in student.root.parameters()) == plan.parameters[1]
