@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from .ddpm import DDPM
     from .flow import RectifiedFlow
 
-__all__ = ["DDPM", "TASKS", "CausalLM", "Classification", "Prepared", "RectifiedFlow", "Task", "get_task", "primary"]
+__all__ = [
+    "DDPM",
+    "TASKS",
+    "CausalLM",
+    "Classification",
+    "Prepared",
+    "RectifiedFlow",
+    "Task",
+    "get_task",
+    "primary",
+]
 
 _HOME = {
     "Prepared": "base",
@@ -28,7 +38,12 @@ _HOME = {
     "Classification": "classification",
 }
 
-TASKS = {"ddpm": "DDPM", "rectified_flow": "RectifiedFlow", "causal_lm": "CausalLM", "classification": "Classification"}
+TASKS = {
+    "ddpm": "DDPM",
+    "rectified_flow": "RectifiedFlow",
+    "causal_lm": "CausalLM",
+    "classification": "Classification",
+}
 """Task names as users write them, and the classes that they stand for."""
 
 

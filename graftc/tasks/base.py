@@ -48,7 +48,9 @@ class Task(Protocol):
         """The training loss, a scalar, from what the model returned."""
         ...
 
-    def sample(self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any) -> Tensor:
+    def sample(
+        self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any
+    ) -> Tensor:
         """Draw `count` outputs from `model`; the options are the task's own."""
         ...
 
@@ -76,7 +78,9 @@ def primary(outputs: Any) -> Tensor:
         if isinstance(first, Tensor):
             return first
     kind = type(cast("object", outputs)).__name__
-    raise TypeError(f"a model must return a tensor, a tuple that begins with one, or an object with .sample or .logits, not {kind}")
+    raise TypeError(
+        f"a model must return a tensor, a tuple that begins with one, or an object with .sample or .logits, not {kind}"
+    )
 
 
 def entry(sample: Mapping[str, Tensor], name: str, task: str) -> Tensor:

@@ -54,8 +54,12 @@ class CausalLM:
         """Mean cross-entropy in nats a token, over the tokens that count."""
         logits, labels = primary(outputs), prepared.targets["labels"]
         if logits.shape[:2] != labels.shape:
-            raise ValueError(f"causal_lm wants logits [B, L, V] for {tuple(labels.shape)} tokens, the model gave {tuple(logits.shape)}")
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=self.ignore)
+            raise ValueError(
+                f"causal_lm wants logits [B, L, V] for {tuple(labels.shape)} tokens, the model gave {tuple(logits.shape)}"
+            )
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=self.ignore
+        )
 
     def metrics(self, outputs: Any, prepared: Prepared) -> dict[str, float]:
         """`loss` in nats, `perplexity`, and `accuracy` of the most likely token."""
@@ -68,7 +72,9 @@ class CausalLM:
             "accuracy": correct.sum().item() / max(int(counted.sum()), 1),
         }
 
-    def sample(self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any) -> Tensor:
+    def sample(
+        self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any
+    ) -> Tensor:
         """Continue `prompt` to `length` new tokens, `count` times: [count, P + length] int64.
 
         Options: `prompt` [P] or [count, P] int64 (required), `length` (default 32), `temperature` (default 1.0; 0 is greedy). Runs the
@@ -96,6 +102,8 @@ class CausalLM:
                 if temperature == 0:
                     following = logits.argmax(-1, keepdim=True)
                 else:
-                    following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                    following = torch.multinomial(
+                        (logits / temperature).softmax(-1), 1, generator=generator
+                    )
                 tokens = torch.cat([tokens, following.to(tokens)], dim=1)
         return tokens.clone()

@@ -38,20 +38,26 @@ class Classification:
 
     def loss(self, outputs: Any, prepared: Prepared) -> Tensor:
         """Mean cross-entropy in nats, with label smoothing if set."""
-        return F.cross_entropy(primary(outputs).float(), prepared.targets["label"], label_smoothing=self.smoothing)
+        return F.cross_entropy(
+            primary(outputs).float(), prepared.targets["label"], label_smoothing=self.smoothing
+        )
 
     def metrics(self, outputs: Any, prepared: Prepared) -> dict[str, float]:
         """`loss` (smoothed as in training) and `accuracy`."""
         hits = primary(outputs).argmax(-1) == prepared.targets["label"]
         return {"loss": self.loss(outputs, prepared).item(), "accuracy": hits.float().mean().item()}
 
-    def sample(self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any) -> Tensor:
+    def sample(
+        self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any
+    ) -> Tensor:
         """Nothing to draw from a classifier: with the option `inputs` [N, …], the predicted labels of its first `count`.
 
         Raises ValueError without it.
         """
         inputs = options.pop("inputs", None)
         if options or not isinstance(inputs, Tensor):
-            raise ValueError("a classifier generates nothing: sample() takes only inputs=[N, …] and returns their predicted labels")
+            raise ValueError(
+                "a classifier generates nothing: sample() takes only inputs=[N, …] and returns their predicted labels"
+            )
         with torch.inference_mode():
             return primary(model(**{self.input_name: inputs[:count]})).argmax(-1).clone()

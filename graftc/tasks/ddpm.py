@@ -73,7 +73,9 @@ class DDPM:
         if self.label_name is not None:
             label = entry(sample, self.label_key, "ddpm")
             dropped = torch.rand(count, generator=generator).to(device) < self.label_dropout
-            inputs[self.label_name] = torch.where(dropped, torch.full_like(label, self.null_label), label)
+            inputs[self.label_name] = torch.where(
+                dropped, torch.full_like(label, self.null_label), label
+            )
         return Prepared(inputs, {"noise": noise, "x_start": clean, "x_t": noisy, "t": t})
 
     def diffuse(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -94,7 +96,9 @@ class DDPM:
         mse, bound = self._terms(outputs, prepared)
         return {"mse": mse.item()} if bound is None else {"mse": mse.item(), "vb": bound.item()}
 
-    def sample(self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any) -> Tensor:
+    def sample(
+        self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any
+    ) -> Tensor:
         """Draw `count` latents [count, *shape].
 
         Options: `steps` (default 50), `method` "ddim" or "ddpm", `eta` (ddim, 0), `guidance` (1.0 is none), `labels` [count] or
@@ -112,7 +116,15 @@ class DDPM:
             null_label=self.null_label,
             guided_channels=self.guided_channels,
         )
-        return draw(denoiser, self.noise, self.shape, count=count, generator=generator, clip=self.clip, **options)
+        return draw(
+            denoiser,
+            self.noise,
+            self.shape,
+            count=count,
+            generator=generator,
+            clip=self.clip,
+            **options,
+        )
 
     def _terms(self, outputs: Any, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
         output, targets = primary(outputs), prepared.targets
@@ -144,7 +156,13 @@ class DDPM:
         true_mean, mean = of_clean * clean + of_noisy * x_t, of_clean * guess + of_noisy * x_t
         low, high = at(noise.posterior_log_variance), at(noise.betas.log())
         log_variance = low + (fraction + 1) / 2 * (high - low)
-        kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp())
+        kl = 0.5 * (
+            log_variance
+            - low
+            - 1
+            + (low - log_variance).exp()
+            + (true_mean - mean).square() * (-log_variance).exp()
+        )
         nll = -discretized_log_likelihood(clean, mean, 0.5 * log_variance, self.levels)
         bits = torch.where(per_sample(t, x_t) == 0, nll, kl) / math.log(2)
         return bits.mean()

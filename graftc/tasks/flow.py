@@ -51,7 +51,9 @@ class RectifiedFlow:
         elif self.t_sampling == "uniform":
             t = torch.rand(count, generator=generator)
         else:
-            raise ValueError(f"unknown t_sampling {self.t_sampling!r}: choose logit_normal or uniform")
+            raise ValueError(
+                f"unknown t_sampling {self.t_sampling!r}: choose logit_normal or uniform"
+            )
         t = self._shifted(t).to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device=device, dtype=clean.dtype)
         mix = per_sample(t, clean)
@@ -60,24 +62,33 @@ class RectifiedFlow:
         if self.label_key is not None:
             label = entry(sample, self.label_key, "rectified_flow")
             dropped = torch.rand(count, generator=generator).to(device) < self.label_dropout
-            inputs[self.label_name] = torch.where(dropped, torch.full_like(label, self.null_label), label)
+            inputs[self.label_name] = torch.where(
+                dropped, torch.full_like(label, self.null_label), label
+            )
         for key, name in self.conditions:
             inputs[name] = entry(sample, key, "rectified_flow")
-        return Prepared(inputs, {"noise": noise, "x_start": clean, "x_t": noisy, "t": t, "velocity": noise - clean})
+        return Prepared(
+            inputs,
+            {"noise": noise, "x_start": clean, "x_t": noisy, "t": t, "velocity": noise - clean},
+        )
 
     def loss(self, outputs: Any, prepared: Prepared) -> Tensor:
         """Mean squared error of the velocity."""
         velocity = prepared.targets["velocity"]
         output = primary(outputs)
         if output.shape != velocity.shape:
-            raise ValueError(f"rectified_flow wants a velocity of shape {tuple(velocity.shape)}, the model gave {tuple(output.shape)}")
+            raise ValueError(
+                f"rectified_flow wants a velocity of shape {tuple(velocity.shape)}, the model gave {tuple(output.shape)}"
+            )
         return (output.float() - velocity.float()).square().mean()
 
     def metrics(self, outputs: Any, prepared: Prepared) -> dict[str, float]:
         """`mse` of the velocity."""
         return {"mse": self.loss(outputs, prepared).item()}
 
-    def sample(self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any) -> Tensor:
+    def sample(
+        self, model: Callable[..., Any], *, count: int, generator: torch.Generator, **options: Any
+    ) -> Tensor:
         """Integrate the flow from noise to `count` latents [count, *shape] by Euler steps.
 
         Options: `steps` (default 28), `guidance` (1.0 is none), `labels` [count] or an int, `conditions`, a mapping of forward
@@ -101,33 +112,52 @@ class RectifiedFlow:
         batch: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        start = (torch.randn(count, *self.shape, generator=generator) if noise is None else noise.float()).to(device)
+        start = (
+            torch.randn(count, *self.shape, generator=generator) if noise is None else noise.float()
+        ).to(device)
         if isinstance(labels, int):
             labels = torch.full((count,), labels, dtype=torch.int64)
         if labels is None:
             labels, guidance = torch.full((count,), self.null_label, dtype=torch.int64), 1.0
         labels = labels.to(device)
         extra = {name: value.to(device) for name, value in (conditions or {}).items()}
-        times = [float(time) for time in self._shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))]
+        times = [
+            float(time)
+            for time in self._shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        ]
         size, done = batch or count, list[Tensor]()
         with torch.inference_mode():
             for first in range(0, count, size):
                 cut = slice(first, first + size)
                 x, given = start[cut], {name: value[cut] for name, value in extra.items()}
                 for now, then in pairwise(times):
-                    x = x + (then - now) * self._velocity(model, x, now, labels[cut], given, guidance)
+                    x = x + (then - now) * self._velocity(
+                        model, x, now, labels[cut], given, guidance
+                    )
                 done.append(x)
         return torch.cat(done).clone()
 
     def _velocity(
-        self, model: Callable[..., Any], x: Tensor, now: float, labels: Tensor, given: Mapping[str, Tensor], guidance: float
+        self,
+        model: Callable[..., Any],
+        x: Tensor,
+        now: float,
+        labels: Tensor,
+        given: Mapping[str, Tensor],
+        guidance: float,
     ) -> Tensor:
         guided = guidance != 1.0 and self.label_key is not None
-        inputs = {name: torch.cat([value, value]) if guided else value for name, value in given.items()}
+        inputs = {
+            name: torch.cat([value, value]) if guided else value for name, value in given.items()
+        }
         inputs[self.x_name] = torch.cat([x, x]) if guided else x
-        inputs[self.t_name] = torch.full((len(inputs[self.x_name]),), now * self.t_scale, device=x.device)
+        inputs[self.t_name] = torch.full(
+            (len(inputs[self.x_name]),), now * self.t_scale, device=x.device
+        )
         if self.label_key is not None:
-            inputs[self.label_name] = torch.cat([labels, torch.full_like(labels, self.null_label)]) if guided else labels
+            inputs[self.label_name] = (
+                torch.cat([labels, torch.full_like(labels, self.null_label)]) if guided else labels
+            )
         output = primary(model(**inputs)).float()
         if not guided:
             return output

@@ -26,20 +26,34 @@ class Denoiser:
     null_label: int
     guided_channels: int | None
 
-    def __call__(self, x: Tensor, t: int, labels: Tensor | None, guidance: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, x: Tensor, t: int, labels: Tensor | None, guidance: float
+    ) -> tuple[Tensor, Tensor | None]:
         """Noise [B, C, …] and the variance's fraction [B, C, …], or None where the variance is fixed."""
         guided = guidance != 1.0 and labels is not None
         inputs = {self.x_name: torch.cat([x, x]) if guided else x}
-        inputs[self.t_name] = torch.full((len(inputs[self.x_name]),), t, dtype=torch.int64, device=x.device)
+        inputs[self.t_name] = torch.full(
+            (len(inputs[self.x_name]),), t, dtype=torch.int64, device=x.device
+        )
         if self.label_name is not None:
             null = torch.full((len(x),), self.null_label, dtype=torch.int64, device=x.device)
-            inputs[self.label_name] = torch.cat([labels, null]) if guided and labels is not None else null if labels is None else labels
+            inputs[self.label_name] = (
+                torch.cat([labels, null])
+                if guided and labels is not None
+                else null
+                if labels is None
+                else labels
+            )
         output = primary(self.model(**inputs)).float()
         if guided:
             output, free = output.chunk(2)
             k = self.channels if self.guided_channels is None else self.guided_channels
-            output = torch.cat([free[:, :k] + guidance * (output[:, :k] - free[:, :k]), output[:, k:]], dim=1)
-        return output[:, : self.channels], output[:, self.channels :] if self.learned_variance else None
+            output = torch.cat(
+                [free[:, :k] + guidance * (output[:, :k] - free[:, :k]), output[:, k:]], dim=1
+            )
+        return output[:, : self.channels], output[
+            :, self.channels :
+        ] if self.learned_variance else None
 
 
 def draw(
@@ -73,17 +87,28 @@ def draw(
     if labels is not None and len(labels) != count:
         raise ValueError(f"{count} samples need {count} labels, not {len(labels)}")
     spaced = schedule.respaced(steps)
-    x = (torch.randn(count, *shape, generator=generator) if noise is None else noise.float()).to(device)
+    x = (torch.randn(count, *shape, generator=generator) if noise is None else noise.float()).to(
+        device
+    )
     labels = None if labels is None else labels.to(device)
     random = method == "ddpm" or eta > 0
     size = batch or count
     with torch.inference_mode():
         for step in reversed(range(steps)):
-            fresh = torch.randn(count, *shape, generator=generator).to(device) if random and step > 0 else None
+            fresh = (
+                torch.randn(count, *shape, generator=generator).to(device)
+                if random and step > 0
+                else None
+            )
             parts: list[Tensor] = []
             for start in range(0, count, size):
                 cut = slice(start, start + size)
-                eps, fraction = denoiser(x[cut], int(spaced.timesteps[step]), None if labels is None else labels[cut], guidance)
+                eps, fraction = denoiser(
+                    x[cut],
+                    int(spaced.timesteps[step]),
+                    None if labels is None else labels[cut],
+                    guidance,
+                )
                 kick = None if fresh is None else fresh[cut]
                 if method == "ddim":
                     parts.append(_ddim(spaced, step, x[cut], eps, kick, eta, clip))
@@ -99,7 +124,15 @@ def _clean(schedule: Schedule, step: int, x: Tensor, eps: Tensor, clip: bool) ->
     return clean.clamp(-1, 1) if clip else clean
 
 
-def _ddim(schedule: Schedule, step: int, x: Tensor, eps: Tensor, kick: Tensor | None, eta: float, clip: bool) -> Tensor:
+def _ddim(
+    schedule: Schedule,
+    step: int,
+    x: Tensor,
+    eps: Tensor,
+    kick: Tensor | None,
+    eta: float,
+    clip: bool,
+) -> Tensor:
     bar, before = float(schedule.alphas_cumprod[step]), float(schedule.alphas_cumprod_prev[step])
     clean = _clean(schedule, step, x, eps, clip)
     if clip:
@@ -109,7 +142,15 @@ def _ddim(schedule: Schedule, step: int, x: Tensor, eps: Tensor, kick: Tensor | 
     return x if kick is None else x + sigma * kick
 
 
-def _ddpm(schedule: Schedule, step: int, x: Tensor, eps: Tensor, fraction: Tensor | None, kick: Tensor | None, clip: bool) -> Tensor:
+def _ddpm(
+    schedule: Schedule,
+    step: int,
+    x: Tensor,
+    eps: Tensor,
+    fraction: Tensor | None,
+    kick: Tensor | None,
+    clip: bool,
+) -> Tensor:
     of_clean, of_noisy = (float(table[step]) for table in schedule.posterior_coefficients)
     mean = of_clean * _clean(schedule, step, x, eps, clip) + of_noisy * x
     if kick is None:

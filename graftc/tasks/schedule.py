@@ -48,13 +48,19 @@ class Schedule:
     def posterior_log_variance(self) -> Tensor:
         """Its logarithm, with step 0 given the value of step 1, since log 0 has none."""
         variance = self.posterior_variance
-        return torch.cat([variance[1:2], variance[1:]]).log() if len(variance) > 1 else variance.clamp_min(1e-20).log()
+        return (
+            torch.cat([variance[1:2], variance[1:]]).log()
+            if len(variance) > 1
+            else variance.clamp_min(1e-20).log()
+        )
 
     @property
     def posterior_coefficients(self) -> tuple[Tensor, Tensor]:
         """(a, b) such that the mean of q(x_{t-1} | x_t, x_0) is a x_0 + b x_t."""
         bar, before = self.alphas_cumprod, self.alphas_cumprod_prev
-        return self.betas * before.sqrt() / (1 - bar), (1 - before) * (1 - self.betas).sqrt() / (1 - bar)
+        return self.betas * before.sqrt() / (1 - bar), (1 - before) * (1 - self.betas).sqrt() / (
+            1 - bar
+        )
 
     def respaced(self, steps: int) -> Schedule:
         """The schedule that visits only `steps` of these steps, evenly spread, the first and the last among them.
@@ -64,8 +70,14 @@ class Schedule:
         """
         total = len(self.betas)
         if not 1 <= steps <= total:
-            raise ValueError(f"a schedule of {total} steps cannot be sampled in {steps}: choose 1 to {total}")
-        keep = [round(i * (total - 1) / max(steps - 1, 1)) for i in range(steps)] if steps > 1 else [total - 1]
+            raise ValueError(
+                f"a schedule of {total} steps cannot be sampled in {steps}: choose 1 to {total}"
+            )
+        keep = (
+            [round(i * (total - 1) / max(steps - 1, 1)) for i in range(steps)]
+            if steps > 1
+            else [total - 1]
+        )
         bar = self.alphas_cumprod[keep]
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         return Schedule(betas=1 - bar / before, timesteps=self.timesteps[keep])

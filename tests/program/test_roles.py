@@ -213,7 +213,9 @@ def test_multihead_attention_with_weights() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.attn(x, x, x, need_weights=True)[0]
 
-    analysis = analyse(capture(Model(Wrapped().train(), {"x": torch.randn(3, 5, 16)}, dynamic={"x": {}})))
+    analysis = analyse(
+        capture(Model(Wrapped().train(), {"x": torch.randn(3, 5, 16)}, dynamic={"x": {}}))
+    )
     (site,) = analysis.of_role("self_attention")
     assert (site.facts["heads"], site.facts["kv_heads"], site.facts["head_dim"]) == (2, 2, 8)
 
@@ -221,6 +223,8 @@ def test_multihead_attention_with_weights() -> None:
 def test_flops_are_of_one_sample_whatever_is_dynamic_first() -> None:
     flops: set[int] = set()
     for dynamic in ({0: "batch", 1: "tokens"}, {1: "tokens", 0: "batch"}):
-        model = Model(nn.Sequential(Gated()), {"input": torch.randn(2, 5, 8)}, dynamic={"input": dynamic})
+        model = Model(
+            nn.Sequential(Gated()), {"input": torch.randn(2, 5, 8)}, dynamic={"input": dynamic}
+        )
         flops.add(analyse(capture(model)).flops[""])
     assert flops == {3 * 2 * 5 * 8 * 16}

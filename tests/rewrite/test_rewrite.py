@@ -281,7 +281,11 @@ class WithSpare(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.act, self.down = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)
+        self.up, self.act, self.down = (
+            torch.nn.Linear(8, 16),
+            torch.nn.ReLU(),
+            torch.nn.Linear(16, 8),
+        )
         self.mlp = torch.nn.Sequential(self.up, self.act, self.down)
         self.spare = torch.nn.Linear(8, 8)
 
