@@ -35,10 +35,14 @@ class Size:
 
 # The files' own budgets are for `table.py`; these keep the demo within five minutes on two cores.
 DEFAULT = Size(
-    Budget(stage1=150, stage2=150), Protocol(samples=500, seeds=(0,)), tuned_controls=False
+    Budget(stage1=150, stage2=150, rate2=3e-4),
+    Protocol(samples=500, seeds=(0,)),
+    tuned_controls=False,
 )
 QUICK = Size(
-    Budget(stage1=40, stage2=40), Protocol(samples=200, seeds=(0,), steps=10), tuned_controls=False
+    Budget(stage1=40, stage2=40, rate2=1e-4),
+    Protocol(samples=200, seeds=(0,), steps=10),
+    tuned_controls=False,
 )
 
 

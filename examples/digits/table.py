@@ -186,8 +186,9 @@ def _training(made: Made, budget: Budget) -> str:
         stage2 = grafted.build.targets["stage2"]
         asked = sorted({s["budget"]["steps"] for s in grafted.build.targets["sites"]})
         steps = "/".join(map(str, [budget.stage1] if budget.stage1 else asked))
+        rate = f" at rate {budget.rate2:g}, below the file's" if budget.rate2 else ""
         said.append(
-            f"{name}: {steps} steps of stage 1 (each site), {budget.stage2 or stage2['steps']} of stage 2, batch {stage2['batch']}."
+            f"{name}: {steps} steps of stage 1 (each site), {budget.stage2 or stage2['steps']} of stage 2{rate}, batch {stage2['batch']}."
         )
     return " ".join(said)
 

@@ -41,10 +41,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Budget:
-    """Training steps of the two stages; None is what the `.graft` file says."""
+    """Training steps of the two stages, and stage 2's rate; None is what the `.graft` file says.
+
+    A stage 2 cut short needs a lower rate: it ends before the file's rate has been halved.
+    """
 
     stage1: int | None = None
     stage2: int | None = None
+    rate2: float | None = None
+
+    def finetuning(self) -> dict[str, Any]:
+        """The options of `verbs.finetune`."""
+        return {"steps": self.stage2, "lr": self.rate2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +119,7 @@ def teacher_finetuned(build: Build, budget: Budget, progress: Progress | None = 
     """The teacher given the same stage 2 as a build's student: what the further steps alone are worth."""
     from safetensors.torch import load_file
 
-    run = verbs.finetune(build, DATA, model="teacher", steps=budget.stage2, progress=progress)
+    run = verbs.finetune(build, DATA, model="teacher", **budget.finetuning(), progress=progress)
     row = teacher_row()
     module = build.teacher().eval()
     module.load_state_dict(load_file(run.weights))
@@ -165,7 +173,7 @@ def graft(
         )
         rows.append(_after(first, build, run.id, "stage 1", f"{name}, after stage 1", compute))
     if "stage 2" in stages:
-        run = verbs.finetune(build, DATA, steps=budget.stage2, progress=progress)
+        run = verbs.finetune(build, DATA, **budget.finetuning(), progress=progress)
         tell(run)
         compute = rows[-1].compute + training_flops(student, run.steps, BATCH)
         said = f"{name}, {'same' if control else 'after'} stage 2"

@@ -22,6 +22,7 @@ from graftc.distillation.sources import (
     Stream,
     head,
     is_sized,
+    length,
     permutation,
     seeded,
     shape_text,
@@ -115,7 +116,7 @@ def open_data(
         held = given or head(data, _held_count(held_out, samples or 640), "DATA")
         stream = Stream(data, 0 if given else len(held), samples)
         return Data(stream, held, held[0], seed)
-    size = len(data)
+    size = length(data)
     if size == 0:
         fail("G520", "DATA is empty", site="DATA", wanted="at least one sample", found="0")
     indices = list(range(size))

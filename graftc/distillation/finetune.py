@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,13 +41,15 @@ def finetune(
     device: str = "cpu",
     threads: int | None = None,
     checkpoint_every: int | None = None,
+    sources: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Finetune a build's student end to end on the task's loss; the run is `DIR/runs/ID`.
 
     `run` is the stage-1 run to start from: an ID, "untrained", or None for the newest that is
     finished (untrained where there is none). `model="teacher"` gives the teacher the same stage 2
-    (parent: none). What is given overrides `stage2` of the targets; `resume` as in `distill`. The
+    (parent: none). What is given overrides `stage2` of the targets; `resume` and
+    `sources` as in `distill`. The
     result's weights are the EMA ones; its metrics are the task's loss over the held-out samples.
     """
     targets = from_dict(build.targets)
@@ -71,7 +74,9 @@ def finetune(
     stage = "finetune" if model == "student" else "teacher"
     if parent is not None:
         finished(build.path, parent)  # before a directory is made
-    with open_run(build, stage, options=options, parent=parent, resume=resume) as opened:
+    with open_run(
+        build, stage, options=options, parent=parent, resume=resume, sources=sources
+    ) as opened:
         if (done := opened.result()) is not None:
             return done
         chosen = opened.options

@@ -180,8 +180,11 @@ def open_run(
     options: Mapping[str, Any],
     parent: str | None = None,
     resume: str | None = None,
+    sources: Mapping[str, Any] | None = None,
 ) -> Generator[Run]:
     """A new run, or the one called `resume` with the options it was started with, locked.
+
+    `sources` (plain data) goes into `run.yaml` as it is; a resumed run keeps the ones it has.
 
     Raises GraftError: no such run (G560), a run of another stage (G562), another process at work
     in it (G563), options that differ from the run's (G564), targets that changed since (G565).
@@ -200,10 +203,14 @@ def open_run(
             "targets": digest,
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         }
+        if sources is not None:
+            facts["sources"] = dict(sources)
     else:
         path = _existing(Path(build.path), resume)
         facts = load_yaml(path / "run.yaml")
         _same_run(facts, stage, options, digest, path)
+        if sources is not None:
+            facts.setdefault("sources", dict(sources))
     with _locked(path):
         save_yaml(path / "run.yaml", facts)
         yield Run(path, facts)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from graftc.diagnostics import Diagnostic, GraftError, Note, fail
+from graftc.diagnostics import GraftError, fail
+from graftc.program.model import user_error
 
 Sample = dict[str, Tensor]
 
@@ -99,13 +101,7 @@ class Dataset:
         for position in range(first, first + count):
             epoch, place = divmod(position, self.size)
             chosen.append(self.indices[permutation(self.size, "order", self.seed, epoch)[place]])
-        return [(index, as_sample(self._get(index), index)) for index in chosen]
-
-    def _get(self, index: int) -> Any:
-        try:
-            return self.data[index]
-        except Exception as error:
-            raise data_error(error, f"DATA[{index}]") from error
+        return [(index, item(self.data, index, "DATA")) for index in chosen]
 
 
 @dataclass
@@ -140,15 +136,17 @@ class Stream:
         return found
 
     def _restart(self) -> None:
-        fresh = iter(self.data)
+        with told("DATA"):
+            fresh = iter(self.data)
         if self._iterator is not None and fresh is self._iterator:
             fail("G523", "DATA ran out of samples and can be iterated only once", site="DATA",
                  found=f"{self._in_epoch} samples after the {self.skip} held out",
                  help="return an object with `__iter__` (or with `__len__` and `__getitem__`), "
                       "not a generator")  # fmt: skip
         self._iterator, self._in_epoch = fresh, 0
-        for _ in range(self.skip):
-            next(fresh, None)
+        with told("DATA"):
+            for _ in range(self.skip):
+                next(fresh, None)
 
     def _next(self) -> Any:
         for attempt in (0, 1):
@@ -187,18 +185,33 @@ def is_sized(data: Any) -> bool:
 def head(data: Any, count: int, what: str) -> tuple[Sample, ...]:
     """The first samples of any DATA."""
     if is_sized(data):
-        count = min(count, len(data))
-        samples = tuple(as_sample(data[i], i) for i in range(count))
+        samples = tuple(item(data, i, what) for i in range(min(count, length(data, what))))
     else:
-        if iter(data) is data:
+        with told(what):
+            once = iter(data) is data
+        if once:
             fail("G523", f"{what} can be iterated only once", site=what,
                  wanted="an object that can be iterated again, to resume and for further epochs",
                  found=type(data).__name__,
                  help="return an object with `__iter__`, not a generator")  # fmt: skip
-        samples = tuple(as_sample(v, i) for i, v in zip(range(count), data, strict=False))
+        with told(what):
+            raw = list(islice(data, count))
+        samples = tuple(as_sample(value, i) for i, value in enumerate(raw))
     if not samples:
         fail("G520", f"{what} is empty", site=what, wanted="at least one sample", found="0")
     return samples
+
+
+def item(data: Any, index: int, what: str) -> Sample:
+    """One sample of a sized DATA."""
+    with told(f"{what}[{index}]"):
+        raw = data[index]
+    return as_sample(raw, index)
+
+
+def length(data: Any, what: str = "DATA") -> int:
+    with told(what):
+        return len(data)
 
 
 @dataclass(frozen=True)
@@ -220,21 +233,28 @@ def call_data(function: Callable[[], Any]) -> Any:
     >>> len(list(data)), len(list(data))
     (1, 1)
     """
-    try:
+    with told("DATA"):
         made = function()
-    except Exception as error:
-        raise data_error(error, "DATA") from error
     return Recalled(function) if isinstance(made, Iterator) else made
 
 
-def data_error(error: BaseException, site: str) -> GraftError:
-    """A diagnostic for an exception in the user's DATA, with the line that raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1] if frames else None
-    notes = (Note(f"{last.filename}:{last.lineno}: {last.line}"),) if last else ()
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = f"DATA raised {type(error).__name__}: {first}"
-    return GraftError(Diagnostic("G527", text, site=site, notes=notes))
+def data_error(error: BaseException, site: str) -> Exception:
+    """A diagnostic (G527) for an exception in the user's DATA, with the user's line that raised."""
+    found = user_error(error, "DATA", site)
+    if isinstance(error, GraftError) or not isinstance(found, GraftError):
+        return found
+    return GraftError(*(replace(d, code="G527") for d in found.diagnostics))
+
+
+@contextmanager
+def told(site: str) -> Generator[None]:
+    """Tell what the user's DATA raises as a diagnostic; a GraftError stays as it is."""
+    try:
+        yield
+    except GraftError:
+        raise
+    except Exception as error:
+        raise data_error(error, site) from error
 
 
 def shape_text(value: Tensor) -> str:

@@ -42,6 +42,7 @@ def distill(
     compile: bool = False,
     threads: int | None = None,
     checkpoint_every: int | None = None,
+    sources: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Train every site of a build on the teacher's activations; the run is `DIR/runs/ID`.
@@ -52,7 +53,8 @@ def distill(
     and draws the noise. `validation` is a DATA to measure errors on; unsaid, a tenth of DATA.
     `stacked` is "auto", "never" or "always". A checkpoint is written every `checkpoint_every` steps
     (unsaid: every minute). `resume` continues a run that was killed, with its own options, and
-    ends with the same bits as an uninterrupted run on the same CPU and threads.
+    ends with the same bits as an uninterrupted run on the same CPU and threads. `sources` is plain
+    data on where DATA and the task came from, kept in `run.yaml` and not compared on `resume`.
 
     Raises GraftError for bad data or a teacher that is not finite; the last checkpoint stays.
     """
@@ -76,7 +78,7 @@ def distill(
         given if resume else {k: defaults.get(k) if v is None else v for k, v in given.items()}
     )
     targets = from_dict(build.targets)
-    with open_run(build, "distill", options=options, resume=resume) as run:
+    with open_run(build, "distill", options=options, resume=resume, sources=sources) as run:
         if (done := run.result()) is not None:
             return done
         with using_threads(run.options["threads"]):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graftc.diagnostics import fail
+from graftc.diagnostics import GraftError, fail
 from graftc.distillation import lora
 from graftc.distillation.budget import Plan, stage2_plan
 from graftc.distillation.data import Data, Task, open_data
@@ -23,9 +24,11 @@ from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm, named
 from graftc.distillation.run import Progress, Run
 from graftc.distillation.scopes import random_of
+from graftc.distillation.sources import describe
 from graftc.distillation.stage1 import Saver, silent, under
 from graftc.distillation.students import is_under
 from graftc.distillation.targets import Lora, ModelInput, Stage2
+from graftc.program.model import user_error
 
 PHASE = "stage2"
 _HOPELESS = 20
@@ -209,7 +212,7 @@ class _Stage2:
         )
         self.optimiser.zero()
         with random_of(self.seed, PHASE, step):
-            loss = self.task.loss(self.module(**prepared.inputs), prepared)
+            loss = self._loss(prepared)
             loss.backward()
         parameters = list(self.parameters.values())
         value, norm = torch.stack([loss.detach().float(), gradient_norm(parameters)]).tolist()
@@ -233,13 +236,25 @@ class _Stage2:
             for i, made in enumerate(self.data.validation(self.task, self.plan.batch)):
                 prepared = self._checked(made, f"held-out batch {i}")
                 size = len(next(iter(prepared.inputs.values())))
-                loss = self.task.loss(self.module(**prepared.inputs), prepared)
+                loss = self._loss(prepared)
                 total, count = total + float(loss) * size, count + size
         return total / count
 
+    def _loss(self, prepared: Any) -> Tensor:
+        """The task's loss; what the user's code raises, or returns in its place, is told (G203)."""
+        outputs = self.module(**prepared.inputs)
+        with _told("TASK.loss"):
+            loss = self.task.loss(outputs, prepared)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"`loss` returned {describe(loss)}, not a tensor of one number")
+        return loss
+
     def _checked(self, prepared: Any, where: str) -> Any:
-        check_inputs(prepared.inputs, self.inputs, where)
-        return prepared.to(self.device)
+        with _told("TASK.prepare"):
+            inputs = prepared.inputs
+        check_inputs(inputs, self.inputs, where)
+        with _told("TASK.prepare"):
+            return prepared.to(self.device)
 
     def _elapsed(self) -> float:
         return self.state.seconds + time.monotonic() - self.started
@@ -272,6 +287,17 @@ class _Stage2:
         self.optimiser.load(under(tensors, "optimiser."))
         self.state = _State(**facts["state"])
         self.state.curve = [(int(s), float(x)) for s, x in facts["state"]["curve"]]
+
+
+@contextmanager
+def _told(site: str) -> Generator[None]:
+    """Tell what the user's Task raises as a diagnostic; a GraftError stays as it is."""
+    try:
+        yield
+    except GraftError:
+        raise
+    except Exception as error:
+        raise user_error(error, "TASK", site) from error
 
 
 def terms_of(stage2: Stage2, changes: Mapping[str, Any]) -> Stage2:
