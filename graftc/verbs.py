@@ -122,7 +122,21 @@ def _train(
     engine: Any, build: str | Path | Build, data: Any, task: Any, options: dict[str, Any]
 ) -> RunResult:
     opened = _build(build)
-    return engine(opened, load_data(data), _task(opened, task), **options)
+    return engine(
+        opened, load_data(data), _task(opened, task), sources=_sources(data, task), **options
+    )
+
+
+def _sources(data: Any, task: Any) -> dict[str, Any]:
+    """DATA and TASK by reference and hash, where they were named; for the run's record."""
+    from graftc.program.model import Reference
+
+    named = {"data": data, "task": task}
+    return {
+        key: {"reference": what, "sha256": Reference(what, key.upper()).source_hash()}
+        for key, what in named.items()
+        if isinstance(what, str) and ":" in what
+    }
 
 
 def export(

@@ -171,8 +171,10 @@ def compile_(
     copy_teacher: Annotated[
         bool, typer.Option("--copy-teacher", help="copy the teacher's weights into the build")
     ] = False,
+    format: FormatOption = "text",
 ) -> None:
     """Make the student and its distillation targets."""
+    _format(format)
     from graftc import verbs
     from graftc.cli.render import show_build
 
@@ -231,8 +233,10 @@ def distill(
     lr: RateOption = None,
     seed: MaybeSeed = None,
     resume: ResumeOption = None,
+    format: FormatOption = "text",
 ) -> None:
     """Stage 1: train each new operator on the teacher's activations."""
+    _format(format)
     options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume}
     _training("distill", directory, data, task, options)
 
@@ -255,8 +259,10 @@ def finetune(
     lr: RateOption = None,
     seed: MaybeSeed = None,
     resume: ResumeOption = None,
+    format: FormatOption = "text",
 ) -> None:
     """Stage 2: train the whole student on the task's loss."""
+    _format(format)
     options = {"run": run, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume}
     _training("finetune", directory, data, task, options)
 
@@ -274,8 +280,10 @@ def export(
             help="whose weights; default: the latest finished run's; or `untrained`",
         ),
     ] = None,
+    format: FormatOption = "text",
 ) -> None:
     """Write the student as an ONNX file."""
+    _format(format)
     from graftc import verbs
 
     written = verbs.export(directory, to=to, output=output, run=run)
