@@ -204,13 +204,13 @@ def open_run(
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         }
         if sources is not None:
-            facts["sources"] = dict(sources)
+            facts["sources"] = _plain(sources)
     else:
         path = _existing(Path(build.path), resume)
         facts = load_yaml(path / "run.yaml")
         _same_run(facts, stage, options, digest, path)
         if sources is not None:
-            facts.setdefault("sources", dict(sources))
+            facts.setdefault("sources", _plain(sources))
     with _locked(path):
         save_yaml(path / "run.yaml", facts)
         yield Run(path, facts)
@@ -230,6 +230,11 @@ def _same_run(
     if facts["targets"] != digest:
         fail("G565", "the targets of the build changed after this run began", site=str(path),
              help="start a new run")  # fmt: skip
+
+
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in the types that YAML and JSON share; a path becomes text."""
+    return json.loads(json.dumps(data, default=str))
 
 
 def digest_of(targets: Mapping[str, Any]) -> str:

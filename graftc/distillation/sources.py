@@ -17,6 +17,7 @@ from graftc.diagnostics import GraftError, fail
 from graftc.program.model import user_error
 
 Sample = dict[str, Tensor]
+_END: Any = object()
 
 
 class Source(Protocol):
@@ -153,15 +154,13 @@ class Stream:
             if self._iterator is None or self._in_epoch == self.limit:
                 self._restart()
             assert self._iterator is not None
-            try:
-                value = next(self._iterator)
-            except StopIteration:
+            with told("DATA"):
+                value = next(self._iterator, _END)
+            if value is _END:
                 if attempt or self._in_epoch == 0:
                     break
                 self._restart()
                 continue
-            except Exception as error:
-                raise data_error(error, "DATA") from error
             self._position += 1
             self._in_epoch += 1
             return value

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,68 @@ def export_module(
             partial = Path(folder) / target.name
             with _quiet():
                 program.save(str(partial), external_data=size > _EMBEDDED_LIMIT)
-            beside = [p for p in Path(folder).iterdir() if p != partial]
-            for extra in beside:
-                extra.replace(target.parent / extra.name)
-            with files.whole_file(target) as whole:
-                partial.replace(whole)
+            _install(partial, target)
     except OSError as error:
         files.cannot_write(error, target)
     return target
+
+
+def _install(partial: Path, target: Path) -> None:
+    """Move a new file to its place, its weights before it; those of the file it replaces go last.
+
+    Weights beside the file are called by their hash: the file that stands at `target` keeps its own
+    until the new one has its name.
+    """
+    data = _own_data(partial)
+    name = data.name if data is not None else None
+    new = data is not None and not (target.parent / data.name).exists()
+    try:
+        if data is not None:
+            with files.whole_file(target.parent / data.name) as whole:
+                data.replace(whole)
+        with files.whole_file(target) as whole:
+            partial.replace(whole)
+    except BaseException:
+        if new and name is not None:
+            (target.parent / name).unlink(missing_ok=True)
+        raise
+    stale = re.compile(re.escape(target.name) + r"(\.[0-9a-f]{16})?\.data")
+    for other in list(target.parent.iterdir()):
+        if other.name != name and stale.fullmatch(other.name) and other.is_file():
+            with suppress(OSError):  # the export is whole all the same
+                other.unlink()
+
+
+def _own_data(partial: Path) -> Path | None:
+    """The file of weights beside `partial`, renamed to its hash there and inside `partial`."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    beside = [p for p in partial.parent.iterdir() if p != partial]
+    if not beside:
+        return None
+    (data,) = beside
+    with open(data, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    named = data.rename(data.with_name(f"{partial.name}.{digest}.data"))
+    proto = onnx.load(str(partial), load_external_data=False)
+    for tensor in _tensors(proto):
+        if uses_external_data(tensor):
+            next(e for e in tensor.external_data if e.key == "location").value = named.name
+    partial.write_bytes(proto.SerializeToString())
+    return named
+
+
+def _tensors(proto: Any) -> Iterator[Any]:
+    """Every tensor of a model, those in attributes and in subgraphs too."""
+    graphs: list[Any] = [proto.graph, *proto.functions]
+    while graphs:
+        graph = graphs.pop()
+        yield from getattr(graph, "initializer", ())
+        for attribute in (a for node in graph.node for a in node.attribute):
+            yield attribute.t
+            yield from attribute.tensors
+            graphs += [attribute.g, *attribute.graphs]
 
 
 def _needs(package: str) -> None:

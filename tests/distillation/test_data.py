@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graftc.diagnostics import GraftError
+from graftc.diagnostics import Diagnostic, GraftError
 from graftc.distillation import call_data, open_data
 from graftc.distillation.inputs import check_inputs
 from graftc.distillation.sources import seeded
@@ -160,3 +160,61 @@ def test_another_float_width_passes():
 def test_a_seed_of_parts_is_not_their_sum():
     draws = {float(torch.rand((), generator=seeded(a, b))) for a in range(5) for b in range(5)}
     assert len(draws) == 25
+
+
+def broken(count):
+    def images():
+        yield from NUMBERS[:count]
+        raise OSError("disk gone")  # here
+
+    return images
+
+
+class Unreadable:
+    def __iter__(self):
+        raise OSError("disk gone")  # here
+
+
+class Unsized(Raises):
+    def __len__(self):
+        raise OSError("disk gone")  # here
+
+
+class Told(Raises):
+    def __getitem__(self, index):
+        raise GraftError(Diagnostic("G900", "told already"))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "site"),
+    [
+        (call_data(broken(2)), {"held_out": 4}, "DATA"),  # while samples are held out
+        (call_data(broken(8)), {"held_out": 4}, "DATA"),  # while it trains
+        (Unreadable(), {}, "DATA"),
+        (Unsized(), {}, "DATA"),
+        (NUMBERS, {"validation": Unsized()}, "held-out DATA"),
+        (NUMBERS, {"validation": call_data(broken(2))}, "held-out DATA"),
+        (NUMBERS, {"validation": Raises()}, "held-out DATA[0]"),
+    ],
+)
+def test_what_data_raises_is_told_with_the_line_of_the_user(data, options, site):
+    def read():
+        opened = open_data(data, **options)
+        for step in range(5):
+            opened.raw(step, 2)
+
+    with pytest.raises(GraftError) as raised:
+        read()
+    (found,) = raised.value.diagnostics
+    assert (found.code, found.site) == ("G527", site)
+    assert "DATA raised OSError: disk gone" in found.message
+    assert __file__ in found.notes[0].message
+    assert 'raise OSError("disk gone")' in found.notes[0].message
+    assert not any("graftc/distillation" in note.message for note in found.notes)
+
+
+def test_a_diagnostic_from_data_stays_as_it_is():
+    with pytest.raises(GraftError) as raised:
+        open_data(Told())
+    assert raised.value.diagnostics[0].code == "G900"
+    assert raised.value.__cause__ is None

@@ -240,3 +240,24 @@ def test_a_checkpoint_is_replaced_or_left(tmp_path):
 
 def test_a_digest_tells_targets_apart():
     assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1}) != digest_of({"a": 2})
+
+
+def test_a_run_says_what_it_was_made_with(tmp_path):
+    made = build(tmp_path)
+    sources = {
+        "data": {"reference": "data.py:images", "sha256": "ab" * 32, "path": Path("data.py")},
+        "command": ["graftc", "distill"],
+    }
+    plain = {**sources, "data": {**sources["data"], "path": "data.py"}}
+    with pytest.raises(Killed):
+        stage1(made, progress=killer(5), sources=sources)
+    assert runs(tmp_path)["0001-distill"]["sources"] == plain
+    resumed = {"resume": "0001-distill", "sources": {"command": ["graftc", "distill", "--resume"]}}
+    distill(made, tiny.latents(40), tiny.Denoise(), **resumed)  # not compared, not replaced
+    stage2(made, steps=1, sources={"task": {"reference": "ddpm"}})
+    stage2(made, steps=1)
+    found = runs(tmp_path)
+    assert found["0001-distill"]["status"] == "finished"
+    assert found["0001-distill"]["sources"] == plain
+    assert found["0002-finetune"]["sources"] == {"task": {"reference": "ddpm"}}
+    assert "sources" not in found["0003-finetune"]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from graftc.diagnostics import GraftError, NotRunError
+from graftc.diagnostics import Diagnostic, GraftError, NotRunError
 from graftc.distillation import distill, finetune, finetune_module
 from graftc.distillation.optim import Schedule
 from graftc.distillation.targets import Budget, Lora, Stage2
@@ -206,3 +206,59 @@ def test_inputs_are_checked_here_too(tmp_path):
     with pytest.raises(GraftError) as raised:
         finetune(build(tmp_path), tiny.latents(), Swapped())
     assert raised.value.diagnostics[0].code == "G530"
+
+
+class Faulty(Slope):
+    """A Task that fails in one of its methods, from its loss's call `after` on."""
+
+    def __init__(self, error=None, after=0, returned=None):
+        self.error, self.left, self.returned = error, after, returned
+
+    def loss(self, outputs, prepared):
+        self.left -= 1
+        if self.left >= 0:
+            return super().loss(outputs, prepared)
+        if self.error is not None:
+            raise self.error
+        return self.returned
+
+
+@pytest.mark.parametrize("after", [0, 1])  # on held-out samples, in a step
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"error": KeyError("target")}, "TASK raised KeyError: 'target'"),
+        ({"returned": 0.5}, "`loss` returned float"),
+        ({"returned": torch.ones(3)}, "`loss` returned [3] float32"),
+    ],
+)
+def test_a_loss_that_fails_is_told(after, given, told):
+    with pytest.raises(GraftError) as raised:
+        finetune_module(
+            nn.Linear(1, 1),
+            Faulty(after=after, **given),
+            numbers(),
+            stage2=Stage2(steps=3, batch=4),
+        )
+    (found,) = raised.value.diagnostics
+    assert (found.code, found.site) == ("G203", "TASK.loss")
+    assert told in found.message
+    if "error" in given:
+        assert "raise self.error" in found.notes[0].message
+
+
+def test_a_diagnostic_from_a_task_stays_as_it_is():
+    error = GraftError(Diagnostic("G900", "told already"))
+    with pytest.raises(GraftError) as raised:
+        finetune_module(nn.Linear(1, 1), Faulty(error), numbers(), stage2=Stage2(steps=1, batch=4))
+    assert raised.value is error
+
+
+def test_an_error_of_what_prepare_made_is_told():
+    class Odd(Slope):
+        def prepare(self, sample, generator):
+            return sample
+
+    with pytest.raises(GraftError) as raised:
+        finetune_module(nn.Linear(1, 1), Odd(), numbers(), stage2=Stage2(steps=1, batch=4))
+    assert raised.value.diagnostics[0].site == "TASK.prepare"

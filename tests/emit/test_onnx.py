@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 import torch
 from torch import nn
 
+import graftc.emit.onnx as exporter
+import graftc.emit.verify as verifier
 from graftc.diagnostics import GraftError
 from graftc.emit.build import Build, write_build
 from graftc.emit.onnx import export_module, export_onnx
@@ -172,3 +175,143 @@ def test_compare_does_not_hide_nan():
     assert not compare([torch.zeros(2)], [torch.ones(2)]).within("float32")
     assert compare([torch.zeros(2)], [torch.zeros(2)]).within("float32")
     assert not compare([torch.ones(2)], [torch.ones(3)]).within("float32")
+
+
+def rung(result, name):
+    return next((r for r in result if r.name == name), None)
+
+
+def test_only_a_refusal_of_the_size_counts(build, monkeypatch):
+    def other(session, given):
+        if given["x"].shape[-1] != 8:
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return run(session, given)
+
+    run = verifier._run
+    assert "is refused" in rung(verify(build, batches=(2,)).rungs, "fixed sizes").detail
+    monkeypatch.setattr(verifier, "_run", other)
+    found = rung(verify(build, batches=(2,)).rungs, "fixed sizes")
+    assert found.state == "FAIL"
+    assert "TypeError: Got unsupported ScalarType BFloat16" in found.detail
+
+
+def test_a_file_that_the_runtime_rejects_fails(build, tmp_path):
+    def foreign(proto):
+        proto.graph.node[0].op_type = "NoSuchOperator"
+
+    result = verify(build, changed(build, tmp_path, foreign))
+    found = rung(result.rungs, "ONNX Runtime, CPU")
+    assert found.state == "FAIL"
+    assert "NoSuchOperator" in found.detail
+    assert not result.passed
+    assert not result.not_run
+
+
+def ported(dtype, shape=("batch", 4)):
+    port = {"name": "x", "shape": list(shape), "dtype": dtype, "meaning": "other"}
+    facts = {"mode": "eval", "dtype": dtype, "dynamic": {s: 2 for s in shape if isinstance(s, str)}}
+    outputs = {"kind": "tensor", "names": []}
+    return {"inputs": [port], "outputs": outputs, "facts": facts, "provenance": {}}
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * self.factor).to(x.dtype)
+
+
+class Times(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([3.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def test_a_model_without_a_fixed_size_has_no_such_rung(tmp_path):
+    config, module = ported("float32", ("batch", "tokens")), Times()
+    path = export_module(module, config, tmp_path / "scale.onnx")
+    rungs = check_runtime(path, module, config, batches=(2,))
+    assert rung(rungs, "fixed sizes") is None
+    assert rungs[0].state == "PASS", rungs
+
+
+def test_bfloat16_inputs_reach_the_runtime(tmp_path):
+    """Cast there and back: ONNX Runtime has no other bfloat16 operators on the CPU."""
+    make, types = onnx.helper, onnx.TensorProto
+    weight = make.make_tensor("w", types.FLOAT, [4], [1.0, 2.0, 3.0, 4.0])
+    nodes = [
+        make.make_node("Cast", ["x"], ["a"], to=types.FLOAT),
+        make.make_node("Mul", ["a", "w"], ["b"]),
+        make.make_node("Cast", ["b"], ["output"], to=types.BFLOAT16),
+    ]
+    ports = [make.make_tensor_value_info(n, types.BFLOAT16, ["batch", 4]) for n in ("x", "output")]
+    graph = make.make_graph(nodes, "scale", ports[:1], ports[1:], [weight])
+    proto = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10)
+    onnx.save(proto, str(tmp_path / "half.onnx"))
+
+    class Half(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.float() * torch.arange(1, 5)).bfloat16()
+
+    rungs = check_runtime(tmp_path / "half.onnx", Half(), ported("bfloat16"), batches=(2, 3))
+    assert {r.name: r.state for r in rungs} == {
+        "ONNX Runtime, batch 2": "PASS",
+        "ONNX Runtime, batch 3": "PASS",
+        "fixed sizes": "PASS",
+        "negative control": "PASS",
+    }, rungs
+
+
+def test_weights_beside_the_file_are_replaced_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "_EMBEDDED_LIMIT", 0)
+    (tmp_path / "wide.onnx").write_bytes(b"of an older version")
+    (tmp_path / "wide.onnx.data").write_bytes(b"of an older version")
+    (tmp_path / "wide.onnx.mine.data").write_bytes(b"of someone else")
+    config, first, second = ported("float32", ("batch", 64)), nn.Linear(64, 64), nn.Linear(64, 64)
+    for module in (first, second):
+        module.forward = lambda x, m=module: torch.nn.functional.linear(x, m.weight, m.bias)
+    path = tmp_path / "wide.onnx"
+
+    def names():
+        return sorted(p.name for p in tmp_path.iterdir())
+
+    def passes(module):
+        rungs = check_runtime(path, module, config, batches=(2,))
+        return {r.state for r in rungs} == {"PASS"}
+
+    export_module(first, config, path)
+    old = names()
+    assert len(old) == 3
+    assert re.fullmatch(r"wide\.onnx\.[0-9a-f]{16}\.data", old[1])
+    assert old[2] == "wide.onnx.mine.data"
+    assert passes(first)
+
+    whole = exporter.files.whole_file
+
+    def full(target):
+        if target.name == "wide.onnx":
+            exporter.files.cannot_write(OSError(28, "No space left on device"), target)
+        return whole(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter.files, "whole_file", full)
+        with pytest.raises(GraftError, match="what was there before is unchanged"):
+            export_module(second, config, path)
+    assert names() == old
+    assert passes(first)
+
+    export_module(second, config, path)
+    assert len(names()) == 3
+    assert names()[1] != old[1]
+    assert passes(second)
+    export_module(second, config, path)  # the same weights again
+    assert passes(second)
+    monkeypatch.setattr(exporter, "_EMBEDDED_LIMIT", 10**9)
+    export_module(second, config, path)
+    assert names() == ["wide.onnx", "wide.onnx.mine.data"]
+    assert passes(second)
