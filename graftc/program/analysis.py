@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -30,6 +30,24 @@ Fact = int | float | bool | str | None
 ATTENTION_ROLES = ("self_attention", "cross_attention", "joint_attention")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An input of a site that its replacement can take over: a mask, or rotary positions.
+
+    `arguments` are positions among the site's call arguments: one for a mask, cos and sin for
+    rotary. `form` says what they mean. A mask is `additive` (added to the scores) or `boolean`
+    (True where a token is seen); rotary is `half` (x · cos + rotate_half(x) · sin, as in Llama) or
+    `interleaved` (neighbouring features are a pair).
+    """
+
+    arguments: tuple[int, ...]
+    form: Literal["additive", "boolean", "half", "interleaved"]
+
+
+def _nothing_kept() -> Mapping[str, Kept]:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """A module that plays a role.
@@ -37,7 +55,8 @@ class Site:
     `graph` and `node` say which call it is; `stream` which of its arguments is the token stream;
     `block` is (chain name, index) for a site in a block, or the block itself. `facts` are what `where`
     reads (`dim`, `heads`, `tokens`, `causal`, `params`, `flops`, …); `has` what an operator would have to keep
-    ('mask', 'rotary', 'causal', 'groups').
+    ('mask', 'rotary', 'causal', 'groups'). `kept`: those of mask and rotary that are whole inputs of the
+    call, so that an operator can take them; what a site computes inside itself is in `has` alone.
     """
 
     path: str
@@ -49,6 +68,7 @@ class Site:
     block: tuple[str, int] | None = None
     has: frozenset[str] = frozenset()
     class_name: str = ""
+    kept: Mapping[str, Kept] = field(default_factory=_nothing_kept)
 
 
 @dataclass(frozen=True, eq=False)
