@@ -20,7 +20,7 @@ from graftc.language.check import check
 from graftc.language.rules import Rules
 from graftc.program.analysis import Analysis, Site, analyse
 from graftc.program.capture import capture
-from graftc.program.model import Model, Reference, as_model, load_model
+from graftc.program.model import Model, Reference, as_model, load_model, source_of
 from graftc.program.parts import PartRef, part_refs
 from graftc.program.program import Program
 from graftc.rewrite.apply import Patch, apply
@@ -137,7 +137,7 @@ def compile_build(
                       "parameters": dict(rules.parameters)},
             "model": _named(model, "MODEL"),
             "data": _named(data, "DATA"),
-            "task": _task_entry(task),
+            "task": _task_entry(task, loaded.task),
             "checks": list(compiled.checks),
         },
         copy_teacher=copy_teacher or not isinstance(model, str),
@@ -194,11 +194,14 @@ def _named(what: Any, kind: str) -> dict[str, str] | None:
     return {"reference": what, "absolute": named.absolute(), "sha256": named.source_hash()}
 
 
-def _task_entry(task: Any) -> dict[str, str] | None:
-    """A shipped task by its name, the user's own by its file."""
-    if isinstance(task, str) and ":" not in task:
-        return {"reference": task, "absolute": task}
-    return _named(task, "TASK")
+def _task_entry(task: Any, own: Any) -> dict[str, str] | None:
+    """A shipped task by its name, the user's by its file, an object (the model's own, too) by its class."""
+    chosen = own if task is None else task
+    if isinstance(chosen, str):
+        return (
+            _named(chosen, "TASK") if ":" in chosen else {"reference": chosen, "absolute": chosen}
+        )
+    return None if chosen is None else source_of(chosen)
 
 
 def _versions() -> dict[str, str]:

@@ -123,20 +123,27 @@ def _train(
 ) -> RunResult:
     opened = _build(build)
     return engine(
-        opened, load_data(data), _task(opened, task), sources=_sources(data, task), **options
+        opened,
+        load_data(data),
+        _task(opened, task),
+        sources=_sources(opened, data, task),
+        **options,
     )
 
 
-def _sources(data: Any, task: Any) -> dict[str, Any]:
-    """DATA and TASK by reference and hash, where they were named; for the run's record."""
-    from graftc.program.model import Reference
+def _sources(build: Build, data: Any, task: Any) -> dict[str, Any]:
+    """DATA and TASK for the run's record: by reference and hash where they were named, else by class."""
+    from graftc.program.model import Reference, source_of
 
-    named = {"data": data, "task": task}
-    return {
-        key: {"reference": what, "sha256": Reference(what, key.upper()).source_hash()}
-        for key, what in named.items()
-        if isinstance(what, str) and ":" in what
-    }
+    def entry(what: Any, kind: str) -> dict[str, str]:
+        if not isinstance(what, str):
+            return source_of(what)
+        if ":" not in what:
+            return {"reference": what}
+        return {"reference": what, "sha256": Reference(what, kind).source_hash()}
+
+    used = build.manifest.get("task") if task is None else entry(task, "TASK")
+    return {"data": entry(data, "DATA"), "task": used}
 
 
 def export(
@@ -237,8 +244,8 @@ def load_task(task: str | Any) -> Any:
 def _task(build: Build, task: str | Any) -> Any:
     if task is not None:
         return load_task(task)
-    recorded = build.manifest.get("task")
-    if recorded:
+    recorded = build.manifest.get("task") or {}
+    if "absolute" in recorded:  # else it is the model's own, or was given as an object
         return load_task(recorded["absolute"])
     model = (build.manifest.get("model") or {}).get("absolute")
     own = _model(model, on_meta=True).task if model else None

@@ -35,6 +35,8 @@ def test_a_build_says_what_made_it(build: Path) -> None:
     manifest = yaml.safe_load((build / "manifest.yaml").read_text())
     assert manifest["model"]["reference"] == MODEL
     assert len(manifest["model"]["sha256"]) == len(manifest["rules"]["sha256"]) == 64
+    assert manifest["task"]["class"] == "graftc.tasks.ddpm.DDPM"  # the model's own
+    assert len(manifest["task"]["sha256"]) == 64
     assert manifest["command"].startswith("graftc")
     assert manifest["versions"]["torch"] == torch.__version__
     assert {p.name for p in build.iterdir()} >= {"student", "teacher", "plan.yaml", "targets.yaml"}
@@ -45,6 +47,9 @@ def test_distil_finetune_export_verify(build: Path, capsys: pytest.CaptureFixtur
     quick = ["--steps", "3", "--batch", "16"]
     assert run("distill", str(build), "-d", DATA, *quick) == 0
     assert "0001-distill" in capsys.readouterr().out
+    made_by = yaml.safe_load((build / "runs/0001-distill/run.yaml").read_text())["sources"]
+    assert made_by["data"]["reference"] == DATA
+    assert made_by["task"]["class"] == "graftc.tasks.ddpm.DDPM"
     assert run("finetune", str(build), "-d", DATA, *quick) == 0
     assert "0002-finetune" in capsys.readouterr().out
     assert run("export", str(build), "--to", "onnx") == 0

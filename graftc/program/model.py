@@ -177,6 +177,18 @@ class Reference:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
 
 
+def source_of(value: object) -> dict[str, str]:
+    """The class of a value and the SHA-256 of the file that defines it ('' where it has none)."""
+    cls = type(value)
+    try:
+        path = inspect.getsourcefile(cls)
+    except TypeError:  # built in, or made in an interactive session
+        path = None
+    found = Path(path) if path else None
+    digest = hashlib.sha256(found.read_bytes()).hexdigest() if found and found.is_file() else ""
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "sha256": digest}
+
+
 def user_error(error: BaseException, what: str, site: str) -> Exception:
     """A GraftError for an exception in the user's code, with the user's own line in it."""
     from graftc.diagnostics import Diagnostic, GraftError
