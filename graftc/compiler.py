@@ -20,7 +20,7 @@ from graftc.language.check import check
 from graftc.language.rules import Rules
 from graftc.program.analysis import Analysis, Site, analyse
 from graftc.program.capture import capture
-from graftc.program.model import Model, Reference, as_model, load_model, source_of
+from graftc.program.model import Model, Reference, as_model, load_model, model_reference, source_of
 from graftc.program.parts import PartRef, part_refs
 from graftc.program.program import Program
 from graftc.rewrite.apply import Patch, apply
@@ -142,7 +142,7 @@ def compile_build(
         },
         copy_teacher=copy_teacher or not isinstance(model, str),
         provenance={n.path: f"{e.rule.name} @ {e.origin}" for e in compiled.plan.edits for n in e.new},
-        model=Reference(model).absolute() if isinstance(model, str) else "",
+        model=model_reference(model).absolute() if isinstance(model, str) else "",
         made_by=f"graftc {__version__} from {file.name}",
     )  # fmt: skip
 
@@ -190,7 +190,7 @@ def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) ->
 def _named(what: Any, kind: str) -> dict[str, str] | None:
     if not isinstance(what, str):
         return None
-    named = Reference(what, kind)
+    named = model_reference(what) if kind == "MODEL" else Reference(what, kind)
     return {"reference": what, "absolute": named.absolute(), "sha256": named.source_hash()}
 
 

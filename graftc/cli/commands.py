@@ -21,7 +21,12 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[
-    str, typer.Option("-m", "--model", help="MODEL: file.py:function or package.module:function")
+    str,
+    typer.Option(
+        "-m",
+        "--model",
+        help="MODEL: file.py:function, package.module:function, or diffusers:CLASS@FOLDER",
+    ),
 ]
 DataOption = Annotated[
     str, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")
@@ -75,7 +80,11 @@ def _command() -> str:
 @app.command()
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="file.py:function, package.module:function, or diffusers:CLASS@FOLDER",
+        ),
     ],
     format: FormatOption = "text",
 ) -> None:

@@ -13,12 +13,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from graftc.diagnostics import Note, fail, nearest
+
+if TYPE_CHECKING:
+    from graftc.program.libraries import LibraryReference
 
 USER_MODULE = "_graftc_user_"
 """What the names of MODEL, DATA and TASK files begin with among the loaded modules."""
@@ -215,14 +218,23 @@ def user_error(error: BaseException, what: str, site: str) -> Exception:
     )
 
 
+def model_reference(text: str) -> Reference | LibraryReference:
+    """A MODEL word: a function, or a library's class with a folder."""
+    from graftc.program.libraries import LibraryReference
+
+    return LibraryReference.parse(text) if LibraryReference.is_one(text) else Reference(text)
+
+
 def load_model(reference: str, *, on_meta: bool = False) -> Model:
     """The model that `reference` names; on the meta device where `on_meta` (no memory for weights).
 
     Raises GraftError if the function raises, or returns something else than
     `(module, example_inputs)` or a `graftc.Model`.
     """
-    ref = Reference(reference)
-    function = ref.resolve()
+    named = model_reference(reference)
+    if not isinstance(named, Reference):
+        return as_model(named.load(on_meta=on_meta), reference)
+    function = named.resolve()
     try:
         made = _call_on_meta(function) if on_meta else function()
     except Exception as error:
