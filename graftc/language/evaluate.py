@@ -211,6 +211,8 @@ def shown(expr: Expr) -> str:
     if isinstance(expr, Literal_):
         return _show(expr.value)
     if isinstance(expr, Fact):
+        if expr.name == "value":
+            return expr.binding
         options = "".join(f", {k} = {_show(v)}" for k, v in expr.options.items())
         return f"{expr.name}({expr.binding}{options})"
     if expr.op in ("min", "max"):

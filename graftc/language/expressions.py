@@ -74,6 +74,8 @@ def _word(scope: Scope, name: s.Name, depth: int) -> tuple[Expr, Type]:
         return _of_setting(scope, setting, name, depth)
     if text in scope.bindings:
         scope.bindings[text].used = True
+        if not scope.bindings[text].site:  # a number that a pattern captures, or a size
+            return Fact("value", text, {}, name.span), "float"
         fail(
             "G120",
             f"`{text}` is a site, not a value",

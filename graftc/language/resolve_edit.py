@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from graftc.diagnostics import Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import typed
 from graftc.language.resolve_call import check_constant_options, check_copy, operator_call
-from graftc.language.resolve_match import check_rewrite
+from graftc.language.resolve_dataflow import dataflow_rewrite
 from graftc.language.rules import (
     Branch,
     BranchPart,
@@ -39,14 +40,14 @@ class Edited:
     spec: OperatorSpec | None = None
 
 
-def edit_of(scope: Scope, clause: s.EditClause) -> Edited:
-    """The edit of a rule. Raises GraftError."""
+def edit_of(scope: Scope, clause: s.EditClause, inits: Sequence[s.InitItem] = ()) -> Edited:
+    """The edit of a rule; a rewrite's `init` gives parameters that it reads. Raises GraftError."""
     try:
         match clause:
             case s.ReplaceClause():
                 return _replace(scope, clause)
             case s.RewriteClause():
-                return Edited(check_rewrite(scope, clause))
+                return Edited(dataflow_rewrite(scope, clause, inits))
             case s.InsertClause():
                 return _insert(scope, clause)
             case s.SiteClause(keyword="skip"):

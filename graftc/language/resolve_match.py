@@ -9,6 +9,7 @@ from graftc.diagnostics import Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import whole
 from graftc.language.resolve_blocks import blocks_of, check_groups
+from graftc.language.resolve_dataflow import dataflow_match
 from graftc.language.rules import Blocks, GroupMatch, Match, SiteMatch, Unapplied
 from graftc.language.scope import Binding, Scope, already, listed, suggest
 from graftc.language.vocabulary import HOLDS, ROLES, covers
@@ -30,8 +31,8 @@ def matches_of(
     groups: int | None = None
     for clause in clauses:
         if isinstance(clause, s.MatchDataflow):
-            bind_dataflow(scope, clause)
-            found.append(Unapplied("a dataflow pattern", clause.span))
+            with scope.log.attempt():
+                found.append(dataflow_match(scope, clause))
         elif isinstance(clause, s.MatchPython):
             found.append(Unapplied("a pattern captured from Python", clause.span))
         else:
@@ -181,30 +182,6 @@ def _count(item: s.MatchItem, wanted: int, what: str) -> None:
     )
 
 
-def bind_dataflow(scope: Scope, clause: s.MatchDataflow) -> None:
-    """Binds every name of a dataflow pattern: targets, and the values it reads."""
-    for statement in clause.statements:
-        if isinstance(statement, s.Returns):
-            scope.log.add(
-                already(
-                    "G120",
-                    "a pattern returns nothing",
-                    statement.span,
-                    clause.span,
-                    "name the value: `o = …`",
-                )
-            )
-            continue
-        for target in statement.targets:
-            _bind_value(scope, target)
-        for name in read_names(statement.value):
-            _bind_value(scope, name)
-
-
-def _bind_value(scope: Scope, name: s.Name) -> None:
-    scope.bindings.setdefault(name.text, Binding(name.text, name.span, None, used=True))
-
-
 def read_names(node: s.Expr) -> list[s.Name]:
     """The names of values that a dataflow expression reads: not operators, not options' keys."""
     found: list[s.Name] = []
@@ -231,21 +208,6 @@ def read_names(node: s.Expr) -> list[s.Name]:
             case _:
                 pass
     return found
-
-
-def check_rewrite(scope: Scope, clause: s.RewriteClause) -> Unapplied:
-    """Every name that a rewrite reads is bound by a pattern or written before."""
-    written: set[str] = set()
-    for statement in clause.statements:
-        values = statement.values if isinstance(statement, s.Returns) else (statement.value,)
-        for name in (n for v in values for n in read_names(v)):
-            if name.text in written or name.text in ("true", "false") or scope.setting(name.text):
-                continue
-            with scope.log.attempt():
-                scope.binding(name)
-        if isinstance(statement, s.Assign):
-            written |= {t.text for t in statement.targets}
-    return Unapplied("`rewrite`", clause.span)
 
 
 def report_unused(scope: Scope) -> None:

@@ -9,10 +9,24 @@ from graftc.diagnostics import Diagnostic, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import condition, folded, whole
 from graftc.language.resolve_edit import Edited, edit_of
+from graftc.language.resolve_guards import split_guards
 from graftc.language.resolve_init import inits_of
 from graftc.language.resolve_match import matches_of, report_unused
+from graftc.language.resolve_repeat import measure_of
 from graftc.language.resolve_training import distill_of, drops_of, trains_inserted
-from graftc.language.rules import Distill, Expr, Literal_, Operation, Remove, Rule, Skip, Unapplied
+from graftc.language.rules import (
+    DataflowMatch,
+    Distill,
+    Expr,
+    Literal_,
+    Operation,
+    PythonMatch,
+    Remove,
+    Rule,
+    Skip,
+    Unapplied,
+    ValueGuard,
+)
 from graftc.language.scope import NotYet, Scope, already
 
 _EDITS = (s.ReplaceClause, s.RewriteClause, s.SiteClause, s.InsertClause)
@@ -30,12 +44,18 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         scope,
         _all(clauses, s.MatchSites) + _all(clauses, s.MatchDataflow) + _all(clauses, s.MatchPython),
     )
-    dataflow = any(isinstance(m, Unapplied) for m in matches.matches)
+    unapplied = next((m for m in matches.matches if isinstance(m, Unapplied)), None)
     if not matches.matches and len(scope.log.errors) == before:
         _missing(scope, item, "match", "match   a = self_attention in blocks all")
-    where, waiting = _where(scope, clauses)
-    edited = _edit(scope, item)
+    dataflow = any(isinstance(m, (DataflowMatch, PythonMatch)) for m in matches.matches)
+    guards, where, waiting = _where(scope, clauses, dataflow)
     inits = tuple(i for c in _all(clauses, s.InitClause) for i in c.items)
+    edited = _edit(scope, item, inits)
+    rewrites = any(isinstance(c, s.RewriteClause) for c in clauses)
+    if rewrites:
+        inits = ()  # they are part of the rewrite
+        if not dataflow and matches.matches:
+            _no_pattern(scope, item)
     if inits and edited is not None and isinstance(edited.edit, (Skip, Remove)):
         _nothing_new(scope, _all(clauses, s.InitClause)[0])
     spec = edited.spec if edited else None
@@ -57,16 +77,19 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         d.code in ("G105", "G013") for d in scope.log.errors[before:]
     ):
         report_unused(scope)
+    measure = None
+    with scope.log.attempt():
+        measure = measure_of(item)
     if len(scope.log.errors) > before or edited is None:
         return None
     edit = edited.edit
     repeat = next((h for h in item.head if h.word == "repeat"), None)
-    if repeat is not None:
-        edit = Unapplied("`repeat`", repeat.span)
-    elif waiting is not None:
+    if repeat is not None and not rewrites:
+        edit = Unapplied("`repeat` of an edit of sites", repeat.span)
+    if waiting is not None:
         edit = waiting
-    elif dataflow and not isinstance(edit, Unapplied):
-        edit = next(m for m in matches.matches if isinstance(m, Unapplied))
+    elif unapplied is not None:
+        edit = unapplied
     return Rule(
         name=item.name.text,
         span=item.name.span,
@@ -82,6 +105,8 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         after=tuple(n.text for h in item.head for n in h.names),
         drop=drop,
         train_inserted=inserted,
+        guards=guards,
+        repeat=measure,
     )
 
 
@@ -121,7 +146,20 @@ def _missing(scope: Scope, item: s.RuleItem, clause: str, example: str) -> None:
     )
 
 
-def _edit(scope: Scope, item: s.RuleItem) -> Edited | None:
+def _no_pattern(scope: Scope, item: s.RuleItem) -> None:
+    clause = _all(item.clauses, s.RewriteClause)[0]
+    scope.log.add(
+        Diagnostic(
+            "G375",
+            "`rewrite` gives the values of a dataflow pattern new ones, and this rule has none",
+            span=clause.span,
+            wanted="match { y = op(…) }",
+            help="to change a site, write `replace NAME with …`",
+        )
+    )
+
+
+def _edit(scope: Scope, item: s.RuleItem, inits: Sequence[s.InitItem]) -> Edited | None:
     edits = [c for c in item.clauses if isinstance(c, _EDITS)]
     if not edits:
         scope.log.add(
@@ -135,15 +173,21 @@ def _edit(scope: Scope, item: s.RuleItem) -> Edited | None:
         )
         return None
     with scope.log.attempt():
-        return edit_of(scope, edits[0])
+        return edit_of(scope, edits[0], inits)
     return None
 
 
-def _where(scope: Scope, clauses: Sequence[s.Clause]) -> tuple[Expr | None, Unapplied | None]:
-    """The guards joined, and one that this version cannot judge."""
+def _where(
+    scope: Scope, clauses: Sequence[s.Clause], dataflow: bool
+) -> tuple[tuple[ValueGuard, ...], Expr | None, Unapplied | None]:
+    """Guards on values, the other guards joined, and one that this version cannot judge."""
     waiting: Unapplied | None = None
     found: list[Expr] = []
-    for node in (n for c in _all(clauses, s.Where) for n in c.conditions):
+    guards: tuple[ValueGuard, ...] = ()
+    conditions = tuple(n for c in _all(clauses, s.Where) for n in c.conditions)
+    if dataflow:
+        guards, conditions = split_guards(scope, conditions)
+    for node in conditions:
         with scope.log.attempt():
             try:
                 guard = folded(condition(scope, node))
@@ -162,8 +206,8 @@ def _where(scope: Scope, clauses: Sequence[s.Clause]) -> tuple[Expr | None, Unap
                 )
             found.append(guard)
     if len(found) < 2:
-        return next(iter(found), None), waiting
-    return Operation("and", tuple(found), found[0].span.to(found[-1].span)), waiting
+        return guards, next(iter(found), None), waiting
+    return guards, Operation("and", tuple(found), found[0].span.to(found[-1].span)), waiting
 
 
 def _nothing_new(scope: Scope, clause: s.InitClause) -> None:

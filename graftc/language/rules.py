@@ -111,6 +111,182 @@ class GroupMatch:
     span: Span
 
 
+# -- dataflow: patterns and what they become ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value by its name: what a pattern reads or binds, or a number that it captures."""
+
+    name: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number, word, `true`, `false` or `none` that must stand there."""
+
+    value: Value
+    span: Span
+
+
+@dataclass(frozen=True)
+class ListTerm:
+    """`[b, h, n, d]`: a list of sizes or dims, or of values (`cat([x, y], -1)`)."""
+
+    items: tuple[Term, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class SpreadTerm:
+    """`args…`: all the arguments that are left, however many."""
+
+    name: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class OpTerm:
+    """An op. `ops`: its name, or several where any may stand (`(matmul | bmm)(p, v)`).
+
+    Names are those of `graftc.language.dataflow_ops.OPS`, or `aten.NAME.OVERLOAD`. `args` are in the order
+    of the (first) op's signature, None where an argument is not given and so has its default; an op by its
+    ATen name has its positional arguments there and the others in `named`.
+    """
+
+    ops: tuple[str, ...]
+    args: tuple[Term | None, ...]
+    span: Span
+    op_span: Span
+    named: tuple[tuple[str, Term], ...] = ()
+
+
+@dataclass(frozen=True)
+class SiteTerm:
+    """A bound site as an op: `a(x)`; `args` None where its name alone stands for its output."""
+
+    binding: str
+    args: tuple[Term, ...] | None
+    span: Span
+
+
+@dataclass(frozen=True)
+class MaybeTerm:
+    """`maybe dropout(p)`: the op on its first argument, or that argument itself."""
+
+    value: Term
+    span: Span
+
+
+@dataclass(frozen=True)
+class EitherTerm:
+    """`(x * s | x / s)`: any of the choices, tried in the order written."""
+
+    choices: tuple[Term, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class NotTerm:
+    """`not dropout(p)`: any value but one that is made so."""
+
+    value: Term
+    span: Span
+
+
+Term = Union[Ref, Constant, ListTerm, SpreadTerm, OpTerm, SiteTerm, MaybeTerm, EitherTerm, NotTerm]
+
+
+@dataclass(frozen=True)
+class Binds:
+    """`q, k, v = split(y, 3)`: one name for the value, or a name for each of its results."""
+
+    targets: tuple[Ref, ...]
+    value: Term
+    span: Span
+
+
+@dataclass(frozen=True)
+class ShapeDim:
+    """One dimension of a shape guard: names whose product it is, a number, or `rest…`."""
+
+    names: tuple[str, ...]
+    span: Span
+    number: int | None = None
+    rest: bool = False
+
+
+@dataclass(frozen=True)
+class ShapeGuard:
+    """`shape(q) ~ [b, h, n, d]`: the same name is the same size in all guards of a rule."""
+
+    name: str
+    dims: tuple[ShapeDim, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class KindGuard:
+    """`scale is number`, `w is parameter`, `mask is none`, `x is tensor`; `negated` after `not`."""
+
+    name: str
+    kind: Literal["number", "parameter", "tensor", "none"]
+    span: Span
+    negated: bool = False
+
+
+ValueGuard = Union[ShapeGuard, KindGuard]
+
+
+@dataclass(frozen=True)
+class DataflowMatch:
+    """`match { … }`: ops on one another; every name is a value of the graph."""
+
+    statements: tuple[Binds, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class PythonMatch:
+    """`match python("file.py:function")`: the pattern is what the function does to its arguments."""
+
+    file: str
+    function: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class NewParameter:
+    """`init w = cat(wq, wk, wv)` of a dataflow rule: a parameter that its rewrite reads, and its value."""
+
+    name: str
+    value: Term
+    span: Span
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """`rewrite { … }`: names that the pattern binds get new values; others are inner to the rewrite.
+
+    `outputs`: the pattern's names that are written. `new`: parameters that `init` gives.
+    """
+
+    statements: tuple[Binds, ...]
+    outputs: tuple[str, ...]
+    span: Span
+    new: tuple[NewParameter, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What falls at each step of a `repeat` rule: `ops`, `params`, `flops`, or `count(OP)`, the ops of that name."""
+
+    kind: Literal["ops", "params", "flops", "count"]
+    span: Span
+    op: str = ""
+
+
 @dataclass(frozen=True)
 class Unapplied:
     """A construct that the grammar knows and this version cannot yet apply; `what` names it."""
@@ -119,7 +295,7 @@ class Unapplied:
     span: Span
 
 
-Match = Union[SiteMatch, GroupMatch, Unapplied]
+Match = Union[SiteMatch, GroupMatch, DataflowMatch, PythonMatch, Unapplied]
 
 # -- what it becomes -------------------------------------------------------------------------
 
@@ -189,7 +365,7 @@ class Skip:
     span: Span
 
 
-Edit = Union[Replace, Parallel, Remove, Skip, Unapplied]
+Edit = Union[Replace, Parallel, Remove, Skip, Rewrite, Unapplied]
 
 # -- training words --------------------------------------------------------------------------
 
@@ -272,6 +448,8 @@ class Rule:
     after: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     train_inserted: bool = False
+    guards: tuple[ValueGuard, ...] = ()
+    repeat: Measure | None = None
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,17 @@ class Setting:
 
 @dataclass
 class Binding:
-    """A name of a `match` clause. `role` None: by path or class, so anything."""
+    """A name of a `match` clause. `role` None: by path or class, so anything.
+
+    `site` False: a value of a dataflow pattern; `made`: by an op of the pattern.
+    """
 
     name: str
     span: Span
     role: str | None = None
     used: bool = False
+    site: bool = True
+    made: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from graftc.language.rules import (
     Parallel,
     Remove,
     Replace,
+    Rewrite,
     Rule,
     Skip,
     Unapplied,
@@ -124,6 +125,8 @@ def _edit(rule: Rule, match: Match, index: int, analysis: Analysis) -> Edit:
                 help=f"write `remove {edit.binding}`",
             )
         return Edit("skip", rule, match, (site,), site.graph)
+    if isinstance(edit, Rewrite):
+        fail("G300", "this version of graftc cannot apply `rewrite` yet", span=edit.span)
     return _parallel(rule, edit, match, index, analysis)
 
 

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from graftc.diagnostics import Note, Span, fail, nearest
 from graftc.language.blocks import select
 from graftc.language.evaluate import holds
-from graftc.language.rules import Blocks, Fact, GroupMatch, Rule, SiteMatch, Unapplied
+from graftc.language.rules import (
+    Blocks,
+    DataflowMatch,
+    Fact,
+    GroupMatch,
+    PythonMatch,
+    Rule,
+    SiteMatch,
+    Unapplied,
+)
 from graftc.operators.spec import Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.chains import Chain
@@ -74,6 +83,12 @@ def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
             fail(
                 "G300", f"this version of graftc cannot apply {pattern.what} yet", span=pattern.span
             )
+    if any(isinstance(p, (DataflowMatch, PythonMatch)) for p in patterns):
+        fail(
+            "G300",
+            "this version of graftc cannot apply a dataflow pattern yet",
+            span=patterns[0].span,
+        )
     if len(patterns) != 1:
         fail(
             "G300",
