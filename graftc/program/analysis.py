@@ -21,6 +21,7 @@ from graftc.program.roles import (
     NORMS,
     Attention,
     Mlp,
+    Refusal,
     attentions,
     linear_input,
     mlps,
@@ -73,7 +74,10 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What is known of a Program: sites in execution order, chains of blocks, FLOPs by path."""
+    """What is known of a Program: sites in execution order, chains of blocks, FLOPs by path.
+
+    `refused`: what looks like an attention or an MLP and has another role, with the reason.
+    """
 
     program: Program
     flat: Flat
@@ -82,6 +86,7 @@ class Analysis:
     flops: Mapping[str, int]
     attentions: Mapping[str, Attention]
     mlps: Mapping[str, Mlp]
+    refused: tuple[Refusal, ...] = ()
 
     def of_role(self, role: str) -> Iterator[Site]:
         """Sites of a role; `attention` is any of the three kinds."""
@@ -119,12 +124,15 @@ def analyse(program: Program) -> Analysis:
     batch = _batch(program)
     flops = flops_by_path(flat, batch)
     calls = flat.first_calls
-    attention = {a.path: a for a in attentions(flat) if a.path in calls}
+    refused: list[Refusal] = []
+    attention = {a.path: a for a in attentions(flat, refused) if a.path in calls}
     blocks = {p: (c.name, i) for c in found for i, p in enumerate(c.paths)}
     streams = {p: c.stream for c in found for p in c.paths}
     outside = {p: a for p, a in attention.items() if p not in blocks}
     mlp = {
-        m.path: m for m in mlps(flat, set(attention)) if m.path in calls and m.path not in blocks
+        m.path: m
+        for m in mlps(flat, set(attention), refused)
+        if m.path in calls and m.path not in blocks
     }
 
     def block_of(path: str) -> tuple[str, int] | None:
@@ -168,7 +176,7 @@ def analyse(program: Program) -> Analysis:
                 class_name=program.classes.get(call.path, ""),
             )
         )
-    return Analysis(program, flat, tuple(sites), found, flops, outside, mlp)
+    return Analysis(program, flat, tuple(sites), found, flops, outside, mlp, tuple(refused))
 
 
 def _order(call: Call) -> int:

@@ -82,6 +82,23 @@ class Mlp:
     name: str
 
 
+@dataclass(frozen=True, eq=False)
+class Refusal:
+    """Ops that look like an attention or an MLP and are none, or are no module's own: what `explain` says.
+
+    `path`: the deepest called module that holds them; `op`: the op that decided; `reason`: in words, after the path.
+    """
+
+    role: str
+    path: str
+    anchor: Op
+    op: Op
+    reason: str
+
+
+Refused = list[Refusal]
+
+
 def is_linear(op: Op) -> bool:
     return op.kind == "op" and op.target in LINEARS
 
@@ -90,13 +107,15 @@ def linear_input(op: Op) -> Op:
     return op.args[1] if op.target is ATEN.addmm.default else op.args[0]
 
 
-def attentions(flat: Flat) -> list[Attention]:
-    """Every attention of a model, in execution order."""
+def attentions(flat: Flat, refused: Refused | None = None) -> list[Attention]:
+    """Every attention of a model, in execution order; what nearly was one goes to `refused`."""
     found: list[Attention] = []
+    refused = [] if refused is None else refused
     for op in flat.ops:
         if op.kind == "op" and op.target is _SDPA:
             attention = _around(
                 flat,
+                refused,
                 op,
                 op,
                 op.args[0],
@@ -106,7 +125,7 @@ def attentions(flat: Flat) -> list[Attention]:
                 bool(op.argument(5, "is_causal", False)),
             )
         elif op.kind == "op" and op.target in _SOFTMAX:
-            attention = _written_out(flat, op)
+            attention = _written_out(flat, refused, op)
         else:
             continue
         if attention is not None:
@@ -119,17 +138,32 @@ def _mask_of(op: Op) -> Op | None:
     return mask if isinstance(mask, Op) else None
 
 
-def _written_out(flat: Flat, softmax: Op) -> Attention | None:
+def _written_out(flat: Flat, refused: Refused, softmax: Op) -> Attention | None:
     """softmax between two products."""
     scores = backward(softmax, lambda o: o.kind == "op" and o.target in _PRODUCTS)
     outs = [o for o in _forward(softmax, 4) if o.target in _PRODUCTS]
     if not scores or not outs:
+        what = (
+            "its softmax reads no product of two tensors"
+            if not scores
+            else "the result of its softmax is multiplied by no value"
+        )
+        path = flat.called(softmax.path)
+        refused.append(Refusal("attention", path, softmax, softmax, what))
         return None
     score, out = scores[-1], outs[0]
     offset = 1 if score.target is ATEN.baddbmm.default else 0
     mask = score.args[0] if offset else _masking(softmax, score)
     return _around(
-        flat, softmax, out, score.args[offset], score.args[offset + 1], out.args[1], mask, False
+        flat,
+        refused,
+        softmax,
+        out,
+        score.args[offset],
+        score.args[offset + 1],
+        out.args[1],
+        mask,
+        False,
     )
 
 
@@ -171,13 +205,33 @@ def _between(end: Op, starts: set[int]) -> list[Op]:
 
 
 def _around(
-    flat: Flat, anchor: Op, result: Op, query: Op, key: Op, value: Op, mask: Op | None, causal: bool
+    flat: Flat,
+    refused: Refused,
+    anchor: Op,
+    result: Op,
+    query: Op,
+    key: Op,
+    value: Op,
+    mask: Op | None,
+    causal: bool,
 ) -> Attention | None:
     def linears(op: Op) -> tuple[Op, ...]:
         return (op,) if is_linear(op) else tuple(backward(op, is_linear))
 
     q, k, v = linears(query), linears(key), linears(value)
     if not q or not k or not v:
+        name, made = next(
+            (n, o) for n, o, found in (("q", query, q), ("k", key, k), ("v", value, v)) if not found
+        )
+        refused.append(
+            Refusal(
+                "attention",
+                flat.called(anchor.path),
+                anchor,
+                made,
+                f"its {name} comes from no linear: {op_name(made)} makes it",
+            )
+        )
         return None
     sources = [{linear_input(o).index for o in part} for part in (q, k, v)]
     if len(sources[0]) > 1 and sources[0] == sources[1]:
@@ -190,6 +244,9 @@ def _around(
     members = [anchor, *q, *k, *v]
     found = _site(flat, members, [*q, *k, *v], out, result)
     if found is None:
+        path = flat.called(common_path([*members, *([] if out is None else [out])]))
+        op, reason = _why_not_just(flat, path, [*q, *k, *v], result if out is None else out)
+        refused.append(Refusal("attention", path, anchor, op, reason))
         return None
     path, out = found
     return Attention(
@@ -240,15 +297,55 @@ def _is_just(flat: Flat, path: str, linears: list[Op], result: Op) -> bool:
     )
 
 
+def _why_not_just(flat: Flat, path: str, linears: list[Op], result: Op) -> tuple[Op, str]:
+    """What `_is_just` stumbles on: the op, and a sentence about the module."""
+    call = flat.first_calls.get(path)
+    if call is None:
+        return result, "no module holds all of it but the model itself"
+    given = {a.index for a in call.args if isinstance(a, Op)}
+    for linear in linears:
+        stop = _not_moved(linear_input(linear), given)
+        if stop is not None:
+            return stop, (
+                f"{op_name(stop)} stands inside the module, before the linears: "
+                "it would go with them"
+            )
+    returned = call.result if isinstance(call.result, tuple) else (call.result,)
+    ends = [r for r in returned if isinstance(r, Op)]
+    stops = [s for s in (_not_moved(r, {result.index}) for r in ends) if s is not None]
+    last = stops[0] if stops else result
+    return (
+        last,
+        f"{op_name(last)} stands inside the module, after the last linear: it would go with it",
+    )
+
+
+def op_name(op: Op) -> str:
+    """An op as people call it: `softmax`, `the input x`, `the parameter blocks.0.w`."""
+    if op.kind == "input":
+        return f"the input `{op.target}`"
+    if op.kind == "param":
+        return f"the parameter `{op.fqn}`"
+    if op.kind == "module":
+        return f"the module `{op.path}`"
+    packet = getattr(op.target, "overloadpacket", None)
+    return f"`{(packet or op.target).__name__}`"
+
+
 def _moved_from(op: Op, goals: set[int]) -> bool:
     """Whether `op` is one of the goals, or one of them moved."""
+    return _not_moved(op, goals) is None
+
+
+def _not_moved(op: Op, goals: set[int]) -> Op | None:
+    """The op on the way back to the goals that is no movement, None where there is none."""
     while op.index not in goals:
         if op.kind != "op" or not (op.target in MOVEMENTS or op.target is operator.getitem):
-            return False
+            return op
         if not isinstance(op.args[0], Op):
-            return False
+            return op
         op = op.args[0]
-    return True
+    return None
 
 
 def _multiplied(query: Op, linears: tuple[Op, ...]) -> bool:
@@ -308,9 +405,10 @@ def _forward(op: Op, depth: int) -> list[Op]:
     return found
 
 
-def mlps(flat: Flat, attention_paths: set[str]) -> list[Mlp]:
-    """Every MLP on a token stream (three or more dimensions), in execution order."""
+def mlps(flat: Flat, attention_paths: set[str], refused: Refused | None = None) -> list[Mlp]:
+    """Every MLP on a token stream (three or more dimensions), in execution order; near ones go to `refused`."""
     found: list[Mlp] = []
+    refused = [] if refused is None else refused
     for op in flat.ops:
         if (
             op.kind != "op"
@@ -320,21 +418,31 @@ def mlps(flat: Flat, attention_paths: set[str]) -> list[Mlp]:
         ):
             continue
         mlp = _mlp_around(flat, op)
-        if (
-            mlp is None
-            or not mlp.path
-            or any(p.startswith(mlp.path + ".") or p == mlp.path for p in attention_paths)
-        ):
-            continue  # the deepest module that holds it holds an attention too: no module of its own
+        if isinstance(mlp, Refusal):
+            refused.append(mlp)
+            continue
+        inner = next(
+            (p for p in attention_paths if p.startswith(mlp.path + ".") or p == mlp.path), None
+        )
+        if not mlp.path or inner is not None:
+            # the deepest module that holds it holds an attention too: no module of its own
+            why = f"it holds an attention too, {inner}" if inner else "no module holds it"
+            refused.append(Refusal("mlp", mlp.path, op, op, why))
+            continue
         if mlp.path not in {m.path for m in found}:
             found.append(mlp)
     return found
 
 
-def _mlp_around(flat: Flat, activation: Op) -> Mlp | None:
+def _mlp_around(flat: Flat, activation: Op) -> Mlp | Refusal:
+    def refusal(op: Op, reason: str, path: str = "") -> Refusal:
+        return Refusal("mlp", path or flat.called(activation.path), activation, op, reason)
+
+    name = op_name(activation)
     before = _through(activation.args[0], back=True)
     if before is None or not is_linear(before):
-        return None
+        read = "no tensor" if before is None else op_name(before)
+        return refusal(before or activation, f"its {name} reads {read}, not a linear")
     gate: Op | None = None
     after: Op = activation
     for user in activation.users:  # gated: the activation times another linear's result
@@ -345,14 +453,14 @@ def _mlp_around(flat: Flat, activation: Op) -> Mlp | None:
                 gate, before, after = before, other, user
     down = _next_linear(after)
     if down is None:
-        return None
-    wide = _features(linear_input(before)) == _features(down)
-    if not wide:
-        return None
+        return refusal(after, f"no linear reads the result of its {op_name(after)}")
+    width, back = _features(linear_input(before)), _features(down)
     path = flat.called(common_path([o for o in (before, gate, down, activation) if o is not None]))
     firsts = [before] if gate is None else [before, gate]
+    if width != back:
+        return refusal(down, f"it reads {width} features and gives {back}", path)
     if not _is_just(flat, path, firsts, down):
-        return None
+        return refusal(*_why_not_just(flat, path, firsts, down), path)
     name = ACTIVATIONS[activation.target]
     if name == "gelu" and activation.kwargs.get("approximate") == "tanh":
         name = "gelu_tanh"
