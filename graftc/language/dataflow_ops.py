@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["value", "values", "dim", "dims", "number", "flag", "word", "list"]
+Kind = Literal["value", "values", "dim", "dims", "sizes", "number", "flag", "word", "list"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class OpParameter:
     """A parameter of an op. `kind`: how two arguments compare; what a pattern leaves out is at its `default`.
 
     The default `any` fits whatever stands there. Kinds: value: a tensor or number; values: a list of tensors; dim, dims: negative ones count from the end;
-    number, flag, word; list: a list of sizes.
+    number, flag, word; sizes: a number for all dimensions or a list; list: a list of sizes.
     """
 
     name: str
@@ -197,13 +197,13 @@ embedding(w, indices)
     embedding.default weight indices
 einsum(equation: word, xs: values)
     einsum.default equation tensors
-conv1d(x, w, b = none, stride: dims = 1, padding: dims = 0, dilation: dims = 1, groups: number = 1)
+conv1d(x, w, b = none, stride: sizes = 1, padding: sizes = 0, dilation: sizes = 1, groups: number = 1)
     conv1d.default input weight bias stride padding dilation groups
     conv1d.padding input weight bias stride padding dilation groups
-conv2d(x, w, b = none, stride: dims = 1, padding: dims = 0, dilation: dims = 1, groups: number = 1)
+conv2d(x, w, b = none, stride: sizes = 1, padding: sizes = 0, dilation: sizes = 1, groups: number = 1)
     conv2d.default input weight bias stride padding dilation groups
     conv2d.padding input weight bias stride padding dilation groups
-conv3d(x, w, b = none, stride: dims = 1, padding: dims = 0, dilation: dims = 1, groups: number = 1)
+conv3d(x, w, b = none, stride: sizes = 1, padding: sizes = 0, dilation: sizes = 1, groups: number = 1)
     conv3d.default input weight bias stride padding dilation groups
 layer_norm(x, shape: list, w = none, b = none, eps: number = 1e-5)
     layer_norm.default input normalized_shape weight bias eps

@@ -79,10 +79,11 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Flat:
-    """All ops in execution order, inputs first, and all calls of modules, inner ones first."""
+    """All ops in execution order, inputs first, all calls of modules, inner ones first, and what is returned."""
 
     ops: list[Op]
     calls: list[Call]
+    outputs: tuple[Op, ...] = ()
 
     @cached_property
     def called_paths(self) -> frozenset[str]:
@@ -146,8 +147,9 @@ def flatten(program: Program) -> Flat:
         return None
 
     placeholders = [n for n in program.root.graph.nodes if n.op == "placeholder"]
-    run(program.root, "", [add("input", n.target, (), {}, "", n) for n in placeholders])
-    return Flat(ops, calls)
+    given = [add("input", n.target, (), {}, "", n) for n in placeholders]
+    returned = run(program.root, "", given)
+    return Flat(ops, calls, tuple(_ops_in(returned)))
 
 
 def _resolve(value: Any, env: dict[fx.Node, Any]) -> Any:
