@@ -23,7 +23,7 @@ def doctor() -> list[dict[str, str]]:
     )
     for name, extra in (
         ("accelerate", "train"), ("peft", "train"), ("diffusers", "diffusers"), ("transformers", "transformers"),
-        ("matplotlib", "report"), ("sklearn", "examples"),
+        ("matplotlib", "report"), ("pygls", "lsp"), ("sklearn", "examples"),
     ):  # fmt: skip
         package = "scikit-learn" if name == "sklearn" else name
         findings.append(_package(package, f"pip install 'graftc[{extra}]'"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftc.diagnostics import fail
+from graftc.diagnostics import Diagnostic, NotRunError, fail
 from graftc.environment import doctor
 from graftc.language.check import check
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.plan import Plan
 
 __all__ = [
-    "check", "compile", "distill", "doctor", "export", "finetune", "format_files", "inspect", "plan", "verify",
+    "check", "compile", "distill", "doctor", "export", "finetune", "format_files", "inspect", "plan", "serve_editor", "verify",
 ]  # fmt: skip
 
 
@@ -195,6 +195,27 @@ def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Pat
                 partial.write_text(after, encoding="utf-8")
                 os.replace(partial, file)
     return changed
+
+
+def serve_editor(model: str | None = None) -> None:
+    """A language server over standard input and output, until the editor hangs up.
+
+    `model` (MODEL) is read by `graftc inspect` in a process of its own, for completion. Raises NotRunError
+    where pygls is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("pygls") is None:
+        not_installed = Diagnostic(
+            "G700",
+            "the language server needs pygls",
+            site="graftc lsp",
+            help="pip install 'graftc[lsp]'",
+        )
+        raise NotRunError(not_installed)
+    from graftc.editor.server import serve
+
+    serve(model)
 
 
 # -- words to values ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ FORBIDDEN = {
         *(f"graftc.{p.name}" for p in GRAFTC.iterdir() if p.is_dir() and p.name != "diagnostics"),
     ],
     "language": ["torch"],
+    "editor": ["torch"],
     "program": ["graftc.language"],
     "rewrite": ["graftc.distillation", "graftc.emit"],
     "operators": ["graftc.program", "graftc.rewrite"],

@@ -146,6 +146,19 @@ def fmt(
 
 
 @app.command()
+def lsp(
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", help="MODEL whose chains and paths are completed"),
+    ] = None,
+) -> None:
+    """Serve an editor: a language server over standard input and output."""
+    from graftc import verbs
+
+    verbs.serve_editor(model)
+
+
+@app.command()
 def plan(
     file: Annotated[Path, typer.Argument(metavar="FILE")],
     model: ModelOption,

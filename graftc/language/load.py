@@ -128,9 +128,7 @@ def _shipped(module: s.Path) -> tuple[Path, str | None]:
     parent = root.joinpath(*names[:-1]).with_suffix(".graft") if len(names) > 1 else root
     if 2 < len(names) <= _DEEPEST_PATH and len(module.text) < _LONGEST_PATH and parent.is_file():
         return parent, names[-1]
-    known = sorted(
-        ".".join(p.relative_to(root).with_suffix("").parts) for p in root.rglob("*.graft")
-    )
+    known = shipped_modules()
     near = nearest(module.text, known)
     fail(
         "G143",
@@ -139,6 +137,18 @@ def _shipped(module: s.Path) -> tuple[Path, str | None]:
         wanted=", ".join(f"`{k}`" for k in known),
         found=f"`{module.text}`",
         help=f"write `use {near}`" if near else 'for a file of your own write `use "file.graft"`',
+    )
+
+
+def shipped_modules() -> list[str]:
+    """What `use` can name without quotes.
+
+    >>> "std.mixers" in shipped_modules()
+    True
+    """
+    root = rules_folder().resolve()
+    return sorted(
+        ".".join(p.relative_to(root).with_suffix("").parts) for p in root.rglob("*.graft")
     )
 
 

@@ -156,6 +156,15 @@ def _end(tokens: Sequence[Token]) -> Token:
 
 def parse_all(source: Source) -> tuple[syntax.Document, list[Diagnostic]]:
     """The items that could be parsed, and every mistake of syntax."""
+    _, document, errors = parse_with_tokens(source)
+    return document, errors
+
+
+def parse_with_tokens(source: Source) -> tuple[list[Token], syntax.Document, list[Diagnostic]]:
+    """As `parse_all`, and every token, comments and line ends included.
+
+    Where the parser came by, a token's `type` says whether a word is a keyword or a name there.
+    """
     raw, errors = scan(source, grammar().terminals)
     spelling_lines = {e.span.line for e in errors if e.span}
     items: list[syntax.Item] = []
@@ -174,7 +183,43 @@ def parse_all(source: Source) -> tuple[syntax.Document, list[Diagnostic]]:
             if before > at:
                 items += _quietly(raw[at:before])
             at = next((i for i in range(failed + 1, len(raw)) if _starts_item(raw, i)), len(raw))
-    return syntax.Document(source, tuple(items)), errors
+    return raw, syntax.Document(source, tuple(items)), errors
+
+
+def expected_at_end(source: Source) -> frozenset[str]:
+    """The terminals that can come next after a text that may stop anywhere.
+
+    What stands before the item at the end does not matter, nor whether it is right.
+
+    >>> sorted(expected_at_end(Source("a.graft", "rule r {\\n  match a = mlp in ")))
+    ['BLOCKS', 'NAME']
+    """
+    raw, _ = scan(source, grammar().terminals)
+    start = next((i for i in reversed(range(len(raw))) if _starts_item(raw, i)), 0)
+    tokens = lay_out(raw[start:])
+    while tokens and tokens[-1].type == "NL" and raw[-1].type != "NL":
+        tokens.pop()  # supplied: the line has not ended yet
+    tables = _tables("start")
+    table: Table = tables.states
+    stack: list[int] = [tables.start_state]
+    for token in tokens:
+        kind = token.type
+        if token.keyword is not None and token.keyword in table[stack[-1]]:
+            kind = token.keyword
+        while True:
+            step = table[stack[-1]].get(kind)
+            if step is None:
+                return frozenset()
+            action, target = step
+            if action is Shift:
+                stack.append(target)
+                break
+            if target.expansion:
+                del stack[-len(target.expansion) :]
+            stack.append(table[stack[-1]][target.origin.name][1])
+        if len(stack) > _DEEPEST_STACK:
+            return frozenset()
+    return _accepted(table, stack, tables.end_state)
 
 
 def _parse(raw: Sequence[Token]) -> tuple[syntax.Item, ...]:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from graftc.diagnostics import Span, fail, nearest
+from graftc.operators.source_text import text
 from graftc.operators.spec import SITE, Apply, Arguments, Const, InitSource, Part, Value
 from graftc.weights import policies
 from graftc.weights.fresh import fresh
@@ -50,22 +51,6 @@ class Context:
 
     def name(self, site: str) -> str:
         return self.binding if site == SITE else site
-
-
-def text(source: InitSource, binding: str = SITE) -> str:
-    """The source as the rule file would write it.
-
-    >>> text(Apply("concat", (Part("site", "q"), Part("a", "k"))), "b")
-    'concat(b.q, a.k)'
-    """
-    if isinstance(source, Const):
-        return str(source.value)
-    if isinstance(source, Part):
-        site = binding if source.site == SITE else source.site
-        return site if source.name is None else f"{site}.{source.name}"
-    options = [f"{k} = {text(v, binding)}" for k, v in source.options.items() if k != "otherwise"]
-    inside = ", ".join([*(text(a, binding) for a in source.args), *options])
-    return f"{source.policy}({inside})" if inside else source.policy
 
 
 def pending(source: InitSource) -> bool:
