@@ -50,9 +50,7 @@ def _quoted(intro: list[str]) -> Iterator[str]:
     for line in intro:
         if line.startswith("* "):
             yield f"- {line[2:]}"
-        elif line.startswith("How the text becomes tokens") or line.startswith(
-            "What a construct means"
-        ):
+        elif line.startswith(("How the text becomes tokens", "What a construct means")):
             continue
         elif line:
             yield f"  {line}"
