@@ -14,14 +14,12 @@ from torch import fx
 from graftc.program.chains import Chain, chains
 from graftc.program.cost import flops_by_path, parameter_count
 from graftc.program.flat import Call, Flat, Op, flatten
-from graftc.program.program import Program, size_hint
+from graftc.program.ops import CONVS, LINEARS, MOVEMENTS, NORM_PARTS, NORMS
+from graftc.program.program import ATEN, Program, size_hint, tensor_of
+from graftc.program.refusals import Refusal
 from graftc.program.roles import (
-    CONVS,
-    LINEARS,
-    NORMS,
     Attention,
     Mlp,
-    Refusal,
     attentions,
     linear_input,
     mlps,
@@ -124,16 +122,22 @@ def analyse(program: Program) -> Analysis:
     batch = _batch(program)
     flops = flops_by_path(flat, batch)
     calls = flat.first_calls
+    attention: dict[str, Attention] = {}
     refused: list[Refusal] = []
-    attention = {a.path: a for a in attentions(flat, refused) if a.path in calls}
+    for a in attentions(flat, refused, lambda name: tensor_of(program, name)):
+        if a.path in calls:
+            attention.setdefault(a.path, a)
     blocks = {p: (c.name, i) for c in found for i, p in enumerate(c.paths)}
     streams = {p: c.stream for c in found for p in c.paths}
     outside = {p: a for p, a in attention.items() if p not in blocks}
-    mlp = {
-        m.path: m
-        for m in mlps(flat, set(attention), refused)
-        if m.path in calls and m.path not in blocks
-    }
+    mlp: dict[str, Mlp] = {}
+    for m in mlps(flat, refused):
+        inner = _held(m.path, outside) if m.path else None
+        if inner is not None:
+            why = f"it holds an attention too, {inner}"
+            refused.append(Refusal("mlp", m.path, m.activation, m.activation, why))
+        elif m.path in calls and m.path not in blocks:
+            mlp.setdefault(m.path, m)
 
     def block_of(path: str) -> tuple[str, int] | None:
         while path:
@@ -145,12 +149,14 @@ def analyse(program: Program) -> Analysis:
     sites: list[Site] = []
     for call in sorted(calls.values(), key=lambda c: _order(c)):
         role, stream, facts, has = "unknown", 0, {}, frozenset[str]()
+        kept: Mapping[str, Kept] = {}
         if call.path in blocks:
             role, stream = "block", streams[call.path]
         elif call.path in outside:
             a = outside[call.path]
             role, stream = a.kind, _argument_index(call, [linear_input(o) for o in a.q])
             facts, has = _attention_facts(a, batch)
+            kept = _kept(a, call)
         elif call.path in mlp:
             m = mlp[call.path]
             role, stream = "mlp", _argument_index(call, [linear_input(m.up)])
@@ -174,9 +180,44 @@ def analyse(program: Program) -> Analysis:
                 block=block_of(call.path),
                 has=has,
                 class_name=program.classes.get(call.path, ""),
+                kept=kept,
             )
         )
     return Analysis(program, flat, tuple(sites), found, flops, outside, mlp, tuple(refused))
+
+
+def _held(path: str, others: Mapping[str, Any]) -> str | None:
+    """The first of `others` at or inside a path."""
+    return next((p for p in others if p == path or p.startswith(path + ".")), None)
+
+
+def _kept(a: Attention, call: Call) -> dict[str, Kept]:
+    """The mask and the rotary tables that are whole inputs of the call."""
+    found: dict[str, Kept] = {}
+    if len(a.masks) == 1 and a.masks[0].form != "hidden":
+        index = _given(call, a.masks[0].mask)
+        if index is not None:
+            found["mask"] = Kept((index,), a.masks[0].form)
+    if a.tables is not None:
+        q, k = a.tables
+        places = [_given(call, t) for t in (q.cos, q.sin, k.cos, k.sin)]
+        if None not in places and places[:2] == places[2:] and q.form == k.form:
+            found["rotary"] = Kept((places[0], places[1]), q.form)  # type: ignore[arg-type]
+    return found
+
+
+def _given(call: Call, op: Op) -> int | None:
+    """Which argument of the call `op` is, moved or not."""
+    while True:
+        for i, a in enumerate(call.args):
+            if a is op:
+                return i
+        inside = op.path == call.path or op.path.startswith(call.path + ".")
+        if op.kind != "op" or not inside or op.target not in MOVEMENTS:
+            return None
+        if not isinstance(op.args[0], Op):
+            return None
+        op = op.args[0]
 
 
 def _order(call: Call) -> int:
@@ -225,6 +266,12 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
     fused = a.q == a.k == a.v
     # [batch, heads, n, d], or [batch · heads, n, d] as nn.MultiheadAttention has it.
     heads = query[-3] if len(query) >= 4 else max(1, query[0] // batch)
+    width = out // 3 if fused else _out_features(a.q[0])
+    if a.form == "opaque":  # whatever the order of its dimensions, the last is a head's
+        heads = width // head_dim
+    elif a.form == "linear":  # features may stand before tokens
+        heads = query[1] if len(query) >= 4 else 1
+        head_dim = width // heads
     if fused:
         kv_heads = (out // head_dim - heads) // 2
     else:
@@ -235,11 +282,12 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
         "head_dim": head_dim,
         "causal": a.causal,
         "kind": a.kind.removesuffix("_attention"),
+        "form": a.form,
     }
     has = {
         name
         for name, there in [
-            ("mask", a.mask is not None),
+            ("mask", a.reading.other),
             ("causal", a.causal),
             ("rotary", a.rotary),
             ("qk_norm", a.normed),
@@ -270,15 +318,13 @@ def _out_features(op: Op) -> int:
 
 def _leaf_role(call: Call, flat: Flat) -> tuple[str, dict[str, Fact]]:
     """norm, linear, conv, embedding: a module whose graph is that one op on its parameters."""
-    from graftc.program.program import ATEN
-
     graph_module = call.node.graph.owning_module
     inner = graph_module.get_submodule(str(call.node.target)) if graph_module else None
     if not isinstance(inner, fx.GraphModule):
         return "unknown", {}
     ops = [n for n in inner.graph.nodes if n.op in ("call_function", "call_module")]
     if len(ops) != 1 or ops[0].op != "call_function":
-        return "unknown", {}
+        return _written_norm(inner, ops)
     op = ops[0]
     weights = list(inner.parameters())
     if op.target in NORMS:
@@ -301,3 +347,20 @@ def _leaf_role(call: Call, flat: Flat) -> tuple[str, dict[str, Fact]]:
             "out_features": int(weights[0].shape[1]),
         }
     return "unknown", {}
+
+
+def _written_norm(inner: fx.GraphModule, ops: list[fx.Node]) -> tuple[str, dict[str, Fact]]:
+    """A norm written out: x times the inverse root of its mean square, and nothing else."""
+    weights = list(inner.parameters())
+    norms = [n for n in ops if n.target in NORM_PARTS]
+    if (
+        len(norms) != 1
+        or any(n.op == "call_module" or n.target in LINEARS or n.target in CONVS for n in ops)
+        or any(w.ndim > 1 for w in weights)
+    ):
+        return "unknown", {}
+    centred = any(n.target is ATEN.sub.Tensor for n in ops)
+    sums = [n for n in ops if n.target in (ATEN.add.Tensor, ATEN.add.Scalar)]
+    eps = next((a for n in sums for a in n.args if isinstance(a, float)), 0.0)
+    kind = "layer_norm" if centred else "rms_norm"
+    return "norm", {"kind": kind, "affine": bool(weights), "eps": eps}

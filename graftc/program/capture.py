@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from graftc.diagnostics import Diagnostic, GraftError, Note
 from graftc.program.dtypes import follow_weights
-from graftc.program.model import USER_MODULE, Model, user_error
+from graftc.program.export import export
+from graftc.program.model import USER_MODULE, Model
 from graftc.program.normalise import normalise
 from graftc.program.program import Facts, Outputs, Port, Program, size_hint, value
 
@@ -38,10 +37,8 @@ def capture(model: Model) -> Program:
     inputs = dict(model.inputs.items())
     dynamic, notes = _dynamic_dimensions(model)
     inputs = _at_least_two(inputs, dynamic)
-    exported, fixed = _export(model.module, inputs, dynamic)
+    exported, dynamic, fixed = export(model.module, inputs, dynamic)
     notes += fixed
-    if fixed:
-        dynamic = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         tree = torch.export.unflatten(exported)
@@ -93,64 +90,6 @@ def _at_least_two(
                 tensor = torch.cat([tensor, tensor], dim=i)
         out[name] = tensor
     return out
-
-
-def _export(
-    module: nn.Module, inputs: dict[str, Any], dynamic: Mapping[str, Mapping[int, str]]
-) -> tuple[torch.export.ExportedProgram, list[str]]:
-    dims = {d: torch.export.Dim(d) for by in dynamic.values() for d in by.values()}
-    shapes = {
-        k: {i: dims[d] for i, d in dynamic[k].items()} if k in dynamic else _static(v)
-        for k, v in inputs.items()
-    }
-
-    def run(dynamic_shapes: Any) -> torch.export.ExportedProgram:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(
-                module, (), dict(inputs), dynamic_shapes=dynamic_shapes, strict=False
-            )
-
-    try:
-        return run(shapes), []
-    except Exception as error:
-        if dims and _is_shape_error(error):
-            try:
-                exported = run(None)
-            except Exception as again:
-                raise _cannot_capture(again) from again
-            first = str(error).strip().splitlines()[0]
-            return exported, [f"{', '.join(dims)} fixed at the example's size: {first[:200]}"]
-        raise _cannot_capture(error) from error
-
-
-def _static(value_: Any) -> Any:
-    return pytree.tree_map(lambda _: None, value_)
-
-
-def _is_shape_error(error: BaseException) -> bool:
-    name = type(error).__name__
-    text = str(error)
-    return "Constraint" in name or "onstraints violated" in text or "specialized" in text
-
-
-def _cannot_capture(error: BaseException) -> Exception:
-    wrapped = user_error(error, "MODEL", "torch.export")
-    assert isinstance(wrapped, GraftError)
-    d = wrapped.diagnostics[0]
-    text = str(error)
-    help_ = "make this part static for the example inputs, or move it out of the model's forward"
-    if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
-        help_ = "this line branches on the values of a tensor; use torch.where or torch.cond"
-    return GraftError(
-        Diagnostic(
-            "G210",
-            f"the model cannot be captured: {d.message.removeprefix('MODEL raised ')}",
-            site="torch.export",
-            notes=d.notes or (Note("no line of the user's own is in the trace"),),
-            help=help_,
-        )
-    )
 
 
 def _plain(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:

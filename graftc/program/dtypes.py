@@ -12,8 +12,8 @@ from dataclasses import replace
 from torch import fx
 
 from graftc.program.flat import Call, Op, flatten
+from graftc.program.ops import CONVS, LINEARS
 from graftc.program.program import ATEN, Program
-from graftc.program.roles import CONVS, LINEARS
 
 _CREATIONS = frozenset(
     getattr(getattr(ATEN, name), overload)

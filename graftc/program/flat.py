@@ -90,6 +90,14 @@ class Flat:
         return frozenset(c.path for c in self.calls)
 
     @cached_property
+    def calls_by_path(self) -> dict[str, list[Call]]:
+        """Path → all its calls, in order."""
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            found.setdefault(call.path, []).append(call)
+        return found
+
+    @cached_property
     def first_calls(self) -> dict[str, Call]:
         """Path → its first call."""
         found: dict[str, Call] = {}
@@ -177,6 +185,17 @@ def backward(start: Op, stop: Callable[[Op], bool]) -> list[Op]:
         else:
             stack.extend(op.operands)
     return sorted(found, key=lambda o: o.index)
+
+
+def strip(op: Op) -> Op:
+    """What `op` is a movement of: the op that made its values."""
+    from graftc.program.ops import MOVEMENTS
+
+    while op.kind == "op" and (op.target in MOVEMENTS or op.target is operator.getitem):
+        if not op.args or not isinstance(op.args[0], Op):
+            break
+        op = op.args[0]
+    return op
 
 
 def common_path(ops: list[Op]) -> str:

@@ -2,7 +2,7 @@
 
 After it a graph holds what the model computes and no trace of where it was traced: no
 metadata assertions, no-op casts, dropout that is off, full slices or device constants, no
-sizes threaded from module to module. So the result moves to another dtype and device and
+sizes threaded from module to module; an einsum that is a product of matrices is one. So the result moves to another dtype and device and
 trains, and patterns meet one form. Patterns go through the same passes as models.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graftc.program import sizes
+from graftc.program import einsum, sizes
 from graftc.program.program import ATEN, graphs, join, value
 
 _ASSERTIONS = {
@@ -38,6 +38,7 @@ def normalise(root: fx.GraphModule) -> fx.GraphModule:
             if node.op == "call_function":
                 _unpin_device(node)
                 _forward_no_op(node)
+        einsum.to_matmul(module.graph)
         module.graph.eliminate_dead_code()
     _inline_identities(root)
     sizes.unthread(root)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from graftc.diagnostics import fail
 from graftc.program.analysis import Analysis
 from graftc.program.flat import Op
+from graftc.program.ops import MOVEMENTS
 from graftc.program.program import ATEN, Program, size_hint
-from graftc.program.roles import MOVEMENTS, Attention
+from graftc.program.roles import Attention
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
         q = found["q"]
         if isinstance(q, PartRef) and (factor := _scale_factor(a)) != 1.0:
             found["q"] = replace(q, factor=factor)
-        result = a.anchor if a.anchor.target is ATEN.scaled_dot_product_attention.default else None
         if a.out is None:
-            found["out"] = "no linear follows the attention"
-        elif result is None:
-            found["out"] = _whole(a.out)
+            found["out"] = (
+                f"{len(a.outs)} linears follow the attention"
+                if a.complete and a.outs
+                else "no linear follows the attention"
+            )
         else:
-            found["out"] = _columns_of(result, a.out)
+            found["out"] = _columns_of(a, a.out)
         return found
     if path in analysis.mlps:
         m = analysis.mlps[path]
@@ -114,6 +117,17 @@ def _ref(
 
 def _rows_of(linear: Op, end: Op) -> PartRef | str:
     """The rows of `linear` that arrive at `end`, in the order (head, feature)."""
+    moved = _arrived(linear, end)
+    if isinstance(moved, str):
+        return moved
+    features = size_hint(linear.tensor.shape[-1])
+    # Batch and heads may share a dimension (nn.MultiheadAttention): each row once.
+    rows = tuple(dict.fromkeys(moved.reshape(-1).tolist()))
+    return _ref(linear, None if rows == tuple(range(features)) else rows, None)
+
+
+def _arrived(linear: Op, end: Op) -> Any:
+    """The numbers of the features of `linear` where they arrive on the way to `end`, batch and tokens of size 1."""
     features = size_hint(linear.tensor.shape[-1])
     path = _movements(linear, end)
     if isinstance(path, str):
@@ -129,22 +143,24 @@ def _rows_of(linear: Op, end: Op) -> PartRef | str:
         first = moved.narrow(i, 0, 1)
         if moved.shape[i] > 1 and bool((moved == first).all()):
             moved = first
-    # Batch and heads may share a dimension (nn.MultiheadAttention): each row once.
-    rows = tuple(dict.fromkeys(moved.reshape(-1).tolist()))
-    return _ref(linear, None if rows == tuple(range(features)) else rows, None)
+    return moved
 
 
-def _columns_of(start: Op, linear: Op) -> PartRef | str:
+def _columns_of(a: Attention, linear: Op) -> PartRef | str:
     """The columns of the output projection, in the order (head, feature) of the attention's result."""
+    start = a.result
     shape = [size_hint(s) for s in start.tensor.shape]
     if len(shape) != 4:
         return _whole(linear)
-    heads, width = shape[-3], shape[-1]
-    numbers = (
-        torch.arange(heads * width)
-        .view(1, heads, 1, width)
-        .expand(shape[0], heads, shape[-2], width)
-    )
+    if a.form == "softmax":  # [batch, heads, tokens, head_dim]
+        own = (1, shape[-3], 1, shape[-1])
+    else:  # heads and features lie where they lie in q
+        moved = _arrived(a.q[0], a.query)
+        if isinstance(moved, str):
+            return moved
+        own = tuple(moved.shape)
+    features = prod(own)
+    numbers = torch.arange(features).view(own).expand(shape)
     source = linear.args[1] if linear.target is ATEN.addmm.default else linear.args[0]
     path = _movements(start, source)
     if isinstance(path, str):
@@ -152,8 +168,8 @@ def _columns_of(start: Op, linear: Op) -> PartRef | str:
     values: dict[int, Any] = {start.index: numbers}
     for op in path:
         values[op.index] = _evaluate(op, values)
-    arrived = values[source.index].reshape(-1, heads * width)[0].tolist()
-    if arrived == list(range(heads * width)):
+    arrived = values[source.index].reshape(-1, features)[0].tolist()
+    if arrived == list(range(features)):
         return _ref(linear, None, None)
     columns = [0] * len(arrived)
     for position, number in enumerate(arrived):
@@ -205,7 +221,7 @@ def _evaluate(op: Op, values: Mapping[int, Any]) -> Any:
             return [concrete(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
         return value
 
-    if op.target is ATEN.to.dtype:
+    if op.target in (ATEN.to.dtype, ATEN.type_as.default, ATEN.dropout.default):
         return concrete(op.args[0])
     args = [concrete(a) for a in op.args]
     return op.target(*args, **{k: concrete(v) for k, v in op.kwargs.items()})

@@ -111,6 +111,17 @@ def shape_hint(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(size_hint(s) for s in val.shape) if isinstance(val, torch.Tensor) else None
 
 
+def tensor_of(program: Program, name: str) -> torch.Tensor | None:
+    """A parameter or buffer by its qualified name; None where there is none."""
+    path, _, last = name.rpartition(".")
+    try:
+        module = program.root.get_submodule(path)
+    except AttributeError:
+        return None
+    found = getattr(module, last, None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
 def structure_hash(module: nn.Module, memo: dict[int, str] | None = None) -> str:
     """A hash of what a module computes but not of its weights: equal for isomorphic blocks."""
     memo = {} if memo is None else memo

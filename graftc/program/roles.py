@@ -1,78 +1,111 @@
 """Which module is an attention, which an MLP: told from dataflow, never from names.
 
-The anchors are ops: `scaled_dot_product_attention`, or a softmax between two products;
-an activation between two linears. From an anchor we walk to the linears around it; the deepest
-module that holds them all is the site. Where q, k and v come from tells self-, cross- and
-joint attention apart.
+The anchors are ops: `scaled_dot_product_attention`, a softmax between two products, a product of
+products (linear attention), an opaque op on three like tensors; a nonlinearity between two linears.
+From an anchor we walk to the linears around it; the deepest module that holds them all, and nothing
+else, is the site. Where q, k and v come from tells self-, cross- and joint attention apart.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from graftc.program.flat import Flat, Op, backward, common_path
-from graftc.program.program import ATEN, size_hint
-
-LINEARS = frozenset({ATEN.linear.default, ATEN.addmm.default})
-CONVS = frozenset({ATEN.conv1d.default, ATEN.conv2d.default, ATEN.conv3d.default})
-NORMS = {
-    ATEN.layer_norm.default: "layer_norm",
-    ATEN.rms_norm.default: "rms_norm",
-    ATEN.group_norm.default: "group_norm",
-    ATEN.batch_norm.default: "batch_norm",
-}
-ACTIVATIONS = {
-    ATEN.gelu.default: "gelu",
-    ATEN.silu.default: "silu",
-    ATEN.relu.default: "relu",
-    ATEN.tanh.default: "tanh",
-    ATEN.sigmoid.default: "sigmoid",
-    ATEN.leaky_relu.default: "leaky_relu",
-}
-MOVEMENTS = frozenset(
-    getattr(getattr(ATEN, name), overload)
-    for name, overload in [
-        ("view", "default"), ("reshape", "default"), ("transpose", "int"), ("permute", "default"),
-        ("chunk", "default"), ("split", "Tensor"), ("split_with_sizes", "default"), ("unbind", "int"),
-        ("select", "int"), ("slice", "Tensor"), ("unsqueeze", "default"), ("squeeze", "dim"),
-        ("contiguous", "default"), ("clone", "default"), ("flatten", "using_ints"),
-        ("unflatten", "int"), ("expand", "default"), ("tensor_split", "sections"), ("to", "dtype"),
-    ]
-)  # fmt: skip
-_SDPA = ATEN.scaled_dot_product_attention.default
-_SOFTMAX = frozenset({ATEN.softmax.int, ATEN._softmax.default})
-_MASKINGS = frozenset(
-    {ATEN.masked_fill.Scalar, ATEN.masked_fill.Tensor, ATEN.where.self, ATEN.where.ScalarOther}
+from graftc.program.activations import activation_of, pointwise_source
+from graftc.program.evaluate import Parameters
+from graftc.program.flat import Flat, Op, backward, common_path, strip
+from graftc.program.masks import Masking, Reading, form_of, maskings, read
+from graftc.program.ops import (
+    ACTIVATIONS,
+    LINEARS,
+    MOVEMENTS,
+    NORM_PARTS,
+    NORMS,
+    POINTWISE,
+    PRODUCTS,
+    SDPA,
+    SOFTMAX,
 )
-_SUMS = frozenset({ATEN.add.Tensor, ATEN.sub.Tensor})
-_PRODUCTS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.baddbmm.default})
+from graftc.program.program import ATEN, size_hint
+from graftc.program.refusals import (
+    Refusal,
+    Refused,
+    near_mlp,
+    not_moved,
+    op_name,
+    why_not_just,
+)
+from graftc.program.rotary import Rotary, is_rotary, rotary_of
+
+Form = Literal["softmax", "linear", "opaque"]
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor:
+    """An attention's ops before we know where it stands: its operands, its result, its masks."""
+
+    op: Op
+    result: Op
+    query: Op
+    key: Op
+    value: Op
+    form: Form
+    masks: tuple[Masking, ...] = ()
+    causal: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """An attention found: the module that is its site, its kind, the ops around the anchor."""
+    """An attention found: its site, its kind, the ops around the anchor.
+
+    `path` is the module that is the attention and nothing else, '' where there is none. `outs`: the output
+    projections, one for each stream; `complete` says whether they are inside the site. `form`: 'softmax',
+    'linear' (a product of products, no softmax) or 'opaque' (an op that graftc cannot see into). `masks` are
+    those that do something else than hide the future, `reading` what all of them do together.
+    """
 
     path: str
     kind: str
     anchor: Op
+    result: Op
     query: Op
     key: Op
     value: Op
     q: tuple[Op, ...]
     k: tuple[Op, ...]
     v: tuple[Op, ...]
-    out: Op | None
-    mask: Op | None
-    causal: bool
+    outs: tuple[Op, ...]
+    complete: bool
+    masks: tuple[Masking, ...]
+    reading: Reading
     rotary: bool
+    tables: tuple[Rotary, Rotary] | None
     normed: bool
+    form: Form
+
+    @property
+    def out(self) -> Op | None:
+        """The output projection, where it is one and inside the site."""
+        return self.outs[0] if self.complete and len(self.outs) == 1 else None
+
+    @property
+    def causal(self) -> bool:
+        return self.reading.causal
+
+    @property
+    def mask(self) -> Op | None:
+        """The first mask that does something else than hide the future."""
+        return self.masks[0].mask if self.masks else None
 
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """An MLP found: the module that is its site, its linears and its activation."""
+    """An MLP found: the module that is its site ('' for none), its linears and its activation.
+
+    `activation` is the op with the activated value, `name` the activation's.
+    """
 
     path: str
     up: Op
@@ -80,23 +113,6 @@ class Mlp:
     down: Op
     activation: Op
     name: str
-
-
-@dataclass(frozen=True, eq=False)
-class Refusal:
-    """Ops that look like an attention or an MLP and are none, or are no module's own: what `explain` says.
-
-    `path`: the deepest called module that holds them; `op`: the op that decided; `reason`: in words, after the path.
-    """
-
-    role: str
-    path: str
-    anchor: Op
-    op: Op
-    reason: str
-
-
-Refused = list[Refusal]
 
 
 def is_linear(op: Op) -> bool:
@@ -107,41 +123,44 @@ def linear_input(op: Op) -> Op:
     return op.args[1] if op.target is ATEN.addmm.default else op.args[0]
 
 
-def attentions(flat: Flat, refused: Refused | None = None) -> list[Attention]:
-    """Every attention of a model, in execution order; what nearly was one goes to `refused`."""
-    found: list[Attention] = []
+def attentions(
+    flat: Flat, refused: Refused | None = None, parameters: Parameters | None = None
+) -> list[Attention]:
+    """Every attention of a model, in execution order; what nearly was one goes to `refused`.
+
+    `parameters`: values of buffers by name, where there are any: a mask may be made of them.
+    """
+    memo: dict[int, Reading] = {}
     refused = [] if refused is None else refused
+    found = (_around(flat, a, refused, parameters, memo) for a in _anchors(flat, refused))
+    return [a for a in found if a is not None]
+
+
+def _anchors(flat: Flat, refused: Refused) -> Iterator[Anchor]:
     for op in flat.ops:
-        if op.kind == "op" and op.target is _SDPA:
-            attention = _around(
-                flat,
-                refused,
-                op,
-                op,
-                op.args[0],
-                op.args[1],
-                op.args[2],
-                _mask_of(op),
-                bool(op.argument(5, "is_causal", False)),
-            )
-        elif op.kind == "op" and op.target in _SOFTMAX:
-            attention = _written_out(flat, refused, op)
-        else:
+        if op.kind != "op":
             continue
-        if attention is not None:
-            found.append(attention)
-    return found
+        anchor = None
+        if op.target is SDPA:
+            q, k, v = op.args[:3]
+            mask = op.argument(3, "attn_mask")
+            masks = (Masking(mask, form_of(mask)),) if isinstance(mask, Op) else ()
+            causal = bool(op.argument(5, "is_causal", False))
+            anchor = Anchor(op, op, q, k, v, "softmax", masks, causal)
+        elif op.target in SOFTMAX:
+            anchor = _written_out(flat, refused, op)
+        elif op.target in PRODUCTS:
+            anchor = _product_of_products(op)
+        elif getattr(op.target, "namespace", "aten") not in ("aten", "prims", "prim"):
+            anchor = _opaque(op)
+        if anchor is not None:
+            yield anchor
 
 
-def _mask_of(op: Op) -> Op | None:
-    mask = op.argument(3, "attn_mask")
-    return mask if isinstance(mask, Op) else None
-
-
-def _written_out(flat: Flat, refused: Refused, softmax: Op) -> Attention | None:
+def _written_out(flat: Flat, refused: Refused, softmax: Op) -> Anchor | None:
     """softmax between two products."""
-    scores = backward(softmax, lambda o: o.kind == "op" and o.target in _PRODUCTS)
-    outs = [o for o in _forward(softmax, 4) if o.target in _PRODUCTS]
+    scores = backward(softmax, lambda o: o.kind == "op" and o.target in PRODUCTS)
+    outs = [o for o in _forward(softmax, 4) if o.target in PRODUCTS]
     if not scores or not outs:
         what = (
             "its softmax reads no product of two tensors"
@@ -153,28 +172,58 @@ def _written_out(flat: Flat, refused: Refused, softmax: Op) -> Attention | None:
         return None
     score, out = scores[-1], outs[0]
     offset = 1 if score.target is ATEN.baddbmm.default else 0
-    mask = score.args[0] if offset else _masking(softmax, score)
-    return _around(
-        flat,
-        refused,
-        softmax,
-        out,
-        score.args[offset],
-        score.args[offset + 1],
-        out.args[1],
-        mask,
-        False,
+    masks = maskings(_between(softmax, {score.index}), score)
+    if offset:
+        masks = (Masking(score.args[0], "additive"), *masks)
+    return Anchor(
+        softmax, out, score.args[offset], score.args[offset + 1], out.args[1], "softmax", masks
     )
 
 
-def _masking(softmax: Op, score: Op) -> Op | None:
-    """The op between scores and softmax that masks: what it hides (the future, padding) is not known."""
-    for op in _between(softmax, {score.index}):
-        if op.target in _MASKINGS:
-            return op
-        if op.target in _SUMS and all(isinstance(a, Op) for a in op.args[:2]):
-            return op
+def _product_of_products(outer: Op) -> Anchor | None:
+    """(v kᵀ) q or q (kᵀ v), with no softmax between: linear attention."""
+    for position in (0, 1):
+        inner = _single_product(outer.args[position])
+        if inner is None:
+            continue
+        other = outer.args[1 - position]
+        pair = inner.args[:2]
+        # v comes as it is, k through its feature map; where both are alike, from the order of the product.
+        plain = [a for a in pair if not _featured(a)]
+        value = plain[0] if len(plain) == 1 else pair[0 if position == 0 else 1]
+        key = pair[1] if value is pair[0] else pair[0]
+        return Anchor(outer, outer, other, key, value, "linear")
     return None
+
+
+def _single_product(op: Any) -> Op | None:
+    """The product that `op` is, but for movements and casts."""
+    if not isinstance(op, Op):
+        return None
+    op = strip(op)
+    return op if op.kind == "op" and op.target in PRODUCTS else None
+
+
+def _featured(op: Op) -> bool:
+    """Whether a pointwise function was applied on the way from the linear."""
+    op = strip(op)
+    return op.kind == "op" and op.target in POINTWISE
+
+
+def _opaque(op: Op) -> Anchor | None:
+    """An op of another library on three tensors of one rank and width, with a result like the first."""
+    tensors = [a for a in op.args if isinstance(a, Op) and a.tensor is not None]
+    if len(tensors) < 3 or op.tensor is None or op.tensor.ndim not in (3, 4):
+        return None
+    q, k, v = tensors[:3]
+    alike = len({t.tensor.ndim for t in (q, k, v)}) == 1 and _features(q) == _features(k)
+    if not alike or list(op.tensor.shape) != list(q.tensor.shape):
+        return None
+    names = [a.name for a in op.target._schema.arguments]
+    given = dict(zip(names, op.args, strict=False)) | op.kwargs
+    causal = any("causal" in n and given[n] is True for n in given)
+    masks = tuple(Masking(t, form_of(t)) for t in tensors[3:])
+    return Anchor(op, op, q, k, v, "opaque", masks, causal)
 
 
 def _between(end: Op, starts: set[int]) -> list[Op]:
@@ -206,193 +255,165 @@ def _between(end: Op, starts: set[int]) -> list[Op]:
 
 def _around(
     flat: Flat,
+    anchor: Anchor,
     refused: Refused,
-    anchor: Op,
-    result: Op,
-    query: Op,
-    key: Op,
-    value: Op,
-    mask: Op | None,
-    causal: bool,
+    parameters: Parameters | None,
+    memo: dict[int, Reading],
 ) -> Attention | None:
-    def linears(op: Op) -> tuple[Op, ...]:
-        return (op,) if is_linear(op) else tuple(backward(op, is_linear))
-
-    q, k, v = linears(query), linears(key), linears(value)
+    q, k, v = (_linears(o) for o in (anchor.query, anchor.key, anchor.value))
     if not q or not k or not v:
-        name, made = next(
-            (n, o) for n, o, found in (("q", query, q), ("k", key, k), ("v", value, v)) if not found
-        )
-        refused.append(
-            Refusal(
-                "attention",
-                flat.called(anchor.path),
-                anchor,
-                made,
-                f"its {name} comes from no linear: {op_name(made)} makes it",
-            )
-        )
+        if anchor.form == "softmax":
+            refused.append(_without_linears(flat, anchor, q, k))
         return None
-    sources = [{linear_input(o).index for o in part} for part in (q, k, v)]
-    if len(sources[0]) > 1 and sources[0] == sources[1]:
-        kind = "joint_attention"
-    elif sources[0] == sources[1] == sources[2]:
-        kind = "self_attention"
-    else:
-        kind = "cross_attention"
-    out = _next_linear(result)
-    members = [anchor, *q, *k, *v]
-    found = _site(flat, members, [*q, *k, *v], out, result)
-    if found is None:
-        path = flat.called(common_path([*members, *([] if out is None else [out])]))
-        op, reason = _why_not_just(flat, path, [*q, *k, *v], result if out is None else out)
-        refused.append(Refusal("attention", path, anchor, op, reason))
-        return None
-    path, out = found
+    result = anchor.result
+    if anchor.form == "linear":
+        result = _normalised(result)
+    outs = _linears_after(result)
+    members = [anchor.op, *q, *k, *v]
+    path, complete = _site(flat, members, [*q, *k, *v], outs, result)
+    if not path:
+        last = outs or (result,)
+        held = flat.called(common_path([*members, *outs]))
+        firsts = [linear_input(o) for o in (*q, *k, *v)]
+        op, reason = why_not_just(flat, held, firsts, last)
+        refused.append(Refusal("attention", held, anchor.op, op, reason))
+    readings = [read(m, parameters, memo) for m in anchor.masks]
+    reading = Reading(
+        anchor.causal or any(r.causal for r in readings), any(r.other for r in readings)
+    )
+    tables = rotary_of(anchor.query, q), rotary_of(anchor.key, k)
     return Attention(
         path,
-        kind,
-        anchor,
-        query,
-        key,
-        value,
+        _kind(q, k, v, path or common_path(members)),
+        anchor.op,
+        result,
+        anchor.query,
+        anchor.key,
+        anchor.value,
         q,
         k,
         v,
-        out,
-        mask,
-        causal,
-        rotary=_multiplied(query, q),
-        normed=any(o.target in NORMS for o in _between(query, {p.index for p in q})),
+        outs,
+        complete,
+        tuple(m for m, r in zip(anchor.masks, readings, strict=True) if r.other),
+        reading,
+        rotary=is_rotary(anchor.query, q),
+        tables=tables if tables[0] is not None and tables[1] is not None else None,  # type: ignore[arg-type]
+        normed=any(
+            o.target in NORMS or o.target in NORM_PARTS
+            for o in _between(anchor.query, {p.index for p in q})
+        ),
+        form=anchor.form,
     )
+
+
+def _without_linears(flat: Flat, anchor: Anchor, q: tuple[Op, ...], k: tuple[Op, ...]) -> Refusal:
+    name, made = (
+        ("q", anchor.query) if not q else ("k", anchor.key) if not k else ("v", anchor.value)
+    )
+    reason = f"its {name} comes from no linear: {op_name(made)} makes it"
+    return Refusal("attention", flat.called(anchor.op.path), anchor.op, made, reason)
+
+
+def _linears(op: Op) -> tuple[Op, ...]:
+    return (op,) if is_linear(op) else tuple(backward(op, is_linear))
+
+
+def _kind(q: tuple[Op, ...], k: tuple[Op, ...], v: tuple[Op, ...], inside: str) -> str:
+    """One source is self-attention, two are cross-attention, several in each are joint attention."""
+    sources = [
+        {s.index for o in part for s in _streams(linear_input(o), inside)} for part in (q, k, v)
+    ]
+    if len(sources[0]) > 1 and sources[0] == sources[1]:
+        return "joint_attention"
+    if sources[0] == sources[1] == sources[2]:
+        return "self_attention"
+    return "cross_attention"
+
+
+def _streams(op: Op, inside: str) -> list[Op]:
+    """The token streams that `op` is made of by movements and concatenation inside a module."""
+    found: list[Op] = []
+    stack = [op]
+    while stack:
+        current = strip(stack.pop())
+        within = current.path == inside or current.path.startswith(inside + ".") or not inside
+        if current.kind == "op" and current.target is ATEN.cat.default and within:
+            stack += current.operands
+        else:
+            found.append(current)
+    return found
+
+
+def _normalised(result: Op) -> Op:
+    """The result of linear attention after its normaliser: numerator / denominator, both parts of it."""
+    for op in _forward(result, 8):
+        if op.target is ATEN.div.Tensor and all(
+            isinstance(a, Op) and any(o is result for o in [strip(a), *map(strip, a.operands)])
+            for a in op.args[:2]
+        ):
+            return op
+    return result
 
 
 def _site(
-    flat: Flat, members: list[Op], linears: list[Op], out: Op | None, result: Op
-) -> tuple[str, Op | None] | None:
-    """The module that is the attention and nothing else, and its output projection if that is inside.
+    flat: Flat, members: list[Op], linears: list[Op], outs: tuple[Op, ...], result: Op
+) -> tuple[str, bool]:
+    """The module that is the attention and nothing else ('' for none), and whether it holds the output projection.
 
     BERT's `attention` also adds the residual and normalises; its `attention.self` is the site then.
     """
-    if out is not None:
-        path = flat.called(common_path([*members, out]))
-        if _is_just(flat, path, linears, out):
-            return path, out
+    if outs:
+        path = flat.called(common_path([*members, *outs]))
+        if _is_just(flat, path, linears, outs):
+            return path, True
     path = flat.called(common_path(members))
-    return (path, None) if _is_just(flat, path, linears, result) else None
+    return (path, not outs) if _is_just(flat, path, linears, (result,)) else ("", False)
 
 
-def _is_just(flat: Flat, path: str, linears: list[Op], result: Op) -> bool:
-    """Whether a module's inputs reach the linears, and `result` its output, through movements alone.
+def _is_just(flat: Flat, path: str, linears: list[Op], results: tuple[Op, ...]) -> bool:
+    """Whether a module's inputs reach the linears, and its outputs come from `results`, through movements alone.
 
     A norm before or a residual after would be lost if the module were replaced.
     """
-    call = flat.first_calls.get(path)
-    if call is None:
-        return False
-    given = {a.index for a in call.args if isinstance(a, Op)}
-    returned = call.result if isinstance(call.result, tuple) else (call.result,)
-    return all(_moved_from(linear_input(o), given) for o in linears) and any(
-        isinstance(r, Op) and _moved_from(r, {result.index}) for r in returned
-    )
-
-
-def _why_not_just(flat: Flat, path: str, linears: list[Op], result: Op) -> tuple[Op, str]:
-    """What `_is_just` stumbles on: the op, and a sentence about the module."""
-    call = flat.first_calls.get(path)
-    if call is None:
-        return result, "no module holds all of it but the model itself"
-    given = {a.index for a in call.args if isinstance(a, Op)}
-    for linear in linears:
-        stop = _not_moved(linear_input(linear), given)
-        if stop is not None:
-            return stop, (
-                f"{op_name(stop)} stands inside the module, before the linears: "
-                "it would go with them"
-            )
-    returned = call.result if isinstance(call.result, tuple) else (call.result,)
-    ends = [r for r in returned if isinstance(r, Op)]
-    stops = [s for s in (_not_moved(r, {result.index}) for r in ends) if s is not None]
-    last = stops[0] if stops else result
-    return (
-        last,
-        f"{op_name(last)} stands inside the module, after the last linear: it would go with it",
-    )
-
-
-def op_name(op: Op) -> str:
-    """An op as people call it: `softmax`, `the input x`, `the parameter blocks.0.w`."""
-    if op.kind == "input":
-        return f"the input `{op.target}`"
-    if op.kind == "param":
-        return f"the parameter `{op.fqn}`"
-    if op.kind == "module":
-        return f"the module `{op.path}`"
-    packet = getattr(op.target, "overloadpacket", None)
-    return f"`{(packet or op.target).__name__}`"
+    goals = {r.index for r in results}
+    for call in flat.calls_by_path.get(path, ()):
+        given = {a.index for a in call.args if isinstance(a, Op)}
+        returned = call.result if isinstance(call.result, tuple) else (call.result,)
+        if all(_moved_from(linear_input(o), given) for o in linears) and any(
+            isinstance(r, Op) and _moved_from(r, goals) for r in returned
+        ):
+            return True
+    return False
 
 
 def _moved_from(op: Op, goals: set[int]) -> bool:
-    """Whether `op` is one of the goals, or one of them moved."""
-    return _not_moved(op, goals) is None
+    """Whether `op` is one of the goals, or made of them by movements and concatenation."""
+    return not_moved(op, goals) is None
 
 
-def _not_moved(op: Op, goals: set[int]) -> Op | None:
-    """The op on the way back to the goals that is no movement, None where there is none."""
-    while op.index not in goals:
-        if op.kind != "op" or not (op.target in MOVEMENTS or op.target is operator.getitem):
-            return op
-        if not isinstance(op.args[0], Op):
-            return op
-        op = op.args[0]
-    return None
-
-
-def _multiplied(query: Op, linears: tuple[Op, ...]) -> bool:
-    """Whether q is multiplied by a table on its way from its linear: rotary positions."""
-    inside = {o.index for o in linears}
-    reaches: dict[int, bool] = {}
-
-    def from_linear(op: Op) -> bool:
-        if op.index not in reaches:
-            reaches[op.index] = op.index in inside or (
-                op.kind == "op"
-                and op.index > min(inside)
-                and any(from_linear(o) for o in op.operands)
-            )
-        return reaches[op.index]
-
-    def multiplied(op: Op) -> bool:
-        if op.index in inside or not from_linear(op):
-            return False
-        factors = op.args[:2] if op.target is ATEN.mul.Tensor else ()
-        if all(isinstance(a, Op) for a in factors) and any(
-            not from_linear(a) and not _is_param(a) for a in factors
-        ):
-            return True
-        return any(multiplied(o) for o in op.operands)
-
-    return multiplied(query)
-
-
-def _is_param(op: Op) -> bool:
-    while op.kind == "op" and op.target in MOVEMENTS:
-        op = op.operands[0]
-    return op.kind == "param"
-
-
-def _next_linear(op: Op) -> Op | None:
-    """The linear that takes an op's result through movements alone."""
-    current = op
-    for _ in range(12):
-        linears = [u for u in current.users if is_linear(u) and linear_input(u) is current]
-        if linears:
-            return linears[0]
-        movements = [u for u in current.users if u.kind == "op" and u.target in MOVEMENTS]
-        if len(movements) != 1:
-            return None
-        current = movements[0]
-    return None
+def _linears_after(op: Op) -> tuple[Op, ...]:
+    """The linears that take an op's result, or a part of it, through movements alone."""
+    found: list[Op] = []
+    seen: set[int] = set()
+    level = [op]
+    for _ in range(16):
+        following: list[Op] = []
+        for current in level:
+            for user in current.users:
+                if is_linear(user) and linear_input(user) is current:
+                    found.append(user)
+                elif (
+                    user.kind == "op"
+                    and (user.target in MOVEMENTS or user.target is operator.getitem)
+                    and user.index not in seen
+                    and user.args
+                    and user.args[0] is current
+                ):
+                    seen.add(user.index)
+                    following.append(user)
+        level = following
+    return tuple(sorted(found, key=lambda o: o.index))
 
 
 def _forward(op: Op, depth: int) -> list[Op]:
@@ -405,77 +426,67 @@ def _forward(op: Op, depth: int) -> list[Op]:
     return found
 
 
-def mlps(flat: Flat, attention_paths: set[str], refused: Refused | None = None) -> list[Mlp]:
+def mlps(flat: Flat, refused: Refused | None = None) -> list[Mlp]:
     """Every MLP on a token stream (three or more dimensions), in execution order; near ones go to `refused`."""
-    found: list[Mlp] = []
     refused = [] if refused is None else refused
+    found = [m for op in flat.ops if is_linear(op) and (m := _mlp_before(flat, op)) is not None]
+    ours: set[int] = set()
+    for mlp in found:
+        firsts = {o.index for o in (mlp.up, mlp.gate) if o is not None}
+        ours |= {mlp.activation.index, *(o.index for o in _between(mlp.activation, firsts))}
+        if not mlp.path:
+            path = flat.called(common_path([mlp.up, mlp.down, mlp.activation]))
+            inputs = [linear_input(o) for o in (mlp.up, mlp.gate) if o is not None]
+            op, reason = why_not_just(flat, path, inputs, (mlp.down,))
+            refused.append(Refusal("mlp", path, mlp.activation, op, reason))
     for op in flat.ops:
-        if (
-            op.kind != "op"
-            or op.target not in ACTIVATIONS
-            or op.tensor is None
-            or op.tensor.ndim < 3
-        ):
-            continue
-        mlp = _mlp_around(flat, op)
-        if isinstance(mlp, Refusal):
-            refused.append(mlp)
-            continue
-        inner = next(
-            (p for p in attention_paths if p.startswith(mlp.path + ".") or p == mlp.path), None
-        )
-        if not mlp.path or inner is not None:
-            # the deepest module that holds it holds an attention too: no module of its own
-            why = f"it holds an attention too, {inner}" if inner else "no module holds it"
-            refused.append(Refusal("mlp", mlp.path, op, op, why))
-            continue
-        if mlp.path not in {m.path for m in found}:
-            found.append(mlp)
+        known = op.kind == "op" and op.target in ACTIVATIONS and op.index not in ours
+        if known and op.tensor is not None and op.tensor.ndim >= 3:
+            refused.append(near_mlp(flat, op))
     return found
 
 
-def _mlp_around(flat: Flat, activation: Op) -> Mlp | Refusal:
-    def refusal(op: Op, reason: str, path: str = "") -> Refusal:
-        return Refusal("mlp", path or flat.called(activation.path), activation, op, reason)
-
-    name = op_name(activation)
-    before = _through(activation.args[0], back=True)
-    if before is None or not is_linear(before):
-        read = "no tensor" if before is None else op_name(before)
-        return refusal(before or activation, f"its {name} reads {read}, not a linear")
-    gate: Op | None = None
-    after: Op = activation
-    for user in activation.users:  # gated: the activation times another linear's result
-        if user.target is ATEN.mul.Tensor:
-            others = [a for a in user.args[:2] if isinstance(a, Op) and a is not activation]
-            other = _through(others[0], back=True) if others else None
-            if other is not None and is_linear(other):
-                gate, before, after = before, other, user
-    down = _next_linear(after)
-    if down is None:
-        return refusal(after, f"no linear reads the result of its {op_name(after)}")
-    width, back = _features(linear_input(before)), _features(down)
-    path = flat.called(common_path([o for o in (before, gate, down, activation) if o is not None]))
-    firsts = [before] if gate is None else [before, gate]
-    if width != back:
-        return refusal(down, f"it reads {width} features and gives {back}", path)
-    if not _is_just(flat, path, firsts, down):
-        return refusal(*_why_not_just(flat, path, firsts, down), path)
-    name = ACTIVATIONS[activation.target]
-    if name == "gelu" and activation.kwargs.get("approximate") == "tanh":
-        name = "gelu_tanh"
-    return Mlp(path, before, gate, down, activation, name)
+def _mlp_before(flat: Flat, down: Op) -> Mlp | None:
+    after = strip(linear_input(down))
+    if after.tensor is None or after.tensor.ndim < 3 or after.kind != "op":
+        return None
+    up, gate, activation, name = _plain_branch(after) or _gated(after) or (None, None, None, "")
+    if up is None or activation is None:
+        return None
+    if _features(linear_input(up)) != _features(down):
+        return None
+    firsts = [up] if gate is None else [up, gate]
+    path = flat.called(common_path([*firsts, down, activation]))
+    if not _is_just(flat, path, firsts, (down,)):
+        path = ""
+    return Mlp(path, up, gate, down, activation, name)
 
 
-def _through(op: Any, *, back: bool) -> Op | None:
-    """Walk back over movements (a chunk of a fused linear)."""
-    while (
-        isinstance(op, Op)
-        and op.kind == "op"
-        and (op.target in MOVEMENTS or op.target is operator.getitem)
-    ):
-        op = op.args[0]
-    return op if isinstance(op, Op) else None
+def _plain_branch(after: Op) -> tuple[Op, None, Op, str] | None:
+    """down(act(up(x)))."""
+    activated = _activated(after)
+    return (activated[0], None, after, activated[1]) if activated is not None else None
+
+
+def _gated(after: Op) -> tuple[Op, Op, Op, str] | None:
+    """down(act(gate(x)) · up(x))."""
+    if after.target is not ATEN.mul.Tensor or not all(isinstance(a, Op) for a in after.args[:2]):
+        return None
+    for act, other in (after.args[:2], after.args[1::-1]):
+        activated, up = _activated(act), strip(other)
+        if activated is not None and is_linear(up):
+            return up, activated[0], act, activated[1]
+    return None
+
+
+def _activated(op: Op) -> tuple[Op, str] | None:
+    """(linear, activation) where `op` is an activation of a linear's result."""
+    op = strip(op)
+    source = pointwise_source(op) if op.kind == "op" and op.target in POINTWISE else None
+    if source is None or not is_linear(strip(source)):
+        return None
+    name = activation_of(source, op)
+    return (strip(source), name) if name is not None else None
 
 
 def _features(op: Op) -> int:

@@ -36,6 +36,9 @@ def unthread(root: fx.GraphModule) -> None:
                 if isinstance(value(node), torch.SymInt):
                     _read_here(module.graph, node)
             _drop_unused_inputs(module.graph, sites.get(id(module), []))
+    for path, module in reversed(list(graphs(root))):
+        if path:
+            _pass_by(module.graph, sites.get(id(module), []))
     for path, module in graphs(root):
         if path:
             drop_unused_outputs(module, sites.get(id(module), []))
@@ -114,6 +117,20 @@ def _drop_unused_inputs(graph: fx.Graph, sites: list[fx.Node]) -> None:
         site.graph.eliminate_dead_code()
     for i in unused:
         graph.erase_node(placeholders[i])
+
+
+def _pass_by(graph: fx.Graph, sites: list[fx.Node]) -> None:
+    """An input that is returned as it came is read by the caller where it had it."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    returned = next(n for n in graph.nodes if n.op == "output").args[0]
+    if not isinstance(returned, tuple):
+        return
+    same = {i: placeholders.index(r) for i, r in enumerate(returned) if r in placeholders}
+    for site in sites:
+        for user in list(site.users):
+            if user.target is operator.getitem and user.args[1] in same:
+                user.replace_all_uses_with(site.args[same[user.args[1]]])  # pyright: ignore[reportArgumentType]
+                user.graph.erase_node(user)
 
 
 def drop_unused_outputs(module: fx.GraphModule, sites: list[fx.Node]) -> None:

@@ -296,7 +296,7 @@ CASES = (
     Case("einsum in the block", einsum, (3,), 3, mlp=3),
     Case("flash-attn (opaque op)", flash, (3,), 3, mlp=3),
     Case("xFormers (opaque op)", xformers, (3,), 3, mlp=3),
-    Case("U-ViT", uvit, (2, 2), 5, mlp=5),
+    Case("U-ViT", uvit, (3, 2), 5, mlp=5),
     Case("ConvNeXt-like", convnet, (3,), mlp=3),
     Case("one block three times", shared_block, (3,), 1, mlp=1, has={"causal"}),
     Case("two blocks twice", shared_pair, (4,), 2, mlp=2, has={"causal"}),

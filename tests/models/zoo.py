@@ -51,7 +51,9 @@ def main(names: list[str]) -> None:
             if (not want[k] <= got[k] if k == "has" else got[k] != want[k])  # type: ignore[operator]
         }
         dynamic = ",".join(analysis.program.facts.dynamic)
-        print(f"{case.name:32} {time.process_time() - start:5.1f} s [{dynamic}] {'ok' if not differs else differs} has={sorted(got['has'])}")  # type: ignore[call-overload]
+        print(
+            f"{case.name:32} {time.process_time() - start:5.1f} s [{dynamic}] {differs or 'ok'} has={sorted(got['has'])}"
+        )  # type: ignore[call-overload]
         for note in analysis.program.facts.notes:
             print("    note:", note[:160])
 

@@ -182,9 +182,18 @@ def site_of(module: nn.Module, x: Tensor) -> tuple[Analysis, str]:
     return analysis, roles(analysis, "self_attention")[0]
 
 
-def test_a_mask_of_written_out_attention_is_seen() -> None:
+def test_a_mask_that_hides_the_future_and_nothing_else_is_causal() -> None:
     analysis, path = site_of(WrittenOut(), torch.randn(2, 5, 8))
-    assert "mask" in analysis.by_path[path].has
+    site = analysis.by_path[path]
+    assert site.has == {"causal"}
+    assert site.facts["causal"] is True
+
+
+def test_another_mask_of_written_out_attention_is_seen() -> None:
+    module = WrittenOut()
+    module.bias[..., 3, 0] = 0
+    analysis, path = site_of(module, torch.randn(2, 5, 8))
+    assert analysis.by_path[path].has == {"causal", "mask"}
 
 
 def test_an_unusual_scale_goes_into_q() -> None:

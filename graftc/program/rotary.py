@@ -1,0 +1,109 @@
+"""Rotary positions: that q is multiplied by a table, and in which form where an operator can take it over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graftc.program.evaluate import CannotEvaluateError, evaluate
+from graftc.program.flat import Op, strip
+from graftc.program.program import ATEN, size_hint
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """x · cos + rotated(x) · sin, the whole of x: `half` turns halves, `interleaved` neighbours."""
+
+    cos: Op
+    sin: Op
+    form: Literal["half", "interleaved"]
+
+
+def is_rotary(query: Op, linears: tuple[Op, ...]) -> bool:
+    """Whether q is multiplied, on its way from its linear, by a table that is another at another token."""
+    return bool(_products(query, linears))
+
+
+def _products(query: Op, linears: tuple[Op, ...]) -> list[tuple[Op, Op, Op]]:
+    """(product, what comes from q, the table) for each product with a table."""
+    inside = {o.index for o in linears}
+    reaches: dict[int, bool] = {}
+
+    def from_linear(op: Op) -> bool:
+        if op.index not in reaches:
+            reaches[op.index] = op.index in inside or (
+                op.kind == "op"
+                and op.target is not ATEN.sym_size.int
+                and op.index > min(inside)
+                and any(from_linear(o) for o in op.operands)
+            )
+        return reaches[op.index]
+
+    found: list[tuple[Op, Op, Op]] = []
+    seen: set[int] = set()
+    stack = [query]
+    while stack:
+        op = stack.pop()
+        if op.index in seen or op.index in inside or not from_linear(op):
+            continue
+        seen.add(op.index)
+        factors = op.args[:2] if op.target is ATEN.mul.Tensor else ()
+        if len(factors) == 2 and all(isinstance(a, Op) for a in factors):
+            ours = [a for a in factors if from_linear(a)]
+            tables = [a for a in factors if not from_linear(a)]
+            if len(tables) == 1 and _is_table(tables[0]):
+                found.append((op, ours[0], tables[0]))
+        stack += op.operands
+    return found
+
+
+def _is_table(op: Op) -> bool:
+    """More than one row: a norm's weight has one, and a scale is one number."""
+    if op.tensor is None:
+        return False
+    shape = [size_hint(s) for s in op.tensor.shape]
+    return len(shape) >= 2 and torch.Size(shape[:-1]).numel() > 1
+
+
+def rotary_of(query: Op, linears: tuple[Op, ...]) -> Rotary | None:
+    """The tables and the form, where q is x · cos + rotated(x) · sin as a whole; else None."""
+    total = strip(query)
+    if total.target is not ATEN.add.Tensor:
+        return None
+    products = {p.index: (ours, table) for p, ours, table in _products(query, linears)}
+    terms = [products.get(strip(a).index) for a in total.args[:2] if isinstance(a, Op)]
+    if len(terms) != 2:
+        return None
+    first, second = terms
+    if first is None or second is None:
+        return None
+    for (x, cos), (turned, sin) in ((first, second), (second, first)):
+        form = _turn(x, turned)
+        if form is not None:
+            return Rotary(cos, sin, form)
+    return None
+
+
+def _turn(x: Op, turned: Op) -> Literal["half", "interleaved"] | None:
+    """What `turned` makes of x, by its values on the numbers 1, 2, 3, …"""
+    if x is turned or x.tensor is None:
+        return None
+    shape = [size_hint(s) for s in x.tensor.shape]
+    width = shape[-1]
+    numbers = torch.arange(1.0, width + 1)
+    try:
+        found = evaluate(turned, {x.index: numbers.expand(shape)})
+    except CannotEvaluateError:
+        return None
+    if not isinstance(found, Tensor) or list(found.shape) != shape or width % 2:
+        return None
+    row = found.reshape(-1, width)[0]
+    first, second = numbers.chunk(2)
+    if torch.equal(row, torch.cat([-second, first])):
+        return "half"
+    if torch.equal(row, torch.stack([-numbers[1::2], numbers[::2]], -1).flatten()):
+        return "interleaved"
+    return None
