@@ -16,6 +16,7 @@ from graftc import __version__
 from graftc.diagnostics import fail
 from graftc.distillation.targets import Targets, to_dict
 from graftc.emit.build import Build, write_build
+from graftc.forms import forms
 from graftc.language.check import check
 from graftc.language.rules import Rules
 from graftc.program.analysis import Analysis, Site, analyse
@@ -139,6 +140,7 @@ def compile_build(
             "data": _named(data, "DATA"),
             "task": _task_entry(task, loaded.task),
             "checks": list(compiled.checks),
+            "forms": forms(compiled.plan, compiled.analysis, compiled.student, loaded),
         },
         copy_teacher=copy_teacher or not isinstance(model, str),
         provenance={n.path: f"{e.rule.name} @ {e.origin}" for e in compiled.plan.edits for n in e.new},

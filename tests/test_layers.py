@@ -23,6 +23,7 @@ FORBIDDEN = {
     "tasks": ["graftc.language", "graftc.rewrite"],
     "distillation": ["graftc.language"],
     "emit": ["graftc.language", "graftc.distillation"],
+    "installation": ["graftc.language", "graftc.rewrite", "graftc.distillation"],
 }
 
 
