@@ -46,7 +46,7 @@ class Foreign:
                 continue
             if inspect.ismodule(value):
                 self._import(inner, value, name)
-            elif getattr(value, "__module__", None) == getattr(module, "__name__", ""):
+            elif _is_own(value, module):
                 self._copy(inner, value, taken, renamed)
             elif isinstance(value, (int, float, str, bool, tuple)) and not inner.startswith("__"):
                 renamed[inner] = self._place(inner, f"{inner} = {value!r}", taken, False)
@@ -87,6 +87,12 @@ class Foreign:
                 wanted="an operator that imports torch and the standard library alone",
                 help="move what it uses into its own file",
             )  # fmt: skip
+
+
+def _is_own(value: Any, module: Any) -> bool:
+    """Whether a value's source is copied with its user's: of the same file, or of graftc's operators."""
+    source = str(getattr(value, "__module__", None))
+    return source == getattr(module, "__name__", "") or source.startswith("graftc.operators.")
 
 
 def _with_name(text: str, old: str, new: str) -> str:

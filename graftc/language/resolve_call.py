@@ -10,7 +10,7 @@ from graftc.language.expressions import constant, origin, typed
 from graftc.language.resolve_init import source_of
 from graftc.language.rules import Expr, Literal_, OperatorCall
 from graftc.language.scope import NotYet, Scope, listed, suggest
-from graftc.language.vocabulary import PLANNED, may_be
+from graftc.language.vocabulary import may_be
 from graftc.operators.spec import Arg, OperatorSpec
 
 _SPECIAL = ("parallel", "copy", "python")
@@ -52,6 +52,7 @@ def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
             found=role,
             help=f"operators for {role}: {listed(fits)}" if fits else None,
         )
+    spec = spec.for_role(role) if role is not None else spec
     return OperatorCall(spec, arguments_of(scope, node, spec), node.span)
 
 
@@ -73,10 +74,7 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
     if name == "python":
         _check_python(node)
         raise NotYet("an operator of a Python file", head.span)
-    if name in PLANNED:
-        _check_values(scope, node)
-        raise NotYet(f"the operator `{name}` ({PLANNED[name]})", head.span)
-    known = (*scope.operators, *scope.defined, *PLANNED, "parallel")
+    known = (*scope.operators, *scope.defined, "parallel")
     qualified = next((n for n in scope.defined if n.partition(".")[2] == name), None)
     near = qualified or nearest(name, known)
     fail(
@@ -184,6 +182,8 @@ def _no_argument(name: s.Name, spec: OperatorSpec, takes: dict[str, Arg]) -> NoR
 
 
 def _value(scope: Scope, arg: Arg, node: s.Expr) -> Expr:
+    if arg.kind == "groups":
+        return _groups(arg, node)
     value = typed(scope, node, arg.kind)
     if not isinstance(value, Literal_):
         return value
@@ -202,6 +202,31 @@ def _value(scope: Scope, arg: Arg, node: s.Expr) -> Expr:
         if arg.above is not None and value.value <= arg.above:
             _too_small(scope, arg, node, f"more than {arg.above:g}", None)
     return value
+
+
+def _groups(arg: Arg, node: s.Expr) -> Expr:
+    """`{text: full, image: local}` as the text that the operator takes."""
+    items = node.items if isinstance(node, s.Braces) else ()
+    pairs = [(i.key.text, i.value.text) for i in items
+             if isinstance(i, s.Pair) and isinstance(i.value, s.Path)]  # fmt: skip
+    if not pairs or len(pairs) != len(items) or len(dict(pairs)) != len(pairs):
+        fail(
+            "G120",
+            f"`{arg.name}` says for each stream what it sees",
+            span=node.span,
+            wanted="{NAME: full, NAME: local}, each stream once",
+            found=node.span.text[:60],
+        )
+    for item in items:
+        if isinstance(item, s.Pair) and item.value.span.text not in ("full", "local"):
+            fail(
+                "G121",
+                f"a stream cannot be `{item.value.span.text}`",
+                span=item.value.span,
+                wanted="`full` or `local`",
+                help=suggest(item.value.span.text, ("full", "local")),
+            )
+    return Literal_(", ".join(f"{k}: {v}" for k, v in pairs), node.span)
 
 
 def _too_small(scope: Scope, arg: Arg, node: s.Expr, wanted: str, least: str | None) -> None:

@@ -209,14 +209,3 @@ DROPS: Mapping[str, str] = {
     "rotary": "rotary positions",
 }
 TRAIN_WORDS = ("inserted",)
-
-PLANNED: Mapping[str, str] = {
-    "mamba2": "state-space mixer",
-    "linear_window_attention": "softmax in a window, linear attention outside",
-    "local_attention_2d": "attention inside a disc of the token grid",
-    "low_rank": "product of two thin linears",
-    "rms_norm": "normalisation by the root mean square",
-    "layer_norm": "normalisation by mean and variance",
-}
-"""Operators of the language whose spec this version may not have: a rule that names one checks
-and does not plan. A spec in graftc.operators.specs wins."""

@@ -1,9 +1,12 @@
-"""Softmax attention: the self-graft, and grouped-query or multi-query attention."""
+"""Softmax attention: the self-graft, grouped-query, multi-query and low-rank latent attention."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from graftc.operators.heads import check_rotary, head_sizes, rotate
 
 
 class Attention(nn.Module):
@@ -12,6 +15,9 @@ class Attention(nn.Module):
     `in_proj` holds the rows of q, k and v in this order, head by head. With fewer `kv_heads`
     each of them serves `heads / kv_heads` query heads: grouped-query (arXiv 2305.13245,
     section 2), or multi-query at one. The default is as many of `dim / heads` each.
+    `qk_norm = rms_norm` normalises each head's q and k (SD3, arXiv 2403.03206, section 5.3.2).
+    A mask is added to the scores, or hides where it is False; cos and sin turn q and k where
+    `rotary` says how.
 
     >>> import torch
     >>> Attention(dim=8, heads=4, kv_heads=2)(torch.zeros(1, 3, 8)).shape
@@ -25,29 +31,161 @@ class Attention(nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         causal: bool = False,
+        rotary: str = "none",
+        qk_norm: str = "none",
     ) -> None:
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"attention: heads {heads} is not a multiple of kv_heads {kv_heads}")
-        if head_dim is None and dim % heads:
-            raise ValueError(f"attention: dim {dim} is not divisible by heads {heads}")
+        kv_heads, head_dim = head_sizes("attention", dim, heads, kv_heads, head_dim)
+        if qk_norm not in ("none", "rms_norm"):
+            raise ValueError(f"attention: unknown qk_norm {qk_norm!r}, wanted none or rms_norm")
         self.heads = heads
         self.kv_heads = kv_heads
-        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.head_dim = head_dim
         self.causal = causal
-        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
-        self.out_proj = nn.Linear(heads * self.head_dim, dim)
+        self.rotary = check_rotary("attention", rotary)
+        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm == "rms_norm" else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm == "rms_norm" else None
+        self.out_proj = nn.Linear(heads * head_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        groups = self.heads // self.kv_heads
         q = q.reshape(batch, tokens, self.heads, self.head_dim)
-        k = k.reshape(batch, tokens, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
-        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
+        k = k.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
+        groups = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        if mask is not None and self.causal:
+            mask = _and_causal(mask, tokens)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=self.causal
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
         )
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, inner))
+
+
+def _and_causal(mask: Tensor, tokens: int) -> Tensor:
+    """`mask`, and no later token."""
+    step = torch.arange(tokens, device=mask.device)
+    seen = step.unsqueeze(1) >= step
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+class CrossAttention(nn.Module):
+    """y = out(softmax(q kᵀ / √d) v), q of x, k and v of the context; by heads.
+
+    x and y are [batch, tokens, dim], context is [batch, its tokens, context_dim]. `q_proj` holds
+    the rows of q, `kv_proj` those of k and v, in this order, head by head. Fewer `kv_heads` are
+    shared by groups of query heads (arXiv 2305.13245). A mask is added to the scores, or hides
+    where it is False.
+
+    >>> import torch
+    >>> op = CrossAttention(dim=8, context_dim=6, heads=4, kv_heads=2)
+    >>> op(torch.zeros(1, 3, 8), torch.zeros(1, 5, 6)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads, head_dim = head_sizes("cross_attention", dim, heads, kv_heads, head_dim)
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(dim, heads * head_dim)
+        self.kv_proj = nn.Linear(context_dim, 2 * kv_heads * head_dim)
+        self.out_proj = nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, tokens, _ = x.shape
+        keys = context.shape[1]
+        q = self.q_proj(x).reshape(batch, tokens, self.heads, self.head_dim)
+        k, v = self.kv_proj(context).chunk(2, dim=-1)
+        groups = self.heads // self.kv_heads
+        k = k.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
+        v = v.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
+
+
+class LatentAttention(nn.Module):
+    """y = out(softmax(q kᵀ / √d) v), [k, v] = up(down(x)); x and y are [batch, tokens, dim].
+
+    k and v of all heads come from one latent vector of `rank` numbers a token, which is what a
+    decoder caches. As in multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section
+    2.1), but that rotary positions, where the site has them, turn all of k. `q_proj` holds the
+    rows of q, `kv_up` those of k and v in this order, head by head.
+
+    >>> import torch
+    >>> LatentAttention(dim=8, heads=2, rank=3)(torch.zeros(1, 5, 8)).shape
+    torch.Size([1, 5, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        rank: int,
+        head_dim: int | None = None,
+        causal: bool = False,
+        rotary: str = "none",
+    ) -> None:
+        super().__init__()
+        _, head_dim = head_sizes("latent_attention", dim, heads, None, head_dim)
+        if rank < 1:
+            raise ValueError(f"latent_attention: rank is {rank}, wanted at least 1")
+        self.heads = heads
+        self.head_dim = head_dim
+        self.causal = causal
+        self.rotary = check_rotary("latent_attention", rotary)
+        self.q_proj = nn.Linear(dim, heads * head_dim)
+        self.kv_down = nn.Linear(dim, rank, bias=False)
+        self.kv_up = nn.Linear(rank, 2 * heads * head_dim)
+        self.out_proj = nn.Linear(heads * head_dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        shape = (batch, tokens, self.heads, self.head_dim)
+        k, v = self.kv_up(self.kv_down(x)).chunk(2, dim=-1)
+        q = rotate(self.q_proj(x).reshape(shape), cos, sin, self.rotary)
+        k, v = rotate(k.reshape(shape), cos, sin, self.rotary), v.reshape(shape)
+        if mask is not None and self.causal:
+            mask = _and_causal(mask, tokens)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))

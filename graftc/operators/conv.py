@@ -1,4 +1,4 @@
-"""Depthwise convolution along the tokens."""
+"""Depthwise convolution along the tokens, or over a grid of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def check_form(
+    operator: str, kernel: int, causal: bool, dims: int, height: int | None, width: int | None
+) -> tuple[int, int] | None:
+    """The grid where there is one, None along the tokens. ValueError where they do not fit.
+
+    >>> check_form("hyena_x", 3, False, 2, 4, 6)
+    (4, 6)
+    """
+    if kernel < 1:
+        raise ValueError(f"{operator}: kernel is {kernel}, wanted at least 1")
+    if dims == 1:
+        return None
+    if dims != 2:
+        raise ValueError(f"{operator}: dims is {dims}, wanted 1 or 2")
+    if causal:
+        raise ValueError(f"{operator}: with dims = 2 the taps are centred; write causal = false")
+    if height is None or width is None or height < 1 or width < 1:
+        raise ValueError(f"{operator}: with dims = 2 the grid is needed, found {height} x {width}")
+    return height, width
+
+
+def depthwise(channels: int, kernel: int, dims: int) -> nn.Conv1d | nn.Conv2d:
+    """One filter a channel, of `kernel` taps, or `kernel` by `kernel`."""
+    if dims == 2:
+        return nn.Conv2d(channels, channels, kernel, groups=channels)
+    return nn.Conv1d(channels, channels, kernel, groups=channels)
+
+
+def along_tokens(
+    x: Tensor, filter: nn.Conv1d | nn.Conv2d, causal: bool, grid: tuple[int, int] | None
+) -> Tensor:
+    """One filter a channel along the tokens, or over the grid; x: [batch, tokens, channels].
+
+    Causal: the last tap is the token itself. Else the taps are centred, an even kernel having
+    one more on the right (and below).
+    """
+    taps = filter.kernel_size[0]
+    left = taps - 1 if causal else (taps - 1) // 2
+    right = taps - 1 - left
+    u = x.transpose(1, 2)
+    if grid is None:
+        return filter(F.pad(u, (left, right))).transpose(1, 2)
+    if x.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"{x.shape[1]} tokens, built for a grid of {grid[0]} x {grid[1]}")
+    u = F.pad(u.unflatten(2, grid), (left, right, left, right))
+    return filter(u).flatten(2).transpose(1, 2)
+
+
 class DepthwiseConv(nn.Module):
     """y = one filter a channel along the tokens, of x; x and y are [batch, tokens, dim].
 
     Causal: the last tap is the token itself. Else the taps are centred, an even kernel having
-    one more on the right. `init` says how it starts: as the `identity`, as `zero`, or `random`.
+    one more on the right. With `dims = 2` the taps lie on a grid of `height` by `width` tokens.
+    `init` says how it starts: as the `identity`, as `zero`, or `random`.
 
     >>> import torch
     >>> x = torch.randn(1, 5, 8)
@@ -18,22 +67,31 @@ class DepthwiseConv(nn.Module):
     True
     """
 
-    def __init__(self, dim: int, kernel: int, causal: bool = False, init: str = "identity") -> None:
+    def __init__(
+        self,
+        dim: int,
+        kernel: int,
+        causal: bool = False,
+        init: str = "identity",
+        dims: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
         super().__init__()
-        if kernel < 1:
-            raise ValueError(f"depthwise_conv: kernel is {kernel}, wanted at least 1")
         if init not in ("identity", "zero", "random"):
             raise ValueError(
                 f"depthwise_conv: unknown init {init!r}, wanted identity, zero or random"
             )
-        self.left = kernel - 1 if causal else (kernel - 1) // 2
-        self.right = kernel - 1 - self.left
-        self.filter = nn.Conv1d(dim, dim, kernel, groups=dim)
+        self.grid = check_form("depthwise_conv", kernel, causal, dims, height, width)
+        self.causal = causal
+        self.filter = depthwise(dim, kernel, dims)
         if init != "random":
             for parameter in self.filter.parameters():
                 nn.init.zeros_(parameter)
         if init == "identity":
-            nn.init.ones_(self.filter.weight[:, :, self.left])
+            centre = kernel - 1 if causal else (kernel - 1) // 2
+            own = (centre,) if dims == 1 else (centre, centre)
+            nn.init.ones_(self.filter.weight[(slice(None), slice(None), *own)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.filter(F.pad(x.transpose(1, 2), (self.left, self.right))).transpose(1, 2)
+        return along_tokens(x, self.filter, self.causal, self.grid)

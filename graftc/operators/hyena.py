@@ -2,95 +2,134 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def depthwise_conv(x: Tensor, filter: nn.Conv1d, causal: bool) -> Tensor:
-    """One filter a channel along the tokens; x: [batch, tokens, channels].
-
-    Causal: the last tap is the token itself. Else the taps are centred, an even kernel having
-    one more on the right.
-    """
-    taps = filter.kernel_size[0]
-    left = taps - 1 if causal else (taps - 1) // 2
-    return filter(F.pad(x.transpose(1, 2), (left, taps - 1 - left))).transpose(1, 2)
+from graftc.operators.conv import along_tokens, check_form, depthwise
 
 
 class HyenaX(nn.Module):
     """y = out(q · (k · v)), [q, k, v] = conv(in(x)); x and y are [batch, tokens, dim].
 
     `short_filter` is a depthwise convolution of `kernel` taps along the tokens, on all 3 · dim
-    channels before the split. No activation, no normalisation. (Grafting, arXiv 2506.05340,
-    table 3; the released code calls the convolution the featuriser.)
+    channels before the split. No activation, no normalisation. Of `order` n there are n gates:
+    q · (g₂ · … (k · v)). With `dims = 2` the taps lie on a grid of `height` by `width` tokens,
+    `kernel` by `kernel` and centred. (Grafting, arXiv 2506.05340, table 3; the released code calls
+    the convolution the featuriser. Order: Hyena, arXiv 2302.10866.)
 
     >>> import torch
     >>> HyenaX(dim=8)(torch.zeros(1, 5, 8)).shape
     torch.Size([1, 5, 8])
     """
 
-    def __init__(self, dim: int, kernel: int = 4, causal: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        kernel: int = 4,
+        causal: bool = True,
+        order: int = 2,
+        dims: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
         super().__init__()
-        if kernel < 1:
-            raise ValueError(f"hyena_x: kernel is {kernel}, wanted at least 1")
+        _check_order("hyena_x", order)
         self.causal = causal
-        self.in_proj = nn.Linear(dim, 3 * dim)
-        self.short_filter = nn.Conv1d(3 * dim, 3 * dim, kernel, groups=3 * dim)
+        self.order = order
+        self.grid = check_form("hyena_x", kernel, causal, dims, height, width)
+        total = (order + 1) * dim
+        self.in_proj = nn.Linear(dim, total)
+        self.short_filter = depthwise(total, kernel, dims)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = depthwise_conv(self.in_proj(x), self.short_filter, self.causal)
-        q, k, v = u.chunk(3, dim=-1)
-        return self.out_proj(q * (k * v))
+        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid)
+        *gates, y = u.chunk(self.order + 1, dim=-1)
+        for gate in reversed(gates):
+            y = gate * y
+        return self.out_proj(y)
 
 
 class HyenaY(nn.Module):
     """y = out(q · conv(k · v)), [q, k, v] = in(x); x and y are [batch, tokens, dim].
 
-    `inner_filter` is a depthwise convolution of `kernel` taps along the tokens. (Grafting,
-    arXiv 2506.05340, table 3.)
+    `inner_filter` is a depthwise convolution of `kernel` taps along the tokens. Of `order` n there
+    are n gates, with the same convolution after each but the last: q · conv(g₂ · … conv(k · v)).
+    With `dims = 2` the taps lie on a grid of `height` by `width` tokens. (Grafting, arXiv
+    2506.05340, table 3.)
 
     >>> import torch
     >>> HyenaY(dim=8)(torch.zeros(1, 5, 8)).shape
     torch.Size([1, 5, 8])
     """
 
-    def __init__(self, dim: int, kernel: int = 4, causal: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        kernel: int = 4,
+        causal: bool = True,
+        order: int = 2,
+        dims: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
         super().__init__()
-        if kernel < 1:
-            raise ValueError(f"hyena_y: kernel is {kernel}, wanted at least 1")
+        _check_order("hyena_y", order)
         self.causal = causal
-        self.in_proj = nn.Linear(dim, 3 * dim)
-        self.inner_filter = nn.Conv1d(dim, dim, kernel, groups=dim)
+        self.order = order
+        self.grid = check_form("hyena_y", kernel, causal, dims, height, width)
+        self.in_proj = nn.Linear(dim, (order + 1) * dim)
+        self.inner_filter = depthwise(dim, kernel, dims)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.in_proj(x).chunk(3, dim=-1)
-        return self.out_proj(q * depthwise_conv(k * v, self.inner_filter, self.causal))
+        q, *gates, y = self.in_proj(x).chunk(self.order + 1, dim=-1)
+        for gate in reversed(gates):
+            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid)
+        return self.out_proj(q * y)
 
 
 class HyenaSE(nn.Module):
     """y = out(q · conv(k · v)), [q, k, v] = conv(in(x)); x and y are [batch, tokens, dim].
 
     Both convolutions of the family: `short_filter` on all 3 · dim channels before the split, and
-    `inner_filter` on k · v; each of `kernel` taps. (Grafting, arXiv 2506.05340, table 3.)
+    `inner_filter` on k · v; each of `kernel` taps. Of `order` n there are n gates, with the inner
+    convolution after each but the last. With `dims = 2` the taps lie on a grid of `height` by
+    `width` tokens. (Grafting, arXiv 2506.05340, table 3.)
 
     >>> import torch
     >>> HyenaSE(dim=8)(torch.zeros(1, 5, 8)).shape
     torch.Size([1, 5, 8])
     """
 
-    def __init__(self, dim: int, kernel: int = 4, causal: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        kernel: int = 4,
+        causal: bool = True,
+        order: int = 2,
+        dims: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
         super().__init__()
-        if kernel < 1:
-            raise ValueError(f"hyena_se: kernel is {kernel}, wanted at least 1")
+        _check_order("hyena_se", order)
         self.causal = causal
-        self.in_proj = nn.Linear(dim, 3 * dim)
-        self.short_filter = nn.Conv1d(3 * dim, 3 * dim, kernel, groups=3 * dim)
-        self.inner_filter = nn.Conv1d(dim, dim, kernel, groups=dim)
+        self.order = order
+        self.grid = check_form("hyena_se", kernel, causal, dims, height, width)
+        total = (order + 1) * dim
+        self.in_proj = nn.Linear(dim, total)
+        self.short_filter = depthwise(total, kernel, dims)
+        self.inner_filter = depthwise(dim, kernel, dims)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = depthwise_conv(self.in_proj(x), self.short_filter, self.causal)
-        q, k, v = u.chunk(3, dim=-1)
-        return self.out_proj(q * depthwise_conv(k * v, self.inner_filter, self.causal))
+        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid)
+        q, *gates, y = u.chunk(self.order + 1, dim=-1)
+        for gate in reversed(gates):
+            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid)
+        return self.out_proj(q * y)
+
+
+def _check_order(operator: str, order: int) -> None:
+    if order < 2:
+        raise ValueError(f"{operator}: order is {order}, wanted at least 2")

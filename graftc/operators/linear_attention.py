@@ -1,10 +1,36 @@
-"""Linear attention: a positive feature map in place of softmax."""
+"""Linear attention: a positive feature map in place of softmax; and LoLCATs' hybrid with a window."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from graftc.operators.heads import broadcast_mask, check_rotary, head_sizes, hide, rotate
+
+
+class FeatureMap(nn.Module):
+    """φ(x) = [softmax(W x), softmax(−W x)], W a matrix of each head; x: [batch, tokens, heads, d].
+
+    `weight` is [heads, d, features], and φ(x) has twice `features`. (Hedgehog, arXiv 2402.04347;
+    LoLCATs, arXiv 2410.10254.)
+
+    >>> FeatureMap(heads=2, width=4, features=3)(torch.zeros(1, 5, 2, 4)).shape
+    torch.Size([1, 5, 2, 6])
+    """
+
+    def __init__(self, heads: int, width: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, width, features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = (6 / self.weight.shape[1]) ** 0.5  # Kaiming's, with a head's width as fan
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = (x.transpose(1, 2) @ self.weight.to(x.dtype)).transpose(1, 2)
+        return torch.cat((u.softmax(dim=-1), (-u).softmax(dim=-1)), dim=-1)
 
 
 def causal_sum(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
@@ -36,13 +62,33 @@ def causal_sum(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     return y[first + token // chunk, token % chunk]
 
 
+def weigh_keys(k: Tensor, mask: Tensor | None, operator: str) -> Tensor:
+    """φ(k), [batch, tokens, heads, d], times what a mask of keys lets through.
+
+    An additive mask a multiplies a key's weight by exp(a), as it does under softmax.
+    """
+    if mask is None:
+        return k
+    if mask.shape[-2] != 1:
+        raise ValueError(
+            f"{operator}: the mask {list(mask.shape)} differs from query to query;"
+            " linear attention takes a mask of keys, [batch, 1, 1, tokens]"
+        )
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    through = mask.to(k.dtype) if mask.dtype == torch.bool else mask.to(k.dtype).exp()
+    return k * through.permute(0, 3, 1, 2)
+
+
 class LinearAttention(nn.Module):
     """y_i = out(Σ_j (φ(q_i) · φ(k_j)) v_j / Σ_j φ(q_i) · φ(k_j)); x and y: [batch, tokens, dim].
 
-    φ is elu(x) + 1 (`elu1`, arXiv 2006.16236) or relu (Sana, arXiv 2410.10629). The sums run
-    over all tokens, or over j ≤ i where `causal`. `in_proj` holds the rows of q, k and v in
-    this order; fewer `kv_heads` are shared by groups of query heads. The sums are taken in
-    float32 at least, as half precision overflows at some thousand tokens.
+    φ is elu(x) + 1 (`elu1`, arXiv 2006.16236), relu (Sana, arXiv 2410.10629), or `softmax_pair`:
+    [softmax(W x), softmax(−W x)] with a W of each head for q and for k (`feature_q`,
+    `feature_k`; Hedgehog, arXiv 2402.04347). The sums run over all tokens, or over j ≤ i where
+    `causal`. `in_proj` holds the rows of q, k and v in this order; fewer `kv_heads` are shared by
+    groups of query heads. The sums are taken in float32 at least, as half precision overflows at
+    some thousand tokens. A mask must be one of keys; cos and sin turn q and k before φ.
 
     >>> LinearAttention(dim=8, heads=2, feature="relu")(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -55,40 +101,54 @@ class LinearAttention(nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         feature: str = "elu1",
+        features: int | None = None,
         causal: bool = False,
+        rotary: str = "none",
     ) -> None:
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if feature not in ("elu1", "relu"):
-            raise ValueError(f"linear_attention: unknown feature {feature!r}, wanted elu1 or relu")
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        if feature not in ("elu1", "relu", "softmax_pair"):
             raise ValueError(
-                f"linear_attention: heads {heads} is not a multiple of kv_heads {kv_heads}"
+                f"linear_attention: unknown feature {feature!r}, wanted elu1, relu or softmax_pair"
             )
-        if head_dim is None and dim % heads:
-            raise ValueError(f"linear_attention: dim {dim} is not divisible by heads {heads}")
+        kv_heads, head_dim = head_sizes("linear_attention", dim, heads, kv_heads, head_dim)
         self.heads = heads
         self.kv_heads = kv_heads
-        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.head_dim = head_dim
         self.feature = feature
         self.causal = causal
+        self.rotary = check_rotary("linear_attention", rotary)
         self.eps = 1e-6  # relu may leave a token with nothing to see
-        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
-        self.out_proj = nn.Linear(heads * self.head_dim, dim)
+        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
+        learned = feature == "softmax_pair"
+        wide = head_dim if features is None else features
+        self.feature_q = FeatureMap(heads, head_dim, wide) if learned else None
+        self.feature_k = FeatureMap(kv_heads, head_dim, wide) if learned else None
+        self.out_proj = nn.Linear(heads * head_dim, dim)
 
-    def features(self, x: Tensor) -> Tensor:
+    def map(self, x: Tensor, learned: FeatureMap | None) -> Tensor:
+        """φ(x) in float32 at least."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if learned is not None:
+            return learned(x)
         return F.relu(x) if self.feature == "relu" else F.elu(x) + 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
         groups = self.heads // self.kv_heads
-        q = self.features(q.reshape(batch, tokens, self.heads, self.head_dim))
-        k = self.features(k.reshape(batch, tokens, self.kv_heads, self.head_dim))
+        q = rotate(q.reshape(batch, tokens, self.heads, self.head_dim), cos, sin, self.rotary)
+        k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
+        q, k = self.map(q, self.feature_q), self.map(k, self.feature_k)
         v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).to(q.dtype)
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        k = weigh_keys(k, mask, "linear_attention")
         # A last column of ones turns into the normaliser, by the same products.
         v = F.pad(v, (0, 1), value=1.0)
         if self.causal:
@@ -96,5 +156,130 @@ class LinearAttention(nn.Module):
         else:
             state = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
             y = (q.transpose(1, 2) @ state).transpose(1, 2)
+        y = (y[..., :-1] / (y[..., -1:] + self.eps)).to(x.dtype)
+        return self.out_proj(y.reshape(batch, tokens, inner))
+
+
+class LinearWindowAttention(nn.Module):
+    """Softmax inside a window, linear attention outside it, one normaliser; [batch, tokens, dim].
+
+    The tokens are cut into blocks of `window`. With s_ij = q_i · k_j / √d and m_i the largest
+    s_ij in i's window, w_ij = sigmoid(factor) exp(s_ij − m_i) for j in i's own block or the one
+    before it (or, where not `causal`, the one after), and w_ij = φ(q_i) · φ(k_j) elsewhere;
+    y_i = out(Σ_j w_ij v_j / Σ_j w_ij), over j ≤ i where `causal`. φ is `softmax_pair`, elu + 1
+    (`elu1`) or relu, and `factor` one number a head
+    that begins at `start` (a share of 0.1). (LoLCATs, arXiv 2410.10254, with its
+    terraced window.) A mask of keys hides or is added; cos and sin turn q and k first.
+
+    >>> LinearWindowAttention(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
+    torch.Size([1, 50, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        feature: str = "softmax_pair",
+        features: int | None = None,
+        start: float = -2.197,
+        causal: bool = False,
+        rotary: str = "none",
+    ) -> None:
+        super().__init__()
+        name = "linear_window_attention"
+        if window < 1:
+            raise ValueError(f"{name}: window is {window}, wanted at least 1")
+        if feature not in ("elu1", "relu", "softmax_pair"):
+            raise ValueError(
+                f"{name}: unknown feature {feature!r}, wanted elu1, relu, softmax_pair"
+            )
+        kv_heads, head_dim = head_sizes(name, dim, heads, kv_heads, head_dim)
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.window = window
+        self.feature = feature
+        self.causal = causal
+        self.rotary = check_rotary(name, rotary)
+        self.eps = 1e-12  # a token whose keys are all masked gives zeros
+        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
+        learned = feature == "softmax_pair"
+        wide = head_dim if features is None else features
+        self.feature_q = FeatureMap(heads, head_dim, wide) if learned else None
+        self.feature_k = FeatureMap(kv_heads, head_dim, wide) if learned else None
+        self.factor = nn.Parameter(torch.full((heads,), float(start)))
+        self.out_proj = nn.Linear(heads * head_dim, dim)
+
+    def map(self, x: Tensor, learned: FeatureMap | None) -> Tensor:
+        """φ(x)."""
+        if learned is not None:
+            return learned(x)
+        return F.relu(x) if self.feature == "relu" else F.elu(x) + 1
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        wide = torch.promote_types(x.dtype, torch.float32)
+        q, k, v = self.in_proj(x).to(wide).split([inner, kv_inner, kv_inner], dim=-1)
+        groups = self.heads // self.kv_heads
+        q = rotate(q.reshape(batch, tokens, self.heads, self.head_dim), cos, sin, self.rotary)
+        k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
+        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        phi_q, phi_k = self.map(q, self.feature_q), self.map(k, self.feature_k)
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        phi_k = weigh_keys(phi_k.repeat_interleave(groups, dim=2), mask, "linear_window_attention")
+        v = F.pad(v, (0, 1), value=1.0)  # the last column becomes the normaliser
+
+        # Blocks are cut by index, as in `causal_sum`; the last one is filled up with its last token.
+        size = self.window
+        blocks: int = torch.sym_max(2, (tokens + size - 1) // size)  # type: ignore[assignment]
+        row = torch.arange(batch * self.heads * blocks, device=x.device).unsqueeze(1)
+        sequence = row // blocks
+        block = row - sequence * blocks
+        sample, head = sequence // self.heads, sequence % self.heads
+        step = torch.arange(size, device=x.device)
+        query = block * size + step
+        after = 0 if self.causal else size
+        key = block * size + torch.arange(-size, size + after, device=x.device)
+        own = (sample, query.clamp(max=tokens - 1), head)
+        near = (sample, key.clamp(0, tokens - 1), head)
+
+        seen = ((key >= 0) & (key < tokens)).unsqueeze(1)
+        if self.causal:
+            seen = seen & (key.unsqueeze(1) <= query.unsqueeze(2))
+        lowest = torch.finfo(wide).min
+        scores = (q[own] * self.head_dim**-0.5) @ k[near].transpose(1, 2)
+        if mask is not None:
+            whole = broadcast_mask(mask, batch, self.heads, tokens)
+            rows, columns = query.clamp(max=tokens - 1).unsqueeze(2), near[1].unsqueeze(1)
+            scores = hide(scores, whole[sample.unsqueeze(2), head.unsqueeze(2), rows, columns])
+        scores = scores.masked_fill(~seen, lowest)
+        weight = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        weight = weight.masked_fill(~seen | (scores <= lowest), 0.0)
+        share = self.factor.to(wide).sigmoid()[head].unsqueeze(2)
+        y = (share * weight) @ v[near]
+
+        # What lies outside: sums over the blocks before the one before, and after the one after.
+        valid = (query < tokens).unsqueeze(2)
+        state = (phi_k[own] * valid).transpose(1, 2) @ v[own]
+        state = state.reshape(batch * self.heads, blocks, state.shape[1], state.shape[2])
+        far = F.pad(state.cumsum(dim=1), (0, 0, 0, 0, 2, 0))[sequence.squeeze(1), block.squeeze(1)]
+        if not self.causal:
+            behind = F.pad(state.flip(1).cumsum(dim=1), (0, 0, 0, 0, 2, 0))
+            far = far + behind[sequence.squeeze(1), (blocks - 1 - block).squeeze(1)]
+        y = y + phi_q[own] @ far
+
+        token = torch.arange(tokens, device=x.device).unsqueeze(1)
+        first = torch.arange(batch * self.heads, device=x.device) * blocks
+        y = y[first.reshape(batch, 1, self.heads) + token // size, token % size]
         y = (y[..., :-1] / (y[..., -1:] + self.eps)).to(x.dtype)
         return self.out_proj(y.reshape(batch, tokens, inner))

@@ -1,4 +1,4 @@
-"""The MLP of any width, plain or gated."""
+"""The MLP of any width, plain or gated; and the gated convolution along the channels."""
 
 from __future__ import annotations
 
@@ -55,3 +55,37 @@ class Mlp(nn.Module):
         if self.gate is None:
             return self.fc2(activate(self.fc1(x), self.activation))
         return self.fc2(activate(self.gate(x), self.activation) * self.fc1(x))
+
+
+class MlpHyenaX(nn.Module):
+    """y = out(q · (k · v)), [q, k, v] = conv(in(x)), the convolution along the channels.
+
+    x and y are [batch, tokens, dim]; q, k and v are `ratio · dim` wide. `short_filter` has one
+    causal filter of `kernel` taps for each *token position*, sliding over the 3 · ratio · dim
+    features of its token: it mixes no tokens, and takes only the token count that it was built
+    for. (Grafting, arXiv 2506.05340, table 3, the released MLP Hyena-X.)
+
+    >>> MlpHyenaX(dim=8, tokens=5)(torch.zeros(1, 5, 8)).shape
+    torch.Size([1, 5, 8])
+    """
+
+    def __init__(self, dim: int, tokens: int, ratio: float = 2, kernel: int = 4) -> None:
+        super().__init__()
+        if ratio <= 0:
+            raise ValueError(f"mlp_hyena_x: ratio is {ratio}, wanted more than 0")
+        if kernel < 1 or tokens < 1:
+            raise ValueError(
+                f"mlp_hyena_x: kernel is {kernel}, tokens is {tokens}, wanted at least 1"
+            )
+        hidden = max(1, round(ratio * dim))
+        self.tokens = tokens
+        self.in_proj = nn.Linear(dim, 3 * hidden)
+        self.short_filter = nn.Conv1d(tokens, tokens, kernel, groups=tokens)
+        self.out_proj = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.tokens:
+            raise ValueError(f"mlp_hyena_x: {x.shape[1]} tokens, built for {self.tokens}")
+        u = F.pad(self.in_proj(x), (self.short_filter.kernel_size[0] - 1, 0))
+        q, k, v = self.short_filter(u).chunk(3, dim=-1)
+        return self.out_proj(q * (k * v))

@@ -1,7 +1,7 @@
 """The merges of branches that run in parallel on the same input.
 
 A *site*'s output does not hold the residual stream, a *block*'s does: `SumMerge` is for sites,
-`BlockSumMerge` for blocks, `LinearMerge` and `LerpMerge` for both.
+`BlockSumMerge` for blocks, the others for both.
 """
 
 from __future__ import annotations
@@ -73,3 +73,23 @@ class LerpMerge(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         return (1 - self.factor) * first + self.factor * second
+
+
+class GateMerge(nn.Module):
+    """Σ wᵢ rᵢ with w = softmax(gate([r1, …, rk])), of each token; each [batch, tokens, dim].
+
+    With two branches w is a sigmoid. (Control LLM's dynamic lerp, arXiv 2501.10979.)
+
+    >>> GateMerge(dim=4, branches=2)(torch.ones(1, 3, 4), torch.ones(1, 3, 4)).shape
+    torch.Size([1, 3, 4])
+    """
+
+    def __init__(self, dim: int, branches: int) -> None:
+        super().__init__()
+        if branches < 2:
+            raise ValueError(f"merge = gate: {branches} branches, wanted at least 2")
+        self.gate = nn.Linear(branches * dim, branches)
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        weight = self.gate(torch.cat(branches, dim=-1)).softmax(dim=-1).unsqueeze(-2)
+        return (torch.stack(branches, dim=-1) * weight).sum(dim=-1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from graftc.operators.heads import broadcast_mask, check_rotary, head_sizes, hide, rotate
+
 
 class SlidingWindow(nn.Module):
     """Softmax attention of each token to those at most `window` away; x, y: [batch, tokens, dim].
@@ -12,7 +14,9 @@ class SlidingWindow(nn.Module):
     y_i = out(Σ_j softmax_j(q_i · k_j / √d) v_j) over |i − j| ≤ window, or 0 ≤ i − j ≤ window
     where `causal`. `in_proj` holds the rows of q, k and v in this order; fewer `kv_heads` are
     shared by groups of query heads. The tokens are cut into blocks, and a block of queries sees
-    its own keys and `window` of each neighbour's: the cost grows linearly with the tokens.
+    its own keys and `window` of each neighbour's: the cost grows linearly with the tokens. A mask
+    is added to the scores, or hides where it is False; cos and sin turn q and k where `rotary`
+    says how.
 
     >>> SlidingWindow(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -26,32 +30,35 @@ class SlidingWindow(nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         causal: bool = False,
+        rotary: str = "none",
     ) -> None:
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
         if window < 1:
             raise ValueError(f"sliding_window: window is {window}, wanted at least 1")
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
-            raise ValueError(
-                f"sliding_window: heads {heads} is not a multiple of kv_heads {kv_heads}"
-            )
-        if head_dim is None and dim % heads:
-            raise ValueError(f"sliding_window: dim {dim} is not divisible by heads {heads}")
+        kv_heads, head_dim = head_sizes("sliding_window", dim, heads, kv_heads, head_dim)
         self.heads = heads
         self.kv_heads = kv_heads
-        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.head_dim = head_dim
         self.window = window
         self.causal = causal
+        self.rotary = check_rotary("sliding_window", rotary)
         self.block = max(window, 16)  # smaller blocks waste less, larger ones multiply faster
-        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
-        self.out_proj = nn.Linear(heads * self.head_dim, dim)
+        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
+        self.out_proj = nn.Linear(heads * head_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        q = q.reshape(batch, tokens, self.heads, self.head_dim) * self.head_dim**-0.5
-        k = k.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        q = rotate(q.reshape(batch, tokens, self.heads, self.head_dim), cos, sin, self.rotary)
+        q = q * self.head_dim**-0.5
+        k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
         v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
 
         # Row r of what follows is one block of one head of one sample. Blocks are cut by index:
@@ -73,8 +80,13 @@ class SlidingWindow(nn.Module):
         k = k[sample, key.clamp(0, tokens - 1), kv_head]
         v = v[sample, key.clamp(0, tokens - 1), kv_head]
         # The lowest number, not -inf: a padded query sees nothing, and must not become NaN.
-        scores = (q @ k.transpose(1, 2)).masked_fill(~seen, torch.finfo(q.dtype).min)
-        y = scores.softmax(dim=-1) @ v
+        scores = q @ k.transpose(1, 2)
+        if mask is not None:
+            whole = broadcast_mask(mask, batch, self.heads, tokens)
+            rows = query.clamp(max=tokens - 1).unsqueeze(2)
+            columns = key.clamp(0, tokens - 1).unsqueeze(1)
+            scores = hide(scores, whole[sample.unsqueeze(2), head.unsqueeze(2), rows, columns])
+        y = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(dim=-1) @ v
 
         token = torch.arange(tokens, device=x.device).unsqueeze(1)
         first = torch.arange(batch * self.heads, device=x.device) * blocks

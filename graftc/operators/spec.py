@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
-Kind = Literal["int", "float", "bool", "symbol"]
+Kind = Literal["int", "float", "bool", "symbol", "groups"]
 Value = Union[int, float, bool, str, None]
 Arguments = Mapping[str, Value]
 
@@ -26,8 +26,24 @@ def _no_mapping() -> Mapping[str, InitSource]:
     return {}
 
 
+def _no_variants() -> Mapping[str, OperatorSpec]:
+    return {}
+
+
 def _no_groups() -> Mapping[str, tuple[str, ...]]:
     return {}
+
+
+def holds(condition: str | None, arguments: Arguments) -> bool:
+    """Whether the arguments meet a condition: `gated`, or `feature=softmax_pair`; None always.
+
+    >>> holds("dims=2", {"dims": 2}), holds("gated", {"gated": False}), holds(None, {})
+    (True, False, True)
+    """
+    if condition is None:
+        return True
+    name, _, value = condition.partition("=")
+    return str(arguments.get(name)) == value if value else bool(arguments.get(name))
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,8 @@ class OfSite:
 class Arg:
     """An argument: its kind, its default (`OfSite` or a value; else `required`), its limits.
 
-    `minimum` is inclusive; `above` is an exclusive lower limit.
+    `minimum` is inclusive; `above` is an exclusive lower limit. `when`: the condition on earlier
+    arguments without which it is None (`dims=2`).
     """
 
     name: str
@@ -52,6 +69,7 @@ class Arg:
     minimum: float | None = None
     doc: str = ""
     above: float | None = None
+    when: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,7 @@ class Slot:
     parts are equal unless `sizes(arguments)` says how many rows each has.
     A slot covers the submodule's weight and bias together unless `parameter` names one.
     `last`: the operator's output is this affine map's output, so that least squares can fit it.
-    `when`: the boolean argument without which the slot is absent (`gated`).
+    `when`: the condition without which the slot is absent (`gated`, `feature=softmax_pair`).
     """
 
     name: str
@@ -133,7 +151,9 @@ class OperatorSpec:
     keep is an error unless the rule says `drop`. `inits`: role → slot (or `WHOLE`) → source, the
     site being called `SITE`. `groups`: trainable groups by name → slot names.
     `cost(arguments, tokens)` is a pure function of the resolved arguments.
-    `length`: 'fixed' if the module takes only the token count that it was built for.
+    `length`: 'fixed' if the module takes only the token count that it was built for, or the
+    condition under which it does.
+    `variants`: role → the spec that takes this one's place there (another module, other slots).
     """
 
     name: str
@@ -148,13 +168,22 @@ class OperatorSpec:
     keeps: tuple[str, ...] = ()
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=_no_groups)
     source: str = ""
-    length: Literal["free", "fixed"] = "free"
+    length: str = "free"
+    variants: Mapping[str, OperatorSpec] = field(default_factory=_no_variants)
 
     def arg(self, name: str) -> Arg | None:
         return next((a for a in self.args if a.name == name), None)
 
     def slot(self, name: str) -> Slot | None:
         return next((s for s in self.slots if s.name == name), None)
+
+    def is_fixed(self, arguments: Arguments) -> bool:
+        """Whether it takes only the token count that it was built for."""
+        return self.length == "fixed" or (self.length != "free" and holds(self.length, arguments))
+
+    def for_role(self, role: str) -> OperatorSpec:
+        """The spec that serves a site of `role`."""
+        return self.variants.get(role, self)
 
     def is_causal(self, arguments: Arguments) -> bool:
         """Whether no output depends on a later token, so that a causal site may take it."""

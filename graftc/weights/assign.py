@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Union
 
 from graftc.diagnostics import Span, fail, nearest
-from graftc.operators.spec import WHOLE, Apply, Arguments, InitSource, OperatorSpec, Slot
+from graftc.operators.spec import (
+    WHOLE,
+    Apply,
+    Arguments,
+    InitSource,
+    OperatorSpec,
+    Slot,
+    holds,
+)
 from graftc.weights.sources import Context, unfold
 
 Clauses = Iterable[tuple[Union[str, None], InitSource]]
@@ -64,7 +72,7 @@ def assign(
 
 def present(spec: OperatorSpec, arguments: Arguments) -> list[Slot]:
     """The slots that the operator has with these arguments."""
-    return [s for s in spec.slots if s.when is None or arguments.get(s.when)]
+    return [s for s in spec.slots if holds(s.when, arguments)]
 
 
 def bodies(slots: list[Slot]) -> list[Slot]:
@@ -124,9 +132,13 @@ def _unknown_slot(
     fail(
         "G402",
         f"operator `{spec.name}` has no slot `{name}`"
-        + (f" where {absent.when} is false" if absent is not None else ""),
+        + (_condition(absent.when) if absent is not None and absent.when else ""),
         span=span,
         site=context.path,
         wanted=", ".join(slots) or "no slots",
         help=f"write `{near}`" if near else None,
     )
+
+
+def _condition(when: str) -> str:
+    return f" but where `{when}`" if "=" in when else f" where {when} is false"

@@ -18,13 +18,19 @@ from graftc.operators.specs import (
     hyena,
     linear,
     linear_attention,
+    local_2d,
+    mamba2,
     mlp,
+    norms,
     sliding_window,
     structure,
 )
 from graftc.operators.specs.merges import MERGES
 
-_FAMILIES = (attention, sliding_window, linear_attention, hyena, conv, mlp, linear, structure)
+_FAMILIES = (
+    attention, sliding_window, local_2d, linear_attention, mamba2, hyena, conv, mlp, linear, norms,
+    structure,
+)  # fmt: skip
 
 SPECS: Mapping[str, OperatorSpec] = MappingProxyType(
     {spec.name: spec for family in _FAMILIES for spec in family.SPECS}

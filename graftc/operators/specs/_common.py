@@ -5,7 +5,11 @@ from __future__ import annotations
 from graftc.operators.spec import SITE, Apply, Arg, Arguments, InitSource, OfSite, Part
 
 SELF_ATTENTION = "self_attention"
+CROSS_ATTENTION = "cross_attention"
+JOINT_ATTENTION = "joint_attention"
 MLP = "mlp"
+LINEAR = "linear"
+NORM = "norm"
 
 DIM = Arg("dim", "int", OfSite("dim"), minimum=1, doc="width of the residual stream")
 
@@ -19,6 +23,37 @@ def attention_args() -> tuple[Arg, ...]:
         Arg("head_dim", "int", OfSite("head_dim"), minimum=1, doc="width of one head"),
         Arg("causal", "bool", OfSite("causal"), doc="a token sees only itself and earlier ones"),
     )
+
+
+ROTARY = Arg(
+    "rotary",
+    "symbol",
+    OfSite("rotary"),
+    choices=("none", "half", "interleaved"),
+    doc="how the site's cos and sin turn q and k",
+)
+
+QK_NORM = Arg(
+    "qk_norm",
+    "symbol",
+    "none",
+    choices=("none", "rms_norm"),
+    doc="normalise q and k of each head",
+)
+
+
+def grid_args() -> tuple[Arg, ...]:
+    """The arguments of an operator that has a form on a grid of tokens."""
+    return (
+        Arg("dims", "int", 1, minimum=1, doc="1: along the tokens; 2: over the token grid"),
+        Arg("height", "int", OfSite("grid_height"), minimum=1, when="dims=2"),
+        Arg("width", "int", OfSite("grid_width"), minimum=1, when="dims=2"),
+    )
+
+
+def taps(arguments: Arguments) -> int:
+    """Weights of one channel's filter: `kernel`, or its square on a grid."""
+    return integer(arguments, "kernel") ** integer(arguments, "dims")
 
 
 def integer(arguments: Arguments, name: str) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from graftc.operators.spec import Apply, Arg, Arguments, Const, Cost, OperatorSpec, Slot
-from graftc.operators.specs._common import DIM, MLP, SELF_ATTENTION, integer
+from graftc.operators.specs._common import DIM, MLP, SELF_ATTENTION, grid_args, integer, taps
 
 
 def _cost(arguments: Arguments, tokens: int) -> Cost:
-    dim, kernel = integer(arguments, "dim"), integer(arguments, "kernel")
-    return Cost(dim * (kernel + 1), 2 * kernel * tokens * dim, 0)
+    dim, weights = integer(arguments, "dim"), taps(arguments)
+    return Cost(dim * (weights + 1), 2 * weights * tokens * dim, 0)
 
 
 _OWN = {"filter": Apply("argument", (Const("init"),))}
@@ -25,11 +25,13 @@ SPECS = (
             Arg("kernel", "int", required=True, minimum=1, doc="taps"),
             Arg("causal", "bool", False, doc="taps on earlier tokens only"),
             Arg("init", "symbol", "identity", choices=("identity", "zero", "random")),
+            *grid_args(),
         ),
         slots=(Slot("filter", "filter"),),
         inits={SELF_ATTENTION: _OWN, MLP: _OWN},
         cost=_cost,
         keeps=("causal",),
+        length="dims=2",
         source="PCT-Net (MIS-FM), a convolution beside attention",
     ),
 )

@@ -5,19 +5,37 @@ from __future__ import annotations
 from functools import partial
 
 from graftc.operators.spec import Apply, Arg, Arguments, Cost, InitSource, OperatorSpec, Slot
-from graftc.operators.specs._common import DIM, SELF_ATTENTION, fitted, integer, part, qkv
+from graftc.operators.specs._common import (
+    DIM,
+    SELF_ATTENTION,
+    fitted,
+    grid_args,
+    integer,
+    part,
+    qkv,
+    taps,
+)
 
 _ARGS = (
     DIM,
     Arg("kernel", "int", 4, minimum=1, doc="taps of each convolution"),
     Arg("causal", "bool", True, doc="taps on earlier tokens only; false centres them"),
+    Arg("order", "int", 2, minimum=2, doc="how many gates; q is the last, k the first ones"),
+    *grid_args(),
 )
+
+
+def _rows(arguments: Arguments) -> tuple[int, ...]:
+    """The rows of q, of k (and the other gates), and of v."""
+    dim = integer(arguments, "dim")
+    return dim, (integer(arguments, "order") - 1) * dim, dim
+
 
 _PROJECTIONS = (
     Slot("in_proj", "in_proj", doc="rows q, k, v"),
-    Slot("q", "in_proj", rows=(0, 3)),
-    Slot("k", "in_proj", rows=(1, 3)),
-    Slot("v", "in_proj", rows=(2, 3)),
+    Slot("q", "in_proj", rows=(0, 3), sizes=_rows),
+    Slot("k", "in_proj", rows=(1, 3), sizes=_rows),
+    Slot("v", "in_proj", rows=(2, 3), sizes=_rows),
     Slot("out_proj", "out_proj", last=True),
     Slot("out", "out_proj", last=True, doc="the same as out_proj"),
 )
@@ -26,15 +44,16 @@ _INNER = (Slot("inner_filter", "inner_filter", doc="depthwise, on k · v"),)
 
 
 def _cost(arguments: Arguments, tokens: int, *, short: bool, inner: bool) -> Cost:
-    dim, kernel = integer(arguments, "dim"), integer(arguments, "kernel")
-    params = 4 * dim * dim + 4 * dim
-    operator, featuriser = 2 * tokens * dim, 8 * tokens * dim * dim
+    dim, weights, order = integer(arguments, "dim"), taps(arguments), integer(arguments, "order")
+    wide = (order + 1) * dim
+    params = wide * (dim + 1) + dim * (dim + 1)
+    operator, featuriser = order * tokens * dim, 2 * tokens * dim * (wide + dim)
     if short:
-        params += 3 * dim * (kernel + 1)
-        featuriser += 2 * kernel * 3 * dim * tokens
+        params += wide * (weights + 1)
+        featuriser += 2 * weights * wide * tokens
     if inner:
-        params += dim * (kernel + 1)
-        operator += 2 * kernel * tokens * dim
+        params += dim * (weights + 1)
+        operator += (order - 1) * 2 * weights * tokens * dim
     return Cost(params, operator, featuriser)
 
 
@@ -60,6 +79,7 @@ def _spec(name: str, cls: str, summary: str, *, short: bool, inner: bool) -> Ope
         inits=_inits(short=short, inner=inner),
         cost=partial(_cost, short=short, inner=inner),
         keeps=("causal",),
+        length="dims=2",
         source="Grafting (arXiv 2506.05340), table 3; Hyena-SE/X of StripedHyena 2",
     )
 

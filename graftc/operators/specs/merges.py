@@ -24,6 +24,12 @@ def _linear_cost(arguments: Arguments, tokens: int) -> Cost:
     return Cost(branches * dim * dim + dim, 2 * tokens * branches * dim * dim, 0)
 
 
+def _gate_cost(arguments: Arguments, tokens: int) -> Cost:
+    dim, branches = integer(arguments, "dim"), integer(arguments, "branches")
+    wide = branches * dim
+    return Cost(branches * (wide + 1), 2 * tokens * wide * branches, 0)
+
+
 def _lerp_cost(arguments: Arguments, tokens: int) -> Cost:
     return Cost(1, 0, 0)
 
@@ -68,6 +74,18 @@ MERGES = {
         inits={BLOCK: _LERP, SITE_BRANCH: _LERP},
         cost=_lerp_cost,
         source="Control LLM (arXiv 2501.10979)",
+    ),
+    "gate": OperatorSpec(
+        name="gate",
+        module="graftc.operators.parallel:GateMerge",
+        summary="a weighted sum, its weights a softmax of a linear map of the outputs",
+        roles=(BLOCK, SITE_BRANCH),
+        mixes="channels",
+        args=(DIM, _BRANCHES),
+        slots=(Slot("gate", "gate"),),
+        inits={BLOCK: {"gate": Apply("zero")}, SITE_BRANCH: {"gate": Apply("zero")}},
+        cost=_gate_cost,
+        source="Control LLM (arXiv 2501.10979), dynamic lerp",
     ),
 }
 """Every merge, by the name that `merge =` takes."""

@@ -1,4 +1,4 @@
-"""Spec of the MLP of any ratio (paper.md sections 3 and 4.1)."""
+"""Specs of the MLP of any ratio (paper.md sections 3 and 4.1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftc.operators.spec import (
     Part,
     Slot,
 )
-from graftc.operators.specs._common import DIM, MLP, integer, number
+from graftc.operators.specs._common import DIM, MLP, fitted, integer, number
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu_squared", "quick_gelu", "tanh", "sigmoid")
 
@@ -35,6 +35,16 @@ def _cost(arguments: Arguments, tokens: int) -> Cost:
     maps = 3 if arguments["gated"] else 2
     params = maps * hidden * dim + (maps - 1) * hidden + dim
     return Cost(params, 2 * maps * tokens * dim * hidden, 0)
+
+
+def _hyena_cost(arguments: Arguments, tokens: int) -> Cost:
+    """The gating is the operator; the projections and the convolution are its featurisers."""
+    dim, kernel = integer(arguments, "dim"), integer(arguments, "kernel")
+    hidden = hidden_width(dim, number(arguments, "ratio"))
+    params = 3 * hidden * (dim + 1) + dim * (hidden + 1)
+    params += integer(arguments, "tokens") * (kernel + 1)
+    featuriser = 8 * tokens * dim * hidden + 2 * kernel * 3 * hidden * tokens
+    return Cost(params, 2 * tokens * hidden, featuriser)
 
 
 SPECS = (
@@ -60,5 +70,38 @@ SPECS = (
         },
         cost=_cost,
         source="Grafting (arXiv 2506.05340), table 3; gated: arXiv 2002.05202",
+    ),
+    OperatorSpec(
+        name="mlp_hyena_x",
+        module="graftc.operators.mlp:MlpHyenaX",
+        summary="out(q · (k · v)), a convolution along the channels of each token",
+        roles=(MLP,),
+        mixes="channels",
+        args=(
+            DIM,
+            Arg(
+                "tokens", "int", OfSite("tokens"), minimum=1, doc="the token count it is built for"
+            ),
+            Arg("ratio", "float", 2, above=0, doc="width of q, k and v as a multiple of dim"),
+            Arg("kernel", "int", 4, minimum=1, doc="taps along the channels"),
+        ),
+        slots=(
+            Slot("in_proj", "in_proj", doc="rows q, k, v"),
+            Slot("q", "in_proj", rows=(0, 3)),
+            Slot("k", "in_proj", rows=(1, 3)),
+            Slot("v", "in_proj", rows=(2, 3)),
+            Slot("short_filter", "short_filter", doc="one filter for each token position"),
+            Slot("out_proj", "out_proj", last=True),
+        ),
+        inits={
+            MLP: {
+                "in_proj": Apply("random"),
+                "short_filter": Apply("identity", options={"causal": Const(True)}),
+                "out_proj": fitted(Apply("random")),
+            }
+        },
+        cost=_hyena_cost,
+        length="fixed",
+        source="Grafting (arXiv 2506.05340), table 3",
     ),
 )

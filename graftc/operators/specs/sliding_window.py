@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec
 from graftc.operators.specs._common import (
+    ROTARY,
     SELF_ATTENTION,
     attention_args,
     attention_projections,
@@ -32,11 +33,12 @@ SPECS = (
         args=(
             Arg("window", "int", required=True, minimum=1, doc="tokens seen to each side"),
             *attention_args(),
+            ROTARY,
         ),
         slots=SLOTS,
         inits=COPIES,
         cost=_cost,
-        keeps=("causal", "groups"),
+        keeps=("mask", "rotary", "causal", "groups"),
         source="Grafting (arXiv 2506.05340), table 3; arXiv 2004.05150",
     ),
 )

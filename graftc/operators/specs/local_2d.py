@@ -1,0 +1,148 @@
+"""Specs of attention inside a disc of the token grid: alone, and joint with another stream."""
+
+from __future__ import annotations
+
+from graftc.operators.spec import Arg, Arguments, Cost, OfSite, OperatorSpec, Slot
+from graftc.operators.specs._common import (
+    DIM,
+    JOINT_ATTENTION,
+    ROTARY,
+    SELF_ATTENTION,
+    attention_args,
+    attention_projections,
+    integer,
+    part,
+)
+from graftc.operators.specs.attention import COPIES, SLOTS
+
+_RADIUS = Arg("radius", "int", required=True, minimum=1, doc="tokens less than this away are seen")
+_HEIGHT = Arg("height", "int", OfSite("grid_height"), minimum=1, doc="rows of the token grid")
+_WIDTH = Arg("width", "int", OfSite("grid_width"), minimum=1, doc="columns of the token grid")
+
+
+def pairs(height: int, width: int, radius: int) -> int:
+    """How many (query, key) pairs lie less than `radius` apart on the grid.
+
+    >>> pairs(2, 2, 1), pairs(2, 2, 2), pairs(2, 2, 9)
+    (4, 16, 16)
+    """
+    reach = range(-radius + 1, radius)
+    return sum(
+        max(0, height - abs(dy)) * max(0, width - abs(dx))
+        for dy in reach
+        for dx in reach
+        if dy * dy + dx * dx < radius * radius
+    )
+
+
+def _scores(arguments: Arguments) -> tuple[int, int]:
+    """(pairs on the grid, tokens of the grid)."""
+    height, width = integer(arguments, "height"), integer(arguments, "width")
+    return pairs(height, width, integer(arguments, "radius")), height * width
+
+
+def _cost(arguments: Arguments, tokens: int) -> Cost:
+    scores, grid = _scores(arguments)
+    params, projections = attention_projections(arguments, grid)
+    heads = integer(arguments, "heads")
+    operator = scores * heads * (4 * integer(arguments, "head_dim") + 2)
+    return Cost(params, operator, projections)
+
+
+def _joint_cost(arguments: Arguments, tokens: int) -> Cost:
+    """The other stream's tokens are what is not on the grid (facts of the site)."""
+    scores, grid = _scores(arguments)
+    counts = [n for n in (tokens, arguments.get("context_tokens")) if isinstance(n, int)]
+    others = next((n for n in counts if n != grid), grid)
+    heads, head_dim = integer(arguments, "heads"), integer(arguments, "head_dim")
+    inner, dim, context = (
+        heads * head_dim,
+        integer(arguments, "dim"),
+        integer(arguments, "context_dim"),
+    )
+    both = 2 if arguments["both"] else 1
+    params = 3 * inner * (dim + 1 + context + 1) + dim * (inner + 1)
+    params += context * (inner + 1) * (both - 1)
+    params += 4 * head_dim if arguments["qk_norm"] != "none" else 0
+    scores += grid * others + others * (grid + others)
+    on_grid, off = (grid, others) if counts and counts[0] == grid else (others, grid)
+    featuriser = 2 * inner * (4 * on_grid * dim + (3 + both - 1) * off * context)
+    return Cost(params, scores * heads * (4 * head_dim + 2), featuriser)
+
+
+_NAMES = ("q", "k", "v")
+_JOINT = OperatorSpec(
+    name="local_attention_2d",
+    module="graftc.operators.local_2d:JointLocalAttention2d",
+    summary="attention inside a disc of the token grid, joint with another stream",
+    roles=(JOINT_ATTENTION,),
+    mixes="tokens",
+    args=(
+        _RADIUS,
+        Arg("groups", "groups", required=True, doc="of each stream, `full` or `local`"),
+        DIM,
+        Arg(
+            "context_dim", "int", OfSite("context_dim"), minimum=1, doc="width of the other stream"
+        ),
+        *(a for a in attention_args() if a.name in ("heads", "head_dim")),
+        _HEIGHT,
+        _WIDTH,
+        Arg("streams", "symbol", OfSite("streams"), doc="the streams' names, the first one first"),
+        Arg("both", "bool", OfSite("both"), doc="the second stream is an output as well"),
+        Arg(
+            "first",
+            "symbol",
+            OfSite("first_stream"),
+            doc="whose tokens come first in the attention",
+        ),
+        Arg("qk_norm", "symbol", OfSite("qk_norm"), choices=("none", "rms_norm")),
+        ROTARY,
+    ),
+    slots=(
+        *(Slot(f"{n}_1", "in_proj", rows=(i, 3)) for i, n in enumerate(_NAMES)),
+        *(Slot(f"{n}_2", "in_proj_2", rows=(i, 3)) for i, n in enumerate(_NAMES)),
+        *(
+            Slot(n, n, when="qk_norm=rms_norm")
+            for n in ("q_norm", "k_norm", "q_norm_2", "k_norm_2")
+        ),
+        Slot("out_1", "out_proj", last=True),
+        Slot("out_2", "out_proj_2", when="both"),
+    ),
+    inits={
+        JOINT_ATTENTION: {
+            **{f"{n}_{s}": part(f"{n}_{s}") for n in (*_NAMES, "out") for s in (1, 2)},
+            "q_norm": part("q_norm_1"),
+            "k_norm": part("k_norm_1"),
+            "q_norm_2": part("q_norm_2"),
+            "k_norm_2": part("k_norm_2"),
+        }
+    },
+    cost=_joint_cost,
+    keeps=("rotary", "groups", "context", "qk_norm"),
+    length="fixed",
+    source="CLEAR, arXiv 2412.16112",
+)
+
+SPECS = (
+    OperatorSpec(
+        name="local_attention_2d",
+        module="graftc.operators.local_2d:LocalAttention2d",
+        summary="attention inside a disc of the token grid",
+        roles=(SELF_ATTENTION, JOINT_ATTENTION),
+        mixes="tokens",
+        args=(
+            _RADIUS,
+            *(a for a in attention_args() if a.name != "causal"),
+            _HEIGHT,
+            _WIDTH,
+            ROTARY,
+        ),
+        slots=SLOTS,
+        inits=COPIES,
+        cost=_cost,
+        keeps=("rotary", "groups"),
+        length="fixed",
+        source="CLEAR, arXiv 2412.16112",
+        variants={JOINT_ATTENTION: _JOINT},
+    ),
+)
