@@ -22,8 +22,9 @@ from graftc.distillation.targets import (
 )
 from graftc.language import rules as language
 from graftc.program.program import Program
-from graftc.rewrite.edits import Edit
+from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.plan import Plan, Step, after_text
+from graftc.weights.assign import present
 
 
 def make_targets(plan: Plan, program: Program) -> Targets:
@@ -51,6 +52,9 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
     new = [n.path for n in edit.new]
     branches = [s.path for s in edit.sites] if edit.kind == "parallel" else []
     trainable = new if rule.train_inserted else list(dict.fromkeys([*branches, *new]))
+    group = rule.distill.train if rule.distill is not None else None
+    if group is not None and group in edit.new[0].spec.groups:
+        trainable = _of_group(edit.new[0], group)
     return Site(
         name=edit.name,
         teacher=teacher,
@@ -84,6 +88,13 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
     )
 
 
+def _of_group(new: NewModule, group: str) -> list[str]:
+    """The parameters of a group that the operator's spec names (`distill …, train = feature_maps`)."""
+    slots = [s for s in present(new.spec, new.arguments) if s.name in new.spec.groups[group]]
+    paths = [".".join(p for p in (new.path, s.module, s.parameter) if p) for s in slots]
+    return list(dict.fromkeys(paths))
+
+
 def _is_learned(step: Step) -> bool:
     return step.edit.rule.contract == "learned"
 
@@ -91,9 +102,24 @@ def _is_learned(step: Step) -> bool:
 def _cuts(edit: Edit, program: Program) -> tuple[Cut, Cut]:
     first = edit.sites[0]
     if edit.kind == "replace":
+        kept = edit.new[0].inputs.items()
         return (
-            Cut(edit.graph, (CutInput("x", first.path, first.stream),), first.path),
-            Cut(edit.graph, (CutInput("x", first.path, 0),), edit.new[0].path),
+            Cut(
+                edit.graph,
+                (
+                    CutInput("x", first.path, first.stream),
+                    *(CutInput(name, first.path, place) for name, place in kept),
+                ),
+                first.path,
+            ),
+            Cut(
+                edit.graph,
+                (
+                    CutInput("x", first.path, 0),
+                    *(CutInput(name, first.path, name) for name, _ in kept),
+                ),
+                edit.new[0].path,
+            ),
         )
     inputs = _region_inputs(edit, program)
     return (

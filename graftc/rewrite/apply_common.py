@@ -59,12 +59,16 @@ def place(root: fx.GraphModule, new: NewModule, source: Any, on_meta: bool) -> n
     return module
 
 
+def call_arguments(new: NewModule, call: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a new operator's call takes of the site's call: the stream, and by name what it keeps."""
+    return (call.args[new.site.stream],), {n: call.args[i] for n, i in new.inputs.items()}
+
+
 def check_shape(module: nn.Module, node: fx.Node, new: NewModule) -> None:
     """The operator must return what the site returned."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    shape = shape_of(value(source))
-    wanted = shape_of(value(node))
+    values = [value(n) for n in node.all_input_nodes]
+    shape = shape_of(values[0])
+    wanted = shapes_of(value(node))
     if shape is None or wanted is None:
         fail(
             "G360",
@@ -78,8 +82,16 @@ def check_shape(module: nn.Module, node: fx.Node, new: NewModule) -> None:
     twin = module
     if parameter is None or parameter.device.type != "meta":
         twin = deepcopy(module).to("meta")
+
+    def empty(given: Any) -> torch.Tensor:
+        own = value(given)
+        kept = dtype if own.is_floating_point() else own.dtype
+        return torch.empty(shape_of(own) or (), device="meta", dtype=kept)
+
     try:
-        found = tuple(twin(torch.empty(shape, device="meta", dtype=dtype)).shape)
+        with torch.no_grad():
+            given = [empty(a) for a in node.args]
+            result = twin(*given, **{k: empty(v) for k, v in node.kwargs.items()})
     except (RuntimeError, ValueError) as error:
         fail(
             "G360",
@@ -87,14 +99,26 @@ def check_shape(module: nn.Module, node: fx.Node, new: NewModule) -> None:
             site=new.path,
             found=str(shape),
         )
+    found = shapes_of(result)
     if found != wanted:
         fail(
             "G360",
             f"`{new.spec.name}` returns another shape than {new.path}",
             site=new.path,
-            wanted=str(wanted),
-            found=str(found),
+            wanted=_shown(wanted),
+            found=_shown(found) if found is not None else type(result).__name__,
         )
+
+
+def shapes_of(val: Any) -> tuple[tuple[int, ...], ...] | None:
+    """The shapes of a tensor, or of each of a tuple of tensors; None for anything else."""
+    parts = val if isinstance(val, (tuple, list)) else (val,)
+    shapes = tuple(s for p in parts if (s := shape_of(p)) is not None)
+    return shapes if shapes and len(shapes) == len(parts) else None
+
+
+def _shown(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return str(shapes[0]) if len(shapes) == 1 else " and ".join(map(str, shapes))
 
 
 def check_single_use(program: Program, path: str) -> None:

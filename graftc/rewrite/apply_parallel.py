@@ -15,6 +15,7 @@ from graftc.rewrite.edits import Edit
 def parallel_branches(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
     graph, first = find_call(root, edit.graph, edit.sites[0].node)
     stream = first.args[edit.sites[0].stream]
+    own = first.args
     assert isinstance(stream, fx.Node)
     sites = {s.path: s for s in edit.sites}
     _check_chain(root, edit)
@@ -30,7 +31,8 @@ def parallel_branches(root: fx.GraphModule, program: Program, edit: Edit, on_met
             new = next(n for n in edit.new if n.path == path)
             module = place(root, new, stream, on_meta)
             with graph.inserting_after(position):
-                node = graph.call_module(local(edit.graph, path), (stream,))
+                kept = {name: own[i] for name, i in new.inputs.items()}
+                node = graph.call_module(local(edit.graph, path), (stream,), kept)
             node.meta["val"] = value(last)
             check_shape(module, node, new)
             position = node

@@ -7,6 +7,7 @@ from torch import fx
 from graftc.diagnostics import fail
 from graftc.program.program import ATEN, Program, value
 from graftc.rewrite.apply_common import (
+    call_arguments,
     check_shape,
     check_single_use,
     find_call,
@@ -22,7 +23,7 @@ def replace_site(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bo
     graph, node = find_call(root, edit.graph, site.node)
     check_single_use(program, site.path)
     module = place(root, new, node.args[site.stream], on_meta)
-    node.args = (node.args[site.stream],)
+    node.args, node.kwargs = call_arguments(new, node)
     mark(node, edit, site.path)
     check_shape(module, node, new)
     del graph

@@ -8,15 +8,25 @@ from typing import Any
 from graftc.diagnostics import Span, fail
 from graftc.language.evaluate import evaluate
 from graftc.language.rules import OperatorCall
-from graftc.operators.spec import Arg, OfSite, OperatorSpec, Value
+from graftc.operators.spec import Arg, OfSite, OperatorSpec, Value, holds
 from graftc.program.analysis import Site
+from graftc.rewrite.inputs import own_facts
 from graftc.rewrite.match import Match, site_fact
 
 
-def resolve_arguments(call: OperatorCall, site: Site, match: Match) -> dict[str, Value]:
+def resolve_arguments(
+    call: OperatorCall, site: Site, match: Match, drop: tuple[str, ...] = ()
+) -> dict[str, Value]:
     """All arguments of `call` at `site`, checked against the operator's spec."""
     resolved: dict[str, Value] = {}
+    facts = own_facts(site, drop)
+    _check_known(call, site)
     for arg in call.spec.args:
+        if not holds(arg.when, resolved):
+            if arg.name in call.arguments:
+                _not_here(arg, call, site)
+            resolved[arg.name] = None
+            continue
         implied = _implied(arg.name, call, site, resolved)
         if arg.name not in call.arguments and implied is not None:
             resolved[arg.name] = implied
@@ -29,8 +39,9 @@ def resolve_arguments(call: OperatorCall, site: Site, match: Match) -> dict[str,
                 arg, value, call.spec, call.arguments[arg.name].span, site
             )
         elif isinstance(arg.default, OfSite):
-            fact = site.facts.get(arg.default.fact)
+            fact = facts.get(arg.default.fact)
             if fact is None:
+                _check_from_model(arg.default.fact, call, site)
                 fail(
                     "G351",
                     f"`{call.spec.name}` takes `{arg.name}` from the site, which has none",
@@ -44,6 +55,56 @@ def resolve_arguments(call: OperatorCall, site: Site, match: Match) -> dict[str,
         else:
             resolved[arg.name] = arg.default
     return resolved
+
+
+def _check_known(call: OperatorCall, site: Site) -> None:
+    """An argument that the operator takes at other roles of site, and not at this one."""
+    for name, value in call.arguments.items():
+        if call.spec.arg(name) is None:
+            fail(
+                "G484",
+                f"`{call.spec.name}` has no argument `{name}` at a {site.role}",
+                span=value.span,
+                site=site.path,
+                wanted=", ".join(a.name for a in call.spec.args),
+                found=name,
+            )
+
+
+def _not_here(arg: Arg, call: OperatorCall, site: Site) -> None:
+    fail(
+        "G485",
+        f"`{arg.name}` of `{call.spec.name}` is for `{arg.when}`",
+        span=call.arguments[arg.name].span,
+        site=site.path,
+        help=f"leave `{arg.name}` out",
+    )
+
+
+_FROM_MODEL = {
+    "grid_height": ("the token grid", "grid = (rows, columns)"),
+    "grid_width": ("the token grid", "grid = (rows, columns)"),
+    "streams": (
+        "the names of the streams",
+        'streams = {"text": "the_input", "image": "the_input"}',
+    ),
+}
+
+
+def _check_from_model(fact: str, call: OperatorCall, site: Site) -> None:
+    """What graftc cannot see in a model, and its MODEL function must say."""
+    if fact not in _FROM_MODEL:
+        return
+    what, argument = _FROM_MODEL[fact]
+    tokens = site.facts.get("tokens")
+    fail(
+        "G482",
+        f"`{call.spec.name}` needs {what} at {site.path}",
+        span=call.span,
+        site=site.path,
+        wanted=f"graftc.Model(…, {argument})",
+        found=f"a site of {tokens} tokens, of which nothing more is said",
+    )
 
 
 def _implied(
@@ -79,7 +140,9 @@ def _checked(arg: Arg, value: Any, spec: OperatorSpec, span: Span, site: Site) -
     where = f"`{arg.name}` of `{spec.name}`"
     if arg.kind == "int" and isinstance(value, float) and value.is_integer():
         value = int(value)
-    kinds = {"int": int, "float": (int, float), "bool": bool, "symbol": str}[arg.kind]
+    kinds = {"int": int, "float": (int, float), "bool": bool, "symbol": str, "groups": str}[
+        arg.kind
+    ]
     if not isinstance(value, kinds) or (arg.kind in ("int", "float") and isinstance(value, bool)):
         fail(
             "G352",
@@ -119,14 +182,8 @@ def _checked(arg: Arg, value: Any, spec: OperatorSpec, span: Span, site: Site) -
     return value
 
 
-def check_fits(
-    spec: OperatorSpec,
-    arguments: Mapping[str, Value],
-    site: Site,
-    drop: tuple[str, ...],
-    span: Span,
-) -> None:
-    """Raise where the operator is not for this role, or would drop something the site had."""
+def check_role(spec: OperatorSpec, site: Site, span: Span) -> None:
+    """Raise where the operator is not for this role."""
     if site.role not in spec.roles:
         fail(
             "G350",
@@ -136,6 +193,15 @@ def check_fits(
             wanted=" or ".join(spec.roles),
             found=site.role,
         )
+
+
+def check_fits(
+    spec: OperatorSpec,
+    arguments: Mapping[str, Value],
+    site: Site,
+    span: Span,
+) -> None:
+    """Raise where the operator does not fit the site."""
     if "causal" in site.has and not spec.is_causal(arguments):
         fail(
             "G353",
@@ -150,22 +216,11 @@ def check_fits(
             if spec.arg("causal")
             else "choose a causal operator",
         )
-    for what in ("mask", "rotary"):
-        if (
-            what in site.has
-            and what not in spec.keeps
-            and what not in drop
-            and spec.mixes == "tokens"
-        ):
-            name = {"mask": "attention mask", "rotary": "rotary positions"}[what]
-            fail(
-                "G354",
-                f"`{spec.name}` would drop the {name} of {site.path}",
-                span=span,
-                site=site.path,
-                help=f"write `drop {what}` in the rule if that is meant",
-            )
-    if "qk_norm" in site.has and spec.arg("heads") is not None:
+    if (
+        "qk_norm" in site.has
+        and spec.arg("heads") is not None
+        and arguments.get("qk_norm", "none") == "none"
+    ):
         fail(
             "G354",
             f"`{spec.name}` would drop the norms of q and k at {site.path}",

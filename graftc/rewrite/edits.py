@@ -21,8 +21,9 @@ from graftc.language.rules import (
 from graftc.operators.spec import OperatorSpec, Value
 from graftc.operators.specs import MERGES
 from graftc.program.analysis import Analysis, Site
-from graftc.rewrite.arguments import check_fits, resolve_arguments
+from graftc.rewrite.arguments import check_fits, check_role, resolve_arguments
 from graftc.rewrite.claims import Claim
+from graftc.rewrite.inputs import kept_inputs
 from graftc.rewrite.match import Match
 
 
@@ -31,6 +32,7 @@ class NewModule:
     """An operator to be put into the student.
 
     `role`: which of the spec's default inits applies. `site`: the site whose parts they speak of.
+    `inputs`: parameter of its forward → which argument of the site's call it takes, beside the stream.
     """
 
     path: str
@@ -38,6 +40,7 @@ class NewModule:
     arguments: Mapping[str, Value]
     role: str
     site: Site
+    inputs: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +134,12 @@ def _edit(rule: Rule, match: Match, index: int, analysis: Analysis) -> Edit:
 
 
 def _new_module(call: OperatorCall, site: Site, match: Match, rule: Rule, path: str) -> NewModule:
-    arguments = resolve_arguments(call, site, match)
-    check_fits(call.spec, arguments, site, rule.drop, call.span)
-    return NewModule(path, call.spec, arguments, site.role, site)
+    call = replace(call, spec=call.spec.for_role(site.role))
+    check_role(call.spec, site, call.span)
+    arguments = resolve_arguments(call, site, match, rule.drop)
+    check_fits(call.spec, arguments, site, call.span)
+    inputs = kept_inputs(call.spec, arguments, site, rule.drop, call.span)
+    return NewModule(path, call.spec, arguments, site.role, site, inputs)
 
 
 def _parallel(rule: Rule, edit: Parallel, match: Match, index: int, analysis: Analysis) -> Edit:

@@ -90,7 +90,8 @@ def _step(edit: Edit, analysis: Analysis, student: Program) -> Step:
     origins: list[Origin] = []
     for module in edit.new:
         tokens = module.site.facts.get("tokens")
-        cost = module.spec.cost(module.arguments, tokens if isinstance(tokens, int) else 1)
+        known = {**module.site.facts, **module.arguments}
+        cost = module.spec.cost(known, tokens if isinstance(tokens, int) else 1)
         new = _sum(new, cost)
         origins += _origins(edit, module, analysis)
     if edit.kind == "parallel":  # the branches stay

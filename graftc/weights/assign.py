@@ -57,6 +57,8 @@ def assign(
             if name == WHOLE:
                 plan += [Assignment(s, source, True, span) for s in bodies(slots)]
                 continue
+            if name not in by_name:
+                continue  # a default of a slot that these arguments leave out
             slot = by_name[name]
             if isinstance(source, Apply) and source.policy == "least_squares":
                 source = _fitted(slot, source, defaults, by_name, replace(context, span=span))

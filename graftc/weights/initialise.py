@@ -24,6 +24,7 @@ from graftc.operators.spec import (
     Slot,
 )
 from graftc.weights.assign import Assignment, Clauses, assign, bodies, present, rows_of
+from graftc.weights.fresh import seed_of
 from graftc.weights.parts import Affine, Heads, SiteParts
 from graftc.weights.policies import bias_of
 from graftc.weights.sources import (
@@ -224,6 +225,9 @@ def _fill_constant(module: nn.Module, item: Assignment, context: Context) -> Non
     if isinstance(source, Apply) and source.policy == "zero":
         parameter.zero_()
         return
+    if isinstance(source, Apply) and source.policy == "random":
+        parameter.copy_(_as_built(module, item, context))
+        return
     value = None
     if isinstance(source, Apply) and source.policy == "constant":
         value = context.arguments.get(text(source.args[0]))
@@ -232,6 +236,20 @@ def _fill_constant(module: nn.Module, item: Assignment, context: Context) -> Non
             "G405", f"`{text(source)}` gives no value for `{item.slot.name}`", "write `zero`"
         )
     parameter.fill_(value)
+
+
+def _as_built(module: nn.Module, item: Assignment, context: Context) -> Tensor:
+    """What the operator's own constructor draws for a parameter, from the seed and the path."""
+    if any(p.is_meta for p in module.parameters()):
+        return module.get_submodule(item.slot.module).get_parameter(str(item.slot.parameter))
+    arguments = getattr(module, "graft_arguments", context.arguments)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        seed = context.seed
+        if isinstance(item.source, Apply) and "seed" in item.source.options:
+            seed = int(text(item.source.options["seed"]))
+        torch.default_generator.manual_seed(seed_of(seed, f"{context.path}.{item.slot.name}"))
+        made = type(module)(**arguments)
+    return made.get_submodule(item.slot.module).get_parameter(str(item.slot.parameter)).detach()
 
 
 def _check_part(part: Part, available: Available, context: Context) -> None:

@@ -135,6 +135,18 @@ def dirac(channels: int, taps: int, causal: bool) -> Affine:
     return Affine(weight, torch.zeros(channels))
 
 
+def dirac2d(channels: int, kernel: int) -> Affine:
+    """Filters over a grid that give their input back: one at the centre tap.
+
+    >>> dirac2d(1, 2).weight.flatten().tolist()
+    [1.0, 0.0, 0.0, 0.0]
+    """
+    weight = torch.zeros(channels, 1, kernel, kernel)
+    centre = (kernel - 1) // 2
+    weight[:, :, centre, centre] = 1
+    return Affine(weight, torch.zeros(channels))
+
+
 def branch_merge(dim: int, branches: int, share: float) -> Affine:
     """`share` · Σ of concatenated branches: [share · I, share · I, …].
 

@@ -179,10 +179,14 @@ def _filled(submodule: nn.Module, value: float) -> Affine:
     return Affine(state["weight"], state.get("bias"))
 
 
-def _identity(context: Context, submodule: nn.Module) -> Affine:
+def _identity(source: Apply, context: Context, submodule: nn.Module) -> Affine:
     if isinstance(submodule, nn.Conv1d):
-        causal = context.arguments.get("causal") is True
-        return policies.dirac(submodule.out_channels, submodule.kernel_size[0], causal)
+        causal = _constant(source.options.get("causal", Const(context.arguments.get("causal"))))
+        return policies.dirac(submodule.out_channels, submodule.kernel_size[0], causal is True)
+    if isinstance(submodule, nn.Conv2d):
+        return policies.dirac2d(submodule.out_channels, submodule.kernel_size[0])
+    if isinstance(submodule, nn.RMSNorm):
+        return Affine(torch.ones_like(submodule.weight.detach()), None)
     if isinstance(submodule, nn.Linear):
         return policies.identity(submodule.out_features, submodule.in_features)
     raise ValueError(f"a {type(submodule).__name__} has no identity")
@@ -217,7 +221,7 @@ def _apply(
         "concat": lambda: policies.concat(inner),
         "product": lambda: policies.product(inner[0], inner[1]),
         "zero": lambda: _filled(submodule, 0.0),
-        "identity": lambda: _identity(context, submodule),
+        "identity": lambda: _identity(source, context, submodule),
         "mean_of_branches": lambda: _merge(context, mean=True),
         "sum_of_branches": lambda: _merge(context, mean=False),
         "mean_pool": lambda: _per_head(source, inner, context),

@@ -44,7 +44,7 @@ def _mlp(hidden: int = 24, gated: bool = False) -> dict[str, Affine]:
 
 def _arguments(name: str, **given):
     facts = {"dim": DIM, "heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM, "causal": False}
-    facts |= {"activation": "gelu", "gated": False}
+    facts |= {"activation": "gelu", "gated": False, "rotary": "none"}
     spec = SPECS[name]
     return {
         a.name: given.get(a.name, facts.get(a.name) if hasattr(a.default, "fact") else a.default)

@@ -36,9 +36,6 @@ SLOTS = (
 )
 """The slots of every operator with `in_proj` (rows q|k|v) and `out_proj`."""
 
-KV = Apply("concat", (part("k"), part("v")))
-"""The rows of k and v of the site."""
-
 COPIES: dict[str, dict[str, InitSource]] = {
     SELF_ATTENTION: {
         "q": part("q"),
@@ -83,7 +80,8 @@ def _latent_cost(arguments: Arguments, tokens: int) -> Cost:
     inner = integer(arguments, "heads") * integer(arguments, "head_dim")
     weights = 2 * dim * inner + dim * rank + 2 * rank * inner
     params = weights + inner + 2 * inner + dim
-    return Cost(params, dense_attention_flops(arguments, tokens), 2 * tokens * weights)
+    operator = dense_attention_flops({**arguments, "kv_heads": 1}, tokens)
+    return Cost(params, operator, 2 * tokens * weights)
 
 
 _CROSS = OperatorSpec(
@@ -163,8 +161,8 @@ SPECS = (
         inits={
             SELF_ATTENTION: {
                 "q": part("q"),
-                "kv_down": Apply("svd_down", (KV,)),
-                "kv_up": Apply("svd_up", (KV,)),
+                "kv_down": Apply("random"),
+                "kv_up": Apply("random"),
                 "out_proj": fitted(part("out")),
             }
         },
