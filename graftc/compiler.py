@@ -25,8 +25,12 @@ from graftc.program.model import Model, Reference, as_model, load_model, model_r
 from graftc.program.parts import PartRef, part_refs
 from graftc.program.program import Program
 from graftc.rewrite.apply import Patch, apply
+from graftc.rewrite.candidates import OPERATOR, candidate_path, candidate_programs
+from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.exact import check_exact
-from graftc.rewrite.plan import Plan, init_clause, make_plan, plan_dict
+from graftc.rewrite.plan import Plan, make_plan
+from graftc.rewrite.plan_text import plan_dict
+from graftc.rewrite.price import init_clause
 from graftc.targets import make_targets
 from graftc.weights.initialise import initialise
 from graftc.weights.parts import Affine, Heads
@@ -69,22 +73,39 @@ def compile_model(rules: Rules, model: Model, seed: int = 0) -> Compiled:
 def initialise_new(plan: Plan, analysis: Analysis, student: Program, seed: int) -> None:
     """Give every new operator its first weights, in place, from the teacher's parts."""
     for edit in plan.edits:
-        for module in edit.new:
-            clause = init_clause(edit, module)
-            bound = edit.match.bindings
-            initialise(
-                student.module(module.path),
-                module.spec,
-                module.arguments,
-                module.role,
-                clause.sources,
-                parts={n: _parts(analysis, s) for n, s in bound.items()},
-                heads={n: h for n, s in bound.items() if (h := _heads(s)) is not None},
-                path=module.path,
-                binding=clause.binding,
-                seed=seed,
-                spans=clause.spans,
-            )
+        for new in edit.new:
+            if new.copied is None:  # a copy has its weights as soon as it is made
+                _initialise(edit, new, student.module(new.path), analysis, seed)
+
+
+def candidates(plan: Plan, analysis: Analysis, seed: int) -> dict[str, Program]:
+    """The candidates of `one of` that are not in the student, initialised: folder in the build → model."""
+    found: dict[str, Program] = {}
+    for edit in plan.edits:
+        for index, new, program in candidate_programs(edit, analysis.program):
+            _initialise(edit, new, program.module(OPERATOR), analysis, seed)
+            found[candidate_path(edit, index)] = program
+    return found
+
+
+def _initialise(
+    edit: Edit, new: NewModule, module: nn.Module, analysis: Analysis, seed: int
+) -> None:
+    clause = init_clause(edit, new)
+    bound = edit.match.bindings
+    initialise(
+        module,
+        new.spec,
+        new.arguments,
+        new.role,
+        clause.sources,
+        parts={n: _parts(analysis, s) for n, s in bound.items()},
+        heads={n: h for n, s in bound.items() if (h := _heads(s)) is not None},
+        path=new.path,
+        binding=clause.binding,
+        seed=seed,
+        spans=clause.spans,
+    )
 
 
 def _parts(analysis: Analysis, site: Site) -> Mapping[str, Affine]:
@@ -128,6 +149,7 @@ def compile_build(
         output,
         student=compiled.student,
         teacher=compiled.teacher,
+        candidates=candidates(compiled.plan, compiled.analysis, seed),
         plan=plan_dict(compiled.plan),
         targets=to_dict(targets),
         manifest={

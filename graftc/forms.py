@@ -37,6 +37,8 @@ def forms(plan: Plan, analysis: Analysis, student: Program, model: Model) -> dic
     modules: dict[str, Any] = {}
     for edit in plan.edits:
         (site,) = edit.sites
+        if edit.kind == "replace" and not edit.new:
+            continue  # `one of {keep, …}`: the original's own module stays
         if site.path not in calls:
             return {**found, "reason": f"{site.path} is not called as a module by the original"}
         entry = _entry(edit, analysis, student, calls[site.path])

@@ -10,21 +10,29 @@ from torch import fx
 
 from graftc.distillation.targets import (
     Budget,
+    Candidate,
     Cut,
     CutInput,
     Lora,
     Loss,
     ModelInput,
+    Only,
     Pending,
     Site,
     Stage2,
     Targets,
 )
 from graftc.language import rules as language
+from graftc.program import analysis
 from graftc.program.program import Program
+from graftc.rewrite import price
+from graftc.rewrite.candidates import OPERATOR, candidate_path
 from graftc.rewrite.edits import Edit, NewModule
-from graftc.rewrite.plan import Plan, Step, after_text
+from graftc.rewrite.plan import Plan
+from graftc.rewrite.plan_text import after_text, operator_text
+from graftc.rewrite.price import Step
 from graftc.weights.assign import present
+from graftc.weights.initialise import Origin
 
 
 def make_targets(plan: Plan, program: Program) -> Targets:
@@ -33,28 +41,26 @@ def make_targets(plan: Plan, program: Program) -> Targets:
     An edit that is not learned has none, unless weights of it wait for data: then it is solved,
     and not trained.
     """
-    learned = [
-        s
-        for s in plan.steps
-        if s.edit.new and (_is_learned(s) or any(o.pending for o in s.origins))
-    ]
+    learned = [s for s in plan.steps if _has_target(s)]
     return Targets(
         inputs=tuple(ModelInput(p.name, p.shape, p.dtype, p.meaning) for p in program.inputs),
         sites=tuple(_site(s, learned, program) for s in learned),
-        stage2=_stage2(plan.finetune),
+        stage2=_stage2(plan.finetune, plan),
     )
+
+
+def _has_target(step: Step) -> bool:
+    edit = step.edit
+    if _is_learned(step):
+        return bool(edit.new or edit.candidates or edit.kind == "together")
+    return any(o.pending for o in step.origins)
 
 
 def _site(step: Step, learned: list[Step], program: Program) -> Site:
     edit = step.edit
     teacher, student = _cuts(edit, program)
     rule = edit.rule
-    new = [n.path for n in edit.new]
-    branches = [s.path for s in edit.sites] if edit.kind == "parallel" else []
-    trainable = new if rule.train_inserted else list(dict.fromkeys([*branches, *new]))
-    group = rule.distill.train if rule.distill is not None else None
-    if group is not None and group in edit.new[0].spec.groups:
-        trainable = _of_group(edit.new[0], group)
+    trainable = _trainable(edit)
     return Site(
         name=edit.name,
         teacher=teacher,
@@ -62,17 +68,8 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
         trainable=tuple(p for p in trainable if p),
         rule=rule.name,
         origin=edit.origin,
-        operator=edit.new[-1].spec.name if edit.kind == "parallel" else after_text(edit),
-        pending=tuple(
-            dict.fromkeys(
-                Pending(
-                    o.parameter.removesuffix(f".{o.module}.{o.parameter.rpartition('.')[2]}"),
-                    o.module,
-                )
-                for o in step.origins
-                if o.pending
-            )
-        ),
+        operator=_operator(edit),
+        pending=_pending(step.origins),
         loss=_loss(rule.distill),
         budget=_budget(rule.distill) if _is_learned(step) else Budget(steps=0),
         after=tuple(
@@ -81,10 +78,13 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
             if other is not step
             and any(
                 inner.path.startswith(outer.path + ".")
+                or (inner.path == outer.path and other.edit.rule.name in rule.after)
                 for inner in other.edit.sites
-                for outer in edit.sites
+                for outer in _region(edit)
             )
         ),
+        exact=not trainable,
+        candidates=tuple(_candidate(edit, i, c) for i, c in enumerate(step.candidates)),
     )
 
 
@@ -95,6 +95,48 @@ def _of_group(new: NewModule, group: str) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
+def _region(edit: Edit) -> tuple[analysis.Site, ...]:
+    """What an edit's cut is around: its sites, or the block that holds them."""
+    return edit.sites if edit.region is None else (edit.region,)
+
+
+def _trainable(edit: Edit) -> list[str]:
+    """Prefixes of what stage 1 trains."""
+    new = [n.path for n in edit.new]
+    group = edit.rule.distill.train if edit.rule.distill is not None else None
+    if group is not None and edit.new and group in edit.new[0].spec.groups:
+        return _of_group(edit.new[0], group)
+    if edit.rule.train_inserted or edit.kind not in ("parallel", "together"):
+        return new
+    stay = [s.path for s in edit.sites]
+    return list(dict.fromkeys([*stay, *new]))
+
+
+def _operator(edit: Edit) -> str:
+    if edit.kind == "parallel":
+        return edit.new[-1].spec.name
+    return operator_text(edit.new[0]) if edit.new else after_text(edit)
+
+
+def _pending(origins: tuple[Origin, ...], root: str = "") -> tuple[Pending, ...]:
+    """The linears to solve, each once; paths in a candidate's own package begin at `root`."""
+    found: dict[Pending, None] = {}
+    for o in origins:
+        if o.pending:
+            module = o.parameter.removesuffix(f".{o.module}.{o.parameter.rpartition('.')[2]}")
+            found[Pending(root or module, o.module)] = None
+    return tuple(found)
+
+
+def _candidate(edit: Edit, index: int, candidate: price.Candidate) -> Candidate:
+    if candidate.new is None:
+        return Candidate("keep")
+    text = operator_text(candidate.new)
+    if index == 0:
+        return Candidate(text)
+    return Candidate(text, candidate_path(edit, index), _pending(candidate.origins, OPERATOR))
+
+
 def _is_learned(step: Step) -> bool:
     return step.edit.rule.contract == "learned"
 
@@ -102,7 +144,7 @@ def _is_learned(step: Step) -> bool:
 def _cuts(edit: Edit, program: Program) -> tuple[Cut, Cut]:
     first = edit.sites[0]
     if edit.kind == "replace":
-        kept = edit.new[0].inputs.items()
+        kept = edit.new[0].inputs.items() if edit.new else ()
         return (
             Cut(
                 edit.graph,
@@ -115,27 +157,33 @@ def _cuts(edit: Edit, program: Program) -> tuple[Cut, Cut]:
             Cut(
                 edit.graph,
                 (
-                    CutInput("x", first.path, 0),
+                    CutInput("x", first.path, 0 if edit.new else first.stream),
                     *(CutInput(name, first.path, name) for name, _ in kept),
                 ),
-                edit.new[0].path,
+                first.path,
             ),
         )
-    inputs = _region_inputs(edit, program)
+    if edit.region is not None:
+        inputs = _region_inputs((edit.region,), edit.region.graph, program)
+        same = Cut(edit.region.graph, inputs, edit.region.path)
+        return same, same
+    inputs = _region_inputs(edit.sites, edit.graph, program)
     return (
         Cut(edit.graph, inputs, edit.sites[-1].path),
         Cut(edit.graph, inputs, edit.new[-1].path),
     )
 
 
-def _region_inputs(edit: Edit, program: Program) -> tuple[CutInput, ...]:
-    """What the region of a `parallel` reads from outside: the stream first, then the blocks' own inputs."""
-    graph = program.root.get_submodule(edit.graph)
+def _region_inputs(
+    sites: tuple[analysis.Site, ...], path: str, program: Program
+) -> tuple[CutInput, ...]:
+    """What a region of calls reads from outside: the stream first, then the blocks' own inputs."""
+    graph = program.root.get_submodule(path)
     assert isinstance(graph, fx.GraphModule)
     nodes = {n.name: n for n in graph.graph.nodes}
-    inside = {nodes[s.node] for s in edit.sites}
+    inside = {nodes[s.node] for s in sites}
     found: dict[fx.Node, CutInput] = {}
-    for site in edit.sites:
+    for site in sites:
         order = sorted(range(len(nodes[site.node].args)), key=lambda i: i != site.stream)
         for i in order:
             given = nodes[site.node].args[i]
@@ -161,9 +209,12 @@ def _budget(distill: language.Distill | None) -> Budget:
     )
 
 
-def _stage2(finetune: language.Finetune | None) -> Stage2:
+def _stage2(finetune: language.Finetune | None, plan: Plan) -> Stage2:
+    """`train inserted` of any rule holds in stage 2, unless `finetune` says what to train."""
+    inserted = [n.path for e in plan.edits if e.rule.train_inserted for n in e.new]
+    only = Only(tuple(inserted)) if inserted else None
     if finetune is None:
-        return Stage2()
+        return Stage2() if only is None else Stage2(train=only)
     given = {
         "data": finetune.data_fraction,
         "samples": finetune.samples,
@@ -175,7 +226,7 @@ def _stage2(finetune: language.Finetune | None) -> Stage2:
         "ema": finetune.ema,
         "clip": finetune.clip,
         "halve_lr_at": finetune.halve_lr_at or None,
-        "train": _train(finetune.train),
+        "train": _train(finetune.train) or only,
     }
     return Stage2(**{k: v for k, v in given.items() if v is not None})  # pyright: ignore[reportArgumentType]
 

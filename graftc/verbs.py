@@ -55,7 +55,8 @@ def plan(
     """
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
-    from graftc.rewrite.plan import make_plan, plan_dict
+    from graftc.rewrite.plan import make_plan
+    from graftc.rewrite.plan_text import plan_dict
 
     rules = check(file, dict(overrides or {}))
     made = make_plan(rules, analyse(capture(_model(model, on_meta=True))))

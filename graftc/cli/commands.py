@@ -172,7 +172,7 @@ def plan(
     """Show what a file does to a model; nothing is changed."""
     from graftc import verbs
     from graftc.cli.render import show_plan
-    from graftc.rewrite.plan import plan_dict
+    from graftc.rewrite.plan_text import plan_dict
 
     _format(format)
     made = verbs.plan(file, model, data=data, overrides=_overrides(set_), output=output)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
     from graftc.program.analysis import Analysis, Site
-    from graftc.rewrite.plan import Plan, Step
+    from graftc.rewrite.plan import Plan
+    from graftc.rewrite.price import Step
 
 _SHOWN = ("self_attention", "cross_attention", "joint_attention", "mlp", "unknown_attention")
 
@@ -174,7 +175,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def _after(step: Step) -> str:
-    from graftc.rewrite.plan import after_text
+    from graftc.rewrite.plan_text import after_text
 
     return after_text(step.edit)
 

@@ -15,7 +15,7 @@ from graftc.distillation.optim import align
 from graftc.distillation.run import Build, Progress, RunResult, finished, latest, open_run
 from graftc.distillation.scopes import using_threads
 from graftc.distillation.stage2 import Which, finetune_module, terms_of
-from graftc.distillation.targets import Targets, from_dict
+from graftc.distillation.targets import Only, Targets, from_dict
 
 UNTRAINED = "untrained"
 """As `run`: start from the student as it was compiled."""
@@ -136,6 +136,8 @@ def _module(build: Build, model: Which, parent: str | None) -> nn.Module:
 def _inserted(targets: Targets, model: Which) -> list[str]:
     """What `train: inserted` trains: the sites' parameters; in the teacher, what stands there."""
     if model == "student":
+        if isinstance(targets.stage2.train, Only):
+            return list(targets.stage2.train.prefixes)
         return [prefix for site in targets.sites for prefix in site.trainable]
     cuts = [site.teacher for site in targets.sites]
     return [path for cut in cuts for path in (cut.output, *(i.call for i in cut.inputs))]

@@ -90,6 +90,20 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """What a site of `one of` can become: the first of a site's is in the student.
+
+    `package`: the folder in the build that holds its module and first weights, a standalone package
+    whose model takes the student cut's inputs; None for the first, and for `keep`. `pending`: as of a
+    site, with paths from the root of that package.
+    """
+
+    operator: str
+    package: str | None = None
+    pending: tuple[Pending, ...] = ()
+
+
+@dataclass(frozen=True)
 class Site:
     """One distillation site: the teacher's cut, the student's cut, and how to train the second."""
 
@@ -105,6 +119,14 @@ class Site:
     budget: Budget = field(default_factory=Budget)
     after: tuple[str, ...] = ()
     exact: bool = False
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Only:
+    """Only the parameters under these prefixes."""
+
+    prefixes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ class Lora:
     alpha: float | None = None
 
 
-Train = Union[Literal["all", "inserted"], Lora]
+Train = Union[Literal["all", "inserted"], Only, Lora]
 
 
 @dataclass(frozen=True)
@@ -201,6 +223,8 @@ def to_dict(targets: Targets) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Lora):
         return {"lora": {"rank": value.rank, "alpha": value.alpha}}
+    if isinstance(value, Only):
+        return {"only": list(value.prefixes)}
     if hasattr(value, "__dataclass_fields__"):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownVariableType]
@@ -251,12 +275,25 @@ def _cut(table: Table) -> Cut:
     return made
 
 
-def _site(table: Table) -> Site:
-    pending: list[Pending] = []
+def _pending(table: Table) -> tuple[Pending, ...]:
+    found: list[Pending] = []
     for row in table.tables("pending", ()):
         policy = row.text("policy", "least_squares")
-        pending.append(Pending(row.text("module"), row.text("linear"), policy))
+        found.append(Pending(row.text("module"), row.text("linear"), policy))
         row.done()
+    return tuple(found)
+
+
+def _candidates(table: Table) -> tuple[Candidate, ...]:
+    found: list[Candidate] = []
+    for row in table.tables("candidates", ()):
+        package = row.text("package", "") or None
+        found.append(Candidate(row.text("operator"), package, _pending(row)))
+        row.done()
+    return tuple(found)
+
+
+def _site(table: Table) -> Site:
     site = Site(
         name=table.text("name"),
         teacher=_cut(table.table("teacher")),
@@ -265,11 +302,12 @@ def _site(table: Table) -> Site:
         rule=table.text("rule", ""),
         origin=table.text("origin", ""),
         operator=table.text("operator", ""),
-        pending=tuple(pending),
+        pending=_pending(table),
         loss=_loss(table.table("loss")) if table.has("loss") else Loss(),
         budget=_budget(table.table("budget")) if table.has("budget") else Budget(),
         after=tuple(table.texts("after", ())),
         exact=table.boolean("exact", False),
+        candidates=_candidates(table),
     )
     known = {i.name for i in site.teacher.inputs}
     for given in site.student.inputs:
@@ -311,14 +349,18 @@ def _budget(table: Table) -> Budget:
 def _stage2(table: Table) -> Stage2:
     train: Train = "all"
     given = table.take("train", "all")
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and "only" in given:
+        only = Table(given, table.at("train"))  # pyright: ignore[reportUnknownArgumentType]
+        train = Only(tuple(only.texts("only")))
+        only.done()
+    elif isinstance(given, Mapping):
         lora = Table(given, table.at("train")).table("lora")  # pyright: ignore[reportUnknownArgumentType]
         train = Lora(lora.count("rank") or 8, lora.optional_positive("alpha"))
         lora.done()
     elif given in ("all", "inserted"):
         train = given
     else:
-        table.wrong("train", "train is `all`, `inserted` or `{lora: {rank: 8}}`")
+        table.wrong("train", "train is `all`, `inserted`, `{only: […]}` or `{lora: {rank: 8}}`")
     made = Stage2(
         **_amounts(table),
         lr=table.positive("lr", 1e-4),

@@ -123,6 +123,7 @@ def write_build(
     targets: Mapping[str, Any],
     manifest: Mapping[str, Any],
     copy_teacher: bool = False,
+    candidates: Mapping[str, Program] | None = None,
     provenance: Mapping[str, str] | None = None,
     model: str = "",
     made_by: str = "",
@@ -130,6 +131,7 @@ def write_build(
 ) -> Build:
     """Write a build; an older one in `directory` is replaced only by a whole new one.
 
+    `candidates`: folder in the build → a model to write there as a package (what `one of` did not choose).
     `model`: the MODEL reference, by which a teacher that is not copied is found again. Runs of an
     older build are kept if its student is the very same; runs of another student are dropped only
     with `drop_runs`. Raises GraftError, and leaves the disk as it was, if there are such runs, if
@@ -142,6 +144,8 @@ def write_build(
             teacher, partial / "teacher", made_by="The normalised teacher",
             weights="copy" if copy_teacher else "link", link=model,
         )  # fmt: skip
+        for path, candidate in (candidates or {}).items():
+            write_package(candidate, partial / path, made_by=made_by)
         files.write_yaml(partial / "plan.yaml", plan)
         files.write_yaml(partial / "targets.yaml", targets)
         said = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -11,6 +12,8 @@ from torch import fx, nn
 # Gaps that `nn.Identity()` may fill; a list with more of them becomes a dict by number.
 _MOST_GAPS = 2
 _SHORT = 4
+# `3`, and `3_graft0` that an edit put beside it.
+_NUMBERED = re.compile(r"\d+(_\w+)?$")
 
 
 def is_list(module: nn.Module) -> str | None:
@@ -26,7 +29,7 @@ def is_list(module: nn.Module) -> str | None:
                 gaps <= _MOST_GAPS and len(rising) <= 8 and all(map(_takes_one, module.children()))
             )
             return "list" if gaps == 0 or filled else "dict"
-    if any(n in _dict_attributes() or (not n.isidentifier() and not n.isdecimal()) for n in names):
+    if any(n in _dict_attributes() or not (n.isidentifier() or _NUMBERED.match(n)) for n in names):
         return None
     return "dict"
 

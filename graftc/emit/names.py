@@ -80,6 +80,7 @@ def clean(name: str) -> str:
     words = [w for w in name.split(".") if not w.isdigit()]
     word = re.sub(r"\W", "_", words[-1] if words else "item").strip("_") or "item"
     word = re.sub(r"^to_(q|k|v|qkv|kv|out)$", r"\1", word)
+    word = re.sub(r"^\d+_?", "", word) or "item"  # `3_graft0`, beside block 3
     return f"{word}_" if keyword.iskeyword(word) or word == "self" else word
 
 
@@ -118,7 +119,7 @@ def suggestions(node: fx.Node, style: Style) -> list[str]:
     base = _base(node)
     if base.op == "call_module":
         name = clean(str(base.target))
-        part = node.target is operator.getitem or str(base.target).rpartition(".")[2].isdigit()
+        part = node.target is operator.getitem or str(base.target).rpartition(".")[2][:1].isdigit()
         found += [style.stream, "h", name] if part and is_stream(node) else [name]
     if is_stream(node):
         found.append(style.stream)

@@ -151,7 +151,10 @@ def _access(tree: Tree, owner: fx.GraphModule) -> Access:
             paths[path] = tree.access(owner, path)
 
     def members(path: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in list_members(owner.get_submodule(path)) if n.isdecimal())
+        names = list(list_members(owner.get_submodule(path)))
+        numbers = tuple(int(n) for n in names if n.isdecimal())
+        # A member beside the numbered ones (`3_graft0`): a loop over these is not one over all.
+        return numbers if len(numbers) == len(names) else (*numbers, -1)
 
     def keyed(path: str) -> bool:
         return tree.kinds.get(id(owner.get_submodule(path))) == "dict"

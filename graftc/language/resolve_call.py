@@ -8,10 +8,10 @@ from graftc.diagnostics import Note, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.expressions import constant, origin, typed
 from graftc.language.resolve_init import source_of
-from graftc.language.rules import Expr, Literal_, OperatorCall
+from graftc.language.rules import CopyOf, Expr, Literal_, OperatorCall
 from graftc.language.scope import NotYet, Scope, listed, suggest
 from graftc.language.vocabulary import may_be
-from graftc.operators.spec import Arg, OperatorSpec
+from graftc.operators.spec import Arg, OperatorSpec, Part
 
 _SPECIAL = ("parallel", "copy", "python")
 
@@ -241,8 +241,8 @@ def _too_small(scope: Scope, arg: Arg, node: s.Expr, wanted: str, least: str | N
     )
 
 
-def check_copy(scope: Scope, node: s.Call) -> s.Name:
-    """`copy(b)`, `copy(b, zero = {…})`: the block that is copied. Raises GraftError, NotYet."""
+def copy_of(scope: Scope, node: s.Call) -> CopyOf:
+    """`copy(b)`, `copy(b, zero = {b.attention.out})`. Raises GraftError."""
     first = node.positional[0] if len(node.positional) == 1 else None
     if not isinstance(first, s.Path) or len(first.names) != 1:
         fail("G126", "`copy` takes one bound block", span=node.span, wanted="copy(b)")
@@ -256,6 +256,7 @@ def check_copy(scope: Scope, node: s.Call) -> s.Name:
             found=binding.role,
             notes=[Note("it is bound here", binding.span)],
         )
+    zero: list[Part] = []
     for option in node.named:
         if option.name.text != "zero":
             fail(
@@ -266,14 +267,35 @@ def check_copy(scope: Scope, node: s.Call) -> s.Name:
                 help=suggest(option.name.text, ("zero",)),
             )
         items = option.value.items if isinstance(option.value, s.Braces) else (option.value,)
-        for item in items:
-            if not isinstance(item, s.Path):
-                fail(
-                    "G120", "`zero` takes parts", span=item.span, wanted="zero = {b.attention.out}"
-                )
-            source_of(scope, item)
-        raise NotYet("`copy` with `zero`", option.span)
-    return first.names[0]
+        zero += [_zeroed(scope, item, binding.name) for item in items]
+    return CopyOf(binding.name, node.span, tuple(zero))
+
+
+def _zeroed(scope: Scope, item: s.Expr | s.RangeItem | s.Pair, block: str) -> Part:
+    """`b.attention.out`: a part of the block that is copied."""
+    source = source_of(scope, item) if isinstance(item, s.Path) else None
+    if (
+        not isinstance(source, Part)
+        or source.name is None
+        or not isinstance(item, s.Path)
+        or len(item.names) != 3
+    ):
+        fail(
+            "G120",
+            "`zero` takes parts",
+            span=item.span,
+            wanted=f"zero = {{{block}.attention.out, {block}.mlp.down}}",
+            found=item.span.text,
+        )
+    if item.names[0].text != block:
+        fail(
+            "G120",
+            f"`{item.text}` is no part of the block that is copied",
+            span=item.span,
+            wanted=f"a part of `{block}`",
+            found=f"a part of `{item.names[0].text}`",
+        )
+    return source
 
 
 def check_constant_options(scope: Scope, node: s.Call, spec: OperatorSpec) -> dict[str, Expr]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from graftc.diagnostics import Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import typed
-from graftc.language.resolve_call import check_constant_options, check_copy, operator_call
+from graftc.language.resolve_call import check_constant_options, copy_of, operator_call
 from graftc.language.resolve_dataflow import dataflow_rewrite
 from graftc.language.rules import (
     Branch,
     BranchPart,
     BranchSite,
     Edit,
+    Insert,
     Literal_,
+    OneOf,
     OperatorCall,
     Parallel,
     Remove,
@@ -24,7 +25,7 @@ from graftc.language.rules import (
     Skip,
     Unapplied,
 )
-from graftc.language.scope import NotYet, Scope, listed, suggest
+from graftc.language.scope import NotYet, Scope, already, listed, suggest
 from graftc.language.vocabulary import BLOCK_PARTS
 from graftc.operators.spec import OperatorSpec, Value
 
@@ -77,11 +78,10 @@ def _skip(scope: Scope, clause: s.SiteClause) -> Edited:
 def _insert(scope: Scope, clause: s.InsertClause) -> Edited:
     scope.binding(clause.after)
     node = clause.value
-    if isinstance(node, s.Call) and isinstance(node.head, s.Path) and node.head.text == "copy":
-        check_copy(scope, node)
-    else:
-        operator_call(scope, node, None)
-    raise NotYet("`insert`", clause.span)
+    if isinstance(node, s.Call) and _is_call(node, "copy"):
+        return Edited(Insert(copy_of(scope, node), clause.after.text, clause.span))
+    call = operator_call(scope, node, None)
+    return Edited(Insert(call, clause.after.text, clause.span), call.spec)
 
 
 def _replace(scope: Scope, clause: s.ReplaceClause) -> Edited:
@@ -122,13 +122,15 @@ def _replace(scope: Scope, clause: s.ReplaceClause) -> Edited:
         )
     binding = scope.binding(name)
     if clause.one_of:
-        _candidates(scope, clause.value, binding.role)
-        raise NotYet("`one of` several candidates", clause.span)
+        return _one_of_candidates(scope, clause, name.text, binding.role)
     call = operator_call(scope, clause.value, binding.role)
     return Edited(Replace(name.text, call, clause.span), call.spec)
 
 
-def _candidates(scope: Scope, node: s.Expr, role: str | None) -> None:
+def _one_of_candidates(
+    scope: Scope, clause: s.ReplaceClause, name: str, role: str | None
+) -> Edited:
+    node = clause.value
     items = node.items if isinstance(node, s.Braces) else (node,)
     if len(items) < 2:
         fail(
@@ -137,13 +139,30 @@ def _candidates(scope: Scope, node: s.Expr, role: str | None) -> None:
             span=node.span,
             wanted="one of {op(…), op(…), keep}",
         )
+    found: list[OperatorCall | None] = []
+    waits: Unapplied | None = None
     for item in items:
-        if isinstance(item, (s.RangeItem, s.Pair)):
-            fail("G120", "this is not an operator", span=item.span, wanted="op(…) or keep")
-        if isinstance(item, s.Path) and item.text == "keep":
-            continue
-        with scope.log.attempt(), suppress(NotYet):
-            operator_call(scope, item, role)
+        with scope.log.attempt():
+            if isinstance(item, (s.RangeItem, s.Pair)):
+                fail("G120", "this is not an operator", span=item.span, wanted="op(…) or keep")
+            first = next(
+                (i for i in items if i is not item and i.span.text == item.span.text), None
+            )
+            if first is not None and first.span.start < item.span.start:
+                message = f"`{item.span.text}` is a candidate twice"
+                scope.log.add(already("G119", message, item.span, first.span, "leave one out"))
+                continue
+            if isinstance(item, s.Path) and item.text == "keep":
+                found.append(None)
+                continue
+            try:
+                found.append(operator_call(scope, item, role))
+            except NotYet as not_yet:
+                waits = waits or not_yet.unapplied
+    if waits is not None:
+        return Edited(waits)
+    first_spec = next((c.spec for c in found if c is not None), None)
+    return Edited(OneOf(name, tuple(found), clause.span), first_spec)
 
 
 def _is_call(node: s.Expr, name: str) -> bool:
@@ -190,7 +209,7 @@ def _branch(scope: Scope, node: s.Expr, earlier: list[Branch]) -> Branch:
         branch = _inner(scope, node)
     elif _is_call(node, "copy"):
         assert isinstance(node, s.Call)
-        return BranchSite(check_copy(scope, node).text, node.span, copy=True)
+        return copy_of(scope, node)
     else:
         first = earlier[0] if earlier else None
         role = scope.bindings[first.binding].role if isinstance(first, BranchSite) else None

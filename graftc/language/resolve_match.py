@@ -10,7 +10,7 @@ from graftc.language import syntax as s
 from graftc.language.expressions import whole
 from graftc.language.resolve_blocks import blocks_of, check_groups
 from graftc.language.resolve_dataflow import dataflow_match
-from graftc.language.rules import Blocks, GroupMatch, Match, SiteMatch, Unapplied
+from graftc.language.rules import Blocks, GroupMatch, Match, SequenceMatch, SiteMatch, Unapplied
 from graftc.language.scope import Binding, Scope, already, listed, suggest
 from graftc.language.vocabulary import HOLDS, ROLES, covers
 
@@ -75,13 +75,12 @@ def _item(scope: Scope, item: s.MatchItem) -> tuple[Match, int | None]:
     if item.kind in ("pair", "run"):
         return _group(scope, item, names)
     if item.kind == "then":
-        for role in item.roles:
-            _role(role)
+        roles = tuple(_role(role) for role in item.roles)
         if len(names) != len(item.roles):
             _count(item, len(item.roles), "sites in sequence")
-        if item.choice:
-            blocks_of(scope, item.choice)
-        return Unapplied("`then` between sites", item.span), None
+        chosen = blocks_of(scope, item.choice) if item.choice else None
+        inside = tuple(_role(w) for w in item.within)
+        return SequenceMatch(names, roles, item.span, within=inside, blocks=chosen), None
     if len(names) != 1:
         fail(
             "G120",

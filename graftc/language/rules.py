@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Union
 
 from graftc.diagnostics import Diagnostic, Span
-from graftc.operators.spec import Const, InitSource, OperatorSpec, Value
+from graftc.operators.spec import Const, InitSource, OperatorSpec, Part, Value
 
 # -- expressions of `where` and of arguments -------------------------------------------------
 
@@ -295,7 +295,21 @@ class Unapplied:
     span: Span
 
 
-Match = Union[SiteMatch, GroupMatch, DataflowMatch, PythonMatch, Unapplied]
+@dataclass(frozen=True)
+class SequenceMatch:
+    """`a, m = self_attention then mlp [in ROLE] [in blocks …]`: sites that feed each other, in the data flow.
+
+    `roles` are in the order of `bindings`; between two of them lies no other site of these roles.
+    """
+
+    bindings: tuple[str, ...]
+    roles: tuple[str, ...]
+    span: Span
+    within: tuple[str, ...] = ()
+    blocks: Blocks | None = None
+
+
+Match = Union[SiteMatch, GroupMatch, SequenceMatch, DataflowMatch, PythonMatch, Unapplied]
 
 # -- what it becomes -------------------------------------------------------------------------
 
@@ -320,14 +334,22 @@ class BranchPart:
 
 @dataclass(frozen=True)
 class BranchSite:
-    """A bound site as a branch of `parallel`; `copy` for `copy(b)`."""
+    """A bound site as a branch of `parallel`."""
 
     binding: str
     span: Span
-    copy: bool = False
 
 
-Branch = Union[BranchSite, BranchPart, OperatorCall]
+@dataclass(frozen=True)
+class CopyOf:
+    """`copy(b, zero = {b.attention.out})`: a block's copy, its weights its own; `zero` start at zero."""
+
+    binding: str
+    span: Span
+    zero: tuple[Part, ...] = ()
+
+
+Branch = Union[BranchSite, BranchPart, CopyOf, OperatorCall]
 
 
 @dataclass(frozen=True)
@@ -350,6 +372,24 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """`replace a with one of {op(…), keep, …}`: candidates in order; None is `keep`."""
+
+    binding: str
+    candidates: tuple[OperatorCall | None, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class Insert:
+    """`insert op(…) after a`, `insert copy(b) after b`: what follows `a` reads the new one's output."""
+
+    new: OperatorCall | CopyOf
+    after: str
+    span: Span
+
+
+@dataclass(frozen=True)
 class Remove:
     """`remove a`: the branch contributes zero."""
 
@@ -365,7 +405,7 @@ class Skip:
     span: Span
 
 
-Edit = Union[Replace, Parallel, Remove, Skip, Rewrite, Unapplied]
+Edit = Union[Replace, OneOf, Parallel, Insert, Remove, Skip, Rewrite, Unapplied]
 
 # -- training words --------------------------------------------------------------------------
 

@@ -9,8 +9,10 @@ from torch import fx, nn
 
 from graftc.program.program import Program, graphs, join
 from graftc.rewrite.apply_common import exists, parent_path
+from graftc.rewrite.apply_insert import insert_after
 from graftc.rewrite.apply_parallel import parallel_branches
 from graftc.rewrite.apply_sites import remove_site, replace_site, skip_block
+from graftc.rewrite.apply_together import run_together
 from graftc.rewrite.claims import inner_first
 from graftc.rewrite.edits import Edit
 from graftc.rewrite.tree import copy_graph, prune, set_module, with_own_paths
@@ -42,6 +44,7 @@ def apply(
     chosen = [chosen[i] for i in inner_first([e.claim for e in chosen])]
     touched = {e.graph for e in chosen} | {parent_path(n.path) for e in chosen for n in e.new}
     touched |= {parent_path(s.path) for e in chosen for s in e.sites}
+    touched |= {path for e in chosen for path in _refitted(e)}
     existing = {p for p in touched if exists(program.root, p)}
     root = with_own_paths(program.root, existing)
     before = {p: m.graph for p, m in graphs(program.root) if p in {e.graph for e in chosen}}
@@ -54,7 +57,7 @@ def apply(
         module.graph.lint()
         module.recompile()
     prune(root, program.root)
-    student = replace(program, root=root)
+    student = replace(program, root=root, classes=_classes(program, chosen))
     return student, _patch(program, student, before, chosen)
 
 
@@ -80,12 +83,29 @@ def undo(student: Program, patch: Patch) -> Program:
     return replace(student, root=root)
 
 
+def _refitted(edit: Edit) -> list[str]:
+    """Paths of the modules that stay and get other weights."""
+    return [w[0].rpartition(".")[0] for w in edit.fold.weights] if edit.fold else []
+
+
+def _classes(program: Program, edits: list[Edit]) -> dict[str, str]:
+    """Class names of the student's modules: a copy is of its source's classes."""
+    found = dict(program.classes)
+    for new in (n for e in edits for n in e.new if n.copied is not None):
+        assert new.copied is not None
+        source = new.copied.source
+        for path, name in program.classes.items():
+            if path == source or path.startswith(source + "."):
+                found[new.path + path[len(source) :]] = name
+    return found
+
+
 def _patch(
     program: Program, student: Program, before: Mapping[str, fx.Graph], edits: list[Edit]
 ) -> Patch:
     old = dict(program.root.named_modules(remove_duplicate=False))
     new = dict(student.root.named_modules(remove_duplicate=False))
-    replaced = {n.path for e in edits for n in e.new}
+    replaced = {n.path for e in edits for n in e.new} | {p for e in edits for p in _refitted(e)}
     gone = [p for p in old if p and (p not in new or p in replaced)]
     top_gone = [p for p in gone if not any(p.startswith(g + ".") for g in gone)]
     added = [
@@ -104,5 +124,7 @@ APPLY: Mapping[str, Callable[[fx.GraphModule, Program, Edit, bool], None]] = {
     "remove": remove_site,
     "skip": skip_block,
     "parallel": parallel_branches,
+    "together": run_together,
+    "insert": insert_after,
 }
 """Edit kind → the function that makes it, on the student's own copy of the tree."""

@@ -12,6 +12,7 @@ from torch import fx, nn
 from graftc.diagnostics import fail
 from graftc.operators import build as operators
 from graftc.operators.spec import OperatorSpec, Value
+from graftc.program.analysis import Site
 from graftc.program.program import Program, size_hint, value
 from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.tree import set_module
@@ -143,6 +144,15 @@ def check_single_use(program: Program, path: str) -> None:
 def mark(node: fx.Node, edit: Edit, site: str) -> None:
     """Provenance: rule, span, site."""
     node.meta["graft"] = (edit.rule.name, edit.origin, site)
+
+
+STREAM = "graft_stream"
+"""Node meta of a call that was rewired: which of its arguments is the stream now."""
+
+
+def stream_of(call: fx.Node, site: Site) -> int:
+    """Which argument of a site's call is the token stream, also where another rule replaced the site."""
+    return call.meta.get(STREAM, site.stream)
 
 
 def local(graph: str, path: str) -> str:

@@ -8,13 +8,14 @@ from torch import fx
 
 from graftc.diagnostics import fail
 from graftc.program.program import Program, value
-from graftc.rewrite.apply_common import check_shape, find_call, local, mark, place
+from graftc.rewrite.apply_common import check_shape, find_call, local, mark, place, stream_of
+from graftc.rewrite.apply_insert import call_copy
 from graftc.rewrite.edits import Edit
 
 
 def parallel_branches(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
     graph, first = find_call(root, edit.graph, edit.sites[0].node)
-    stream = first.args[edit.sites[0].stream]
+    stream = first.args[stream_of(first, edit.sites[0])]
     own = first.args
     assert isinstance(stream, fx.Node)
     sites = {s.path: s for s in edit.sites}
@@ -25,10 +26,19 @@ def parallel_branches(root: fx.GraphModule, program: Program, edit: Edit, on_met
     for path in edit.branches:
         if path in sites:
             node = find_call(root, edit.graph, sites[path].node)[1]
-            index = sites[path].stream
+            index = stream_of(node, sites[path])
             node.args = (*node.args[:index], stream, *node.args[index + 1 :])
         else:
             new = next(n for n in edit.new if n.path == path)
+            if new.copied is not None:
+                source = find_call(root, edit.graph, new.site.node)[1]
+                index = stream_of(source, new.site)
+                at = (index, stream)
+                node = call_copy(root, program, edit, new, source, at, position, on_meta)
+                mark(node, edit, path)
+                results.append(node)
+                position = node
+                continue
             module = place(root, new, stream, on_meta)
             with graph.inserting_after(position):
                 kept = {name: own[i] for name, i in new.inputs.items()}

@@ -7,6 +7,7 @@ from torch import fx
 from graftc.diagnostics import fail
 from graftc.program.program import ATEN, Program, value
 from graftc.rewrite.apply_common import (
+    STREAM,
     call_arguments,
     check_shape,
     check_single_use,
@@ -19,11 +20,15 @@ from graftc.rewrite.edits import Edit
 
 
 def replace_site(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
-    (site,), (new,) = edit.sites, edit.new
+    (site,) = edit.sites
+    if not edit.new:  # `one of {keep, …}`: the student keeps the site
+        return
+    (new,) = edit.new
     graph, node = find_call(root, edit.graph, site.node)
     check_single_use(program, site.path)
     module = place(root, new, node.args[site.stream], on_meta)
     node.args, node.kwargs = call_arguments(new, node)
+    node.meta[STREAM] = 0
     mark(node, edit, site.path)
     check_shape(module, node, new)
     del graph

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from graftc.diagnostics import fail
-from graftc.language.rules import (
-    BranchSite,
-    OperatorCall,
-    Parallel,
-    Remove,
-    Replace,
-    Rewrite,
-    Rule,
-    Skip,
-    Unapplied,
-)
+from graftc.language.rules import OperatorCall, Remove, Replace, Rewrite, Rule, Skip, Unapplied
 from graftc.operators.spec import OperatorSpec, Value
-from graftc.operators.specs import MERGES
 from graftc.program.analysis import Analysis, Site
+from graftc.program.parts import PartRef
 from graftc.rewrite.arguments import check_fits, check_role, resolve_arguments
 from graftc.rewrite.claims import Claim
 from graftc.rewrite.inputs import kept_inputs
 from graftc.rewrite.match import Match
+
+Kind = Literal["replace", "parallel", "together", "insert", "remove", "skip"]
+
+
+@dataclass(frozen=True, eq=False)
+class Copied:
+    """A new module that is a copy: `source` is its path in the original, `zero` what starts at zero.
+
+    `zero` are parts of the original; the copy's own weights at the same places are meant.
+    """
+
+    source: str
+    zero: tuple[PartRef, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class NewModule:
 
     `role`: which of the spec's default inits applies. `site`: the site whose parts they speak of.
     `inputs`: parameter of its forward → which argument of the site's call it takes, beside the stream.
+    `copied`: for a copy of a module of the original; its spec then has only a name and a cost.
     """
 
     path: str
@@ -41,18 +45,36 @@ class NewModule:
     role: str
     site: Site
     inputs: Mapping[str, int] = field(default_factory=dict[str, int])
+    copied: Copied | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """A norm's scale and shift that move into linears: these then compute on another norm's output.
+
+    `first` and `second` are modules that differ in scale and shift alone: names of the scale and the
+    shift parameter by path from the root, None where there is none. `weights`: (weight, bias,
+    stored transposed) of each linear that read `second`.
+    """
+
+    first: tuple[str | None, str | None]
+    second: tuple[str | None, str | None]
+    weights: tuple[tuple[str, str | None, bool], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """One edit at one place.
 
-    `kind`: 'replace', 'parallel', 'remove' or 'skip'. `sites`: what it rewires, in data-flow order.
-    `graph`: the path of the graph whose calls it rewires. `new`: operators it brings.
+    `kind`: which of the table in `graftc.rewrite.apply` makes it. `sites`: what it rewires, in data-flow
+    order. `graph`: the path of the graph whose calls it rewires. `new`: operators it brings.
     `branches`: for 'parallel', in order, a site's path or the path of a new module. `merge`: its merge.
+    `fold`: for 'together', what moves into the linears of the second site. `region`: for 'together',
+    the block that holds them: what is distilled. `candidates`: for `one of`, what the site can become,
+    each built beside the student (None: it stays); the first is the student's.
     """
 
-    kind: Literal["replace", "parallel", "remove", "skip"]
+    kind: Kind
     rule: Rule
     match: Match
     sites: tuple[Site, ...]
@@ -62,9 +84,15 @@ class Edit:
     merge: str = ""
     of_blocks: bool = False
     options: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    fold: Fold | None = None
+    region: Site | None = None
+    candidates: tuple[NewModule | None, ...] = ()
 
     @property
     def name(self) -> str:
+        """What plans and targets call it; an inserted module by its own path."""
+        if self.kind == "insert":
+            return self.new[0].path
         return "+".join(s.path for s in self.sites)
 
     @property
@@ -75,15 +103,57 @@ class Edit:
     @property
     def claim(self) -> Claim:
         paths = tuple(s.path for s in self.sites)
-        return Claim(self.rule.name, self.rule.edit.span, paths, inside=self.kind != "parallel")
+        return Claim(
+            self.rule.name,
+            self.rule.edit.span,
+            paths,
+            inside=self.kind in ("replace", "remove", "skip", "together"),
+            kind=self.kind,
+            after=self.rule.after,
+        )
 
 
-def edits_of(rule: Rule, matches: tuple[Match, ...], analysis: Analysis) -> list[Edit]:
-    """The edits of a rule, one for each match. Raises GraftError where the model does not allow one."""
-    edits = [_edit(rule, m, i, analysis) for i, m in enumerate(matches)]
-    for edit in edits:
-        for site in edit.sites:
-            _check_called_once(edit, site, analysis)
+@dataclass(frozen=True)
+class Place:
+    """Where a rule matched: what making an edit of it needs to know.
+
+    `index` counts the rule's matches; `taken` are module paths that a new module cannot have.
+    """
+
+    rule: Rule
+    match: Match
+    index: int
+    analysis: Analysis
+    taken: set[str]
+
+    def fresh(self, path: str) -> str:
+        """`<path>_graft<n>`: a path for a new module beside one that is there."""
+        n = 0
+        while f"{path}_graft{n}" in self.taken:
+            n += 1
+        self.taken.add(f"{path}_graft{n}")
+        return f"{path}_graft{n}"
+
+
+def edits_of(
+    rule: Rule, matches: tuple[Match, ...], analysis: Analysis, taken: set[str]
+) -> list[Edit]:
+    """The edits of a rule, one for each match. Raises GraftError where the model does not allow one.
+
+    `taken`: the paths that modules have; those of new modules are added.
+    """
+    from graftc.rewrite.edit_kinds import EDITS
+
+    edit = rule.edit
+    if isinstance(edit, Unapplied):
+        fail("G300", f"this version of graftc cannot apply {edit.what} yet", span=edit.span)
+    if isinstance(edit, Rewrite):
+        fail("G300", "this version of graftc cannot apply `rewrite` yet", span=edit.span)
+    make: Callable[[Place, Any], Edit] = EDITS[type(edit)]
+    edits = [make(Place(rule, m, i, analysis, taken), edit) for i, m in enumerate(matches)]
+    for made in edits:
+        for site in made.sites:
+            _check_called_once(made, site, analysis)
     return edits
 
 
@@ -100,126 +170,42 @@ def _check_called_once(edit: Edit, site: Site, analysis: Analysis) -> None:
         )
 
 
-def _edit(rule: Rule, match: Match, index: int, analysis: Analysis) -> Edit:
-    edit = rule.edit
-    if isinstance(edit, Unapplied):
-        fail("G300", f"this version of graftc cannot apply {edit.what} yet", span=edit.span)
-    if isinstance(edit, Replace):
-        site = match.bindings[edit.binding]
-        new = _new_module(edit.operator, site, match, rule, site.path)
-        return Edit("replace", rule, match, (site,), site.graph, (new,))
-    if isinstance(edit, Remove):
-        site = match.bindings[edit.binding]
-        if site.role == "block":
-            fail(
-                "G356",
-                f"{site.path} is a block: its output holds the residual stream",
-                span=edit.span,
-                help=f"write `skip {edit.binding}`",
-            )
-        return Edit("remove", rule, match, (site,), site.graph)
-    if isinstance(edit, Skip):
-        site = match.bindings[edit.binding]
-        if site.role != "block":
-            fail(
-                "G356",
-                f"{site.path} is no block",
-                span=edit.span,
-                help=f"write `remove {edit.binding}`",
-            )
-        return Edit("skip", rule, match, (site,), site.graph)
-    if isinstance(edit, Rewrite):
-        fail("G300", "this version of graftc cannot apply `rewrite` yet", span=edit.span)
-    return _parallel(rule, edit, match, index, analysis)
-
-
-def _new_module(call: OperatorCall, site: Site, match: Match, rule: Rule, path: str) -> NewModule:
+def new_module(place: Place, call: OperatorCall, site: Site, path: str) -> NewModule:
+    """An operator of the rule at a site, its arguments resolved and checked."""
+    drop = place.rule.drop
     call = replace(call, spec=call.spec.for_role(site.role))
     check_role(call.spec, site, call.span)
-    arguments = resolve_arguments(call, site, match, rule.drop)
+    arguments = resolve_arguments(call, site, place.match, drop)
     check_fits(call.spec, arguments, site, call.span)
-    inputs = kept_inputs(call.spec, arguments, site, rule.drop, call.span)
+    inputs = kept_inputs(call.spec, arguments, site, drop, call.span)
     return NewModule(path, call.spec, arguments, site.role, site, inputs)
 
 
-def _parallel(rule: Rule, edit: Parallel, match: Match, index: int, analysis: Analysis) -> Edit:
-    named = [b for b in edit.branches if isinstance(b, BranchSite)]
-    if len(named) + sum(isinstance(b, OperatorCall) for b in edit.branches) != len(
-        edit.branches
-    ) or any(b.copy for b in named):
-        fail(
-            "G300",
-            "this version of graftc cannot apply parts or copies of a block as branches yet",
-            span=edit.span,
-        )
-    if not named:
-        fail("G357", "`parallel` has no matched site among its branches", span=edit.span)
-    sites = tuple(match.bindings[b.binding] for b in named)
-    of_blocks = all(s.role == "block" for s in sites)
-    if not of_blocks and any(s.role == "block" for s in sites):
-        fail(
-            "G357",
-            "blocks and sites inside blocks cannot be merged: a block's output holds the residual stream",
-            span=edit.span,
-            found=", ".join(f"{s.path} ({s.role})" for s in sites),
-        )
-    if len({s.graph for s in sites}) != 1:
-        fail(
-            "G357",
-            "the branches are not called by one graph",
-            span=edit.span,
-            found=", ".join(s.path for s in sites),
-        )
-    new: list[NewModule] = []
-    branches: list[str] = []
-    for branch in edit.branches:
-        if isinstance(branch, BranchSite):
-            branches.append(match.bindings[branch.binding].path)
-        else:
-            assert isinstance(branch, OperatorCall)
-            path = f"{sites[0].path}_graft{len(new)}"
-            new.append(_new_module(branch, sites[0], match, rule, path))
-            branches.append(path)
-    new.append(_merge_module(MERGES[edit.merge], edit, sites, len(branches), index, of_blocks))
-    return Edit(
-        "parallel",
-        rule,
-        match,
-        sites,
-        sites[0].graph,
-        tuple(new),
-        tuple(branches),
-        edit.merge,
-        of_blocks,
-        dict(edit.options),
-    )
+def replace_edit(place: Place, edit: Replace) -> Edit:
+    site = place.match.bindings[edit.binding]
+    new = new_module(place, edit.operator, site, site.path)
+    return Edit("replace", place.rule, place.match, (site,), site.graph, (new,))
 
 
-def _merge_module(
-    spec: OperatorSpec,
-    edit: Parallel,
-    sites: tuple[Site, ...],
-    count: int,
-    index: int,
-    of_blocks: bool,
-) -> NewModule:
-    """`blocks_merge.3` for the fourth group of blocks; `attn_merge` beside a site."""
-    if spec.name == "lerp" and count != 2:
+def remove_edit(place: Place, edit: Remove) -> Edit:
+    site = place.match.bindings[edit.binding]
+    if site.role == "block":
         fail(
-            "G357",
-            "`merge = lerp` takes two branches",
+            "G356",
+            f"{site.path} is a block: its output holds the residual stream",
             span=edit.span,
-            wanted="2",
-            found=str(count),
+            help=f"write `skip {edit.binding}`",
         )
-    container, _, last = sites[0].path.rpartition(".")
-    path = (
-        f"{container}_merge.{index}"
-        if of_blocks and container and last.isdigit()
-        else f"{sites[0].path}_merge"
-    )
-    if spec.name == "sum" and of_blocks:  # a block's output holds its input: x + Σ (rᵢ − x)
-        spec = replace(spec, module="graftc.operators.parallel:BlockSumMerge")
-    given: dict[str, Value] = {"dim": sites[0].facts.get("dim"), "branches": count, **edit.options}
-    arguments = {a.name: given.get(a.name, a.default) for a in spec.args}
-    return NewModule(path, spec, arguments, "block" if of_blocks else "site", sites[0])  # type: ignore[arg-type]
+    return Edit("remove", place.rule, place.match, (site,), site.graph)
+
+
+def skip_edit(place: Place, edit: Skip) -> Edit:
+    site = place.match.bindings[edit.binding]
+    if site.role != "block":
+        fail(
+            "G356",
+            f"{site.path} is no block",
+            span=edit.span,
+            help=f"write `remove {edit.binding}`",
+        )
+    return Edit("skip", place.rule, place.match, (site,), site.graph)

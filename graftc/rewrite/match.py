@@ -16,6 +16,7 @@ from graftc.language.rules import (
     GroupMatch,
     PythonMatch,
     Rule,
+    SequenceMatch,
     SiteMatch,
     Unapplied,
 )
@@ -23,6 +24,7 @@ from graftc.operators.spec import Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.chains import Chain
 from graftc.rewrite.globs import path_matches
+from graftc.rewrite.sequence import sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +104,11 @@ def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
         return [
             Match(rule, dict(zip(pattern.bindings, group, strict=True)))
             for group in _groups(pattern, chain, indices, analysis)
+        ]
+    if isinstance(pattern, SequenceMatch):
+        return [
+            Match(rule, dict(zip(pattern.bindings, row, strict=True)))
+            for row in sequences(pattern, _sites, analysis)
         ]
     assert isinstance(pattern, SiteMatch)
     return [Match(rule, {pattern.binding: site}) for site in _sites(pattern, analysis)]

@@ -16,7 +16,8 @@ from graftc.program.capture import capture
 from graftc.program.model import Model
 from graftc.program.program import Program
 from graftc.rewrite.apply import apply, undo
-from graftc.rewrite.plan import Plan, make_plan, plan_dict
+from graftc.rewrite.plan import Plan, make_plan
+from graftc.rewrite.plan_text import plan_dict
 from tests.program.test_roles import MASKED
 
 HYENA = """

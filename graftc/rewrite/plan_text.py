@@ -1,0 +1,95 @@
+"""The plan as plain data, and an edit in a few words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graftc.rewrite.edits import Edit, NewModule
+from graftc.rewrite.plan import Plan
+from graftc.rewrite.price import Candidate, Step
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data for YAML and JSON."""
+    return {
+        "version": 1,
+        "edits": [_step_dict(s) for s in plan.steps],
+        "filtered": [
+            {"rule": m.rule.name, "path": f.path, "reason": f.reason}
+            for m in plan.selections
+            for f in m.filtered
+        ],
+        "totals": {
+            "parameters": {"before": plan.parameters[0], "after": plan.parameters[1]},
+            "flops": {"before": plan.flops[0], "after": plan.flops[1]},
+        },
+    }
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    edit = step.edit
+    return {
+        "site": edit.name,
+        "rule": edit.rule.name,
+        "origin": edit.origin,
+        "contract": edit.rule.contract,
+        "edit": edit.kind,
+        "before": " + ".join(f"{s.role}" for s in edit.sites),
+        "after": after_text(edit),
+        "parameters": {"before": step.before.params, "after": step.after.params},
+        "flops": {
+            "before": step.before.flops,
+            "after": step.after.flops,
+            "after_operator": step.after.operator_flops,
+            "after_featuriser": step.after.featuriser_flops,
+        },
+        "weights": [
+            {"parameter": o.parameter, "from": o.text, "pending": o.pending} for o in step.origins
+        ],
+        "dropped": list(step.dropped),
+        **(
+            {"candidates": [_candidate_dict(c) for c in step.candidates]} if step.candidates else {}
+        ),
+    }
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "operator": "keep" if candidate.new is None else operator_text(candidate.new),
+        "parameters": candidate.cost.params,
+        "flops": candidate.cost.flops,
+        "weights": [
+            {"parameter": o.parameter, "from": o.text, "pending": o.pending}
+            for o in candidate.origins
+        ],
+    }
+
+
+def after_text(edit: Edit) -> str:
+    """What a site becomes, in a few words: `hyena_x(kernel=4, causal=True)`."""
+    if edit.kind == "remove":
+        return "nothing (contributes zero)"
+    if edit.kind == "skip":
+        return "the identity on the residual stream"
+    if edit.kind in ("parallel", "together"):
+        norm = ", norm = first" if edit.fold else ""
+        return f"parallel({', '.join(edit.branches)}, merge = {edit.merge}{norm})"
+    if edit.kind == "insert":
+        return f"{operator_text(edit.new[0])} after {edit.sites[0].path}"
+    if edit.candidates:
+        words = ["keep" if c is None else operator_text(c) for c in edit.candidates]
+        return f"one of {{{', '.join(words)}}}"
+    return operator_text(edit.new[0])
+
+
+def operator_text(new: NewModule) -> str:
+    """An operator with the arguments that are its own: `hyena_x(kernel = 4)`, `copy(blocks.3)`."""
+    if new.copied is not None:
+        return f"copy({new.copied.source})"
+    own = {a.name for a in new.spec.args if a.name not in ("dim", "heads", "kv_heads", "head_dim")}
+    shown = ", ".join(f"{k} = {_word(v)}" for k, v in new.arguments.items() if k in own)
+    return f"{new.spec.name}({shown})"
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,155 @@
+"""What an edit costs, and where its new weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from graftc.diagnostics import Span
+from graftc.language.evaluate import settled
+from graftc.operators.spec import Cost, InitSource
+from graftc.program.analysis import Analysis, Site
+from graftc.program.parts import part_refs
+from graftc.program.program import Program
+from graftc.rewrite.edits import Edit, Fold, NewModule
+from graftc.rewrite.match import site_fact
+from graftc.weights.initialise import Origin, plan_init
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """What a site of `one of` can become: its price and its weights' origins; `new` None: it stays."""
+
+    new: NewModule | None
+    cost: Cost
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One edit with its price: parameters and FLOPs of a forward pass of one sample, and its weights' origins.
+
+    `candidates`: of `one of`, all of them, the student's first.
+    """
+
+    edit: Edit
+    before: Cost
+    after: Cost
+    origins: tuple[Origin, ...]
+    dropped: tuple[str, ...]
+    candidates: tuple[Candidate, ...] = ()
+
+
+def price(edit: Edit, analysis: Analysis, student: Program) -> Step:
+    """An edit with its price; `student` is the program with all edits made."""
+    new = Cost(0, 0, 0)
+    origins: list[Origin] = []
+    for module in edit.new:
+        new = _sum(new, _cost(module))
+        origins += _origins(edit, module, analysis)
+    if edit.fold is not None:
+        origins += _fold_origins(edit, edit.fold)
+    if edit.kind in ("parallel", "insert", "together"):  # what is there stays
+        return Step(edit, Cost(0, 0, 0), new, tuple(origins), ())
+    (site,) = edit.sites
+    before = Cost(_int(site, "params"), _int(site, "flops"), 0)
+    candidates = tuple(_candidate(edit, c, before, analysis) for c in edit.candidates)
+    if candidates and edit.candidates[0] is None:  # the student keeps the site
+        return Step(edit, before, before, (), (), candidates)
+    return Step(edit, before, new, tuple(origins), _dropped(site, analysis, student), candidates)
+
+
+def _cost(module: NewModule) -> Cost:
+    tokens = module.site.facts.get("tokens")
+    known = {**module.site.facts, **module.arguments}
+    return module.spec.cost(known, tokens if isinstance(tokens, int) else 1)
+
+
+def _candidate(edit: Edit, new: NewModule | None, before: Cost, analysis: Analysis) -> Candidate:
+    if new is None:
+        return Candidate(None, before, ())
+    return Candidate(new, _cost(new), tuple(_origins(edit, new, analysis)))
+
+
+def _fold_origins(edit: Edit, fold: Fold) -> list[Origin]:
+    """The linears that a norm's scale and shift move into."""
+    norm = next((n for n in fold.second if n), "the norm").rpartition(".")[0]
+    return [
+        Origin(name, "", f"itself, with the scale and shift of {norm}", False, "")
+        for weight, bias, _ in fold.weights
+        for name in (weight, bias)
+        if name is not None
+    ]
+
+
+def copy_origins(program: Program, new: NewModule) -> list[Origin]:
+    """A copy's parameters: the source's, or zero."""
+    assert new.copied is not None
+    zero = {n for ref in new.copied.zero for n in (ref.weight, ref.bias)}
+    found: list[Origin] = []
+    for name, _ in program.module(new.copied.source).named_parameters():
+        source = f"{new.copied.source}.{name}"
+        text = "zero" if source in zero else f"copy({source})"
+        found.append(Origin(f"{new.path}.{name}", name, text, False, ""))
+    return found
+
+
+def _origins(edit: Edit, module: NewModule, analysis: Analysis) -> list[Origin]:
+    """Where each parameter comes from, by its name in the student."""
+    if module.copied is not None:
+        return copy_origins(analysis.program, module)
+    clause = init_clause(edit, module)
+    found = plan_init(
+        module.spec,
+        module.arguments,
+        module.role,
+        clause.sources,
+        {name: part_refs(analysis, s.path) for name, s in edit.match.bindings.items()},
+        module.path,
+        binding=clause.binding,
+        spans=clause.spans,
+    )
+    return [replace(o, parameter=f"{module.path}.{o.parameter}") for o in found]
+
+
+@dataclass(frozen=True)
+class InitClause:
+    """A rule's init clause for one new module: (slot, source), and the name its default sources mean."""
+
+    sources: tuple[tuple[str | None, InitSource], ...]
+    spans: Mapping[str | None, Span]
+    binding: str
+
+
+def init_clause(edit: Edit, module: NewModule) -> InitClause:
+    """The clause fills the rule's operator, or each of its candidates; a merge beside one keeps its default."""
+    name = next((n for n, s in edit.match.bindings.items() if s is module.site), "site")
+    own = next((n for n in edit.new if n.copied is None), None)
+    if module is not own and module not in edit.candidates:
+        return InitClause((), {}, name)
+    bound = edit.match.bindings
+    sources = tuple(
+        (i.slot, settled(i.source, lambda f: site_fact(bound[f.binding], f.name, f.span)))
+        for i in edit.rule.inits
+    )
+    return InitClause(sources, {i.slot: i.span for i in edit.rule.inits}, name)
+
+
+def _dropped(site: Site, analysis: Analysis, student: Program) -> tuple[str, ...]:
+    """Teacher parameters of the site that the student no longer has under any name."""
+    kept = {id(p) for p in student.root.parameters()}
+    module = analysis.program.root.get_submodule(site.path)
+    return tuple(f"{site.path}.{n}" for n, p in module.named_parameters() if id(p) not in kept)
+
+
+def _int(site: Site, name: str) -> int:
+    value = site.facts.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _sum(a: Cost, b: Cost) -> Cost:
+    return Cost(
+        a.params + b.params,
+        a.operator_flops + b.operator_flops,
+        a.featuriser_flops + b.featuriser_flops,
+    )
