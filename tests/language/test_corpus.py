@@ -12,6 +12,7 @@ from graftc.language.rules import (
     Blocks,
     BranchPart,
     BranchSite,
+    CopyOf,
     Computed,
     Fact,
     GroupMatch,
@@ -164,9 +165,8 @@ def test_expand_interpolate() -> None:
     assert rule.edit.options == {"start": 0.5}
     block, copy = rule.edit.branches
     assert isinstance(block, BranchSite)
-    assert not block.copy
-    assert isinstance(copy, BranchSite)
-    assert copy.copy
+    assert isinstance(copy, CopyOf)
+    assert copy.binding == block.binding
     assert indices(rule, 12) == (3, 7, 11)
 
 
