@@ -153,30 +153,73 @@ def export(
     to: str = "onnx",
     output: str | Path | None = None,
     run: str | None = None,
+    precision: str = "fp32",
+    dynamic: str | None = None,
+    target: str | None = None,
+    opset: str = "auto",
+    data: str | Any = None,
 ) -> Path:
-    """Write the student as ONNX (opset 20, dynamic batch); returns the file's path.
+    """Write the student for a runtime: a directory with model, manifest and golden files; returns its path.
 
-    `run`: whose weights, by default the latest finished run's; "none" for the untrained student.
+    `output`: the directory; a name that ends in `.onnx` is one plain file (opset 20, float32), as is
+    `DIR/student.onnx` where nothing but `run` is given. `run`: whose weights, by default the latest finished
+    run's; "none" for the untrained student. `dynamic`: `batch=1:2:8,…`. `data`: what golden inputs are drawn
+    from, by default the DATA that the build was compiled with. Raises GraftError.
     """
-    from graftc.emit.onnx import export_onnx
+    from graftc.deploy.directory import write_export
+    from graftc.deploy.request import read_request
+    from graftc.emit.onnx import chosen_run, export_onnx
 
-    if to != "onnx":
-        hint = "TensorRT export is not built yet" if to == "tensorrt" else None
-        fail("G600", f"cannot export to `{to}`", site="--to", wanted="onnx", found=to, help=hint)
-    return export_onnx(_build(build), Path(output) if output else None, run=run)
+    opened = _build(build)
+    plain = (to, precision, dynamic, target, opset, data) == (
+        "onnx",
+        "fp32",
+        None,
+        None,
+        "auto",
+        None,
+    )
+    if output is not None and Path(output).suffix == ".onnx" and not plain:
+        fail("G669", "one file holds float32 at opset 20 alone", site="-o", found=str(output),
+             wanted="a directory", help=f"-o {Path(output).with_suffix('')}")  # fmt: skip
+    if plain and (output is None or Path(output).suffix == ".onnx"):
+        return export_onnx(opened, Path(output) if output else None, run=run)
+    request = read_request(
+        opened.config(), to=to, precision=precision, dynamic=dynamic, target=target, opset=opset
+    )
+    into = Path(output) if output else opened.path / "exports" / f"{to}-{precision}"
+    made = write_export(
+        opened, into, request, run=chosen_run(opened, run), inputs=_task_inputs(opened, data)
+    )
+    return made.path
 
 
 def verify(
-    build: str | Path | Build, *, onnx: str | Path | None = None, data: str | Any = None
+    path: str | Path | Build,
+    *,
+    onnx: str | Path | None = None,
+    data: str | Any = None,
+    ep: str = "cpu",
+    regions: bool = False,
+    tolerance: float | None = None,
 ) -> Verification:
-    """Check the exported file against the student; every check is PASS, FAIL or NOT RUN (reason).
+    """Check an export; every check is PASS, FAIL or NOT RUN (reason).
 
-    Inputs are drawn by the Task from `data`, by default the DATA that the build was compiled with; without
-    either they are random.
+    `path`: an export directory, checked against its golden files, by `ep` and where asked by `regions`; or a
+    build, whose `student.onnx` (or `onnx`) is checked against the student. A build's inputs are drawn by the
+    Task from `data`, by default the DATA that it was compiled with; without either they are random.
     """
+    from graftc.deploy.directory import Export, is_export
     from graftc.emit.verify import verify as check_file
 
-    opened = _build(build)
+    if isinstance(path, (str, Path)) and is_export(Path(path)):
+        from graftc.deploy.ladder import verify_export
+
+        return verify_export(Export.open(Path(path)), ep=ep, regions=regions, tolerance=tolerance)
+    opened = _build(path)
+    if regions or ep != "cpu" or tolerance is not None:
+        fail("G666", "--ep, --regions and --tolerance are for an export directory", site=str(opened.path),
+             help=f"graftc export {opened.path} -o OUT; graftc verify OUT")  # fmt: skip
     return check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened, data))
 
 

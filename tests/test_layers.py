@@ -22,7 +22,9 @@ FORBIDDEN = {
     "weights": ["graftc.language"],
     "tasks": ["graftc.language", "graftc.rewrite"],
     "distillation": ["graftc.language"],
-    "emit": ["graftc.language", "graftc.distillation"],
+    "emit": ["graftc.language", "graftc.distillation", "graftc.deploy"],
+    "deploy": ["graftc.language", "graftc.distillation"],
+    "deploy/scripts": ["graftc", "torch"],
     "installation": ["graftc.language", "graftc.rewrite", "graftc.distillation"],
 }
 

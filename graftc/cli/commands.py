@@ -292,8 +292,11 @@ def finetune(
 @app.command()
 def export(
     directory: BuildArgument,
-    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
+    to: Annotated[str, typer.Option("--to", help="onnx or tensorrt")] = "onnx",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="a directory; or FILE.onnx, one file"),
+    ] = None,
     run: Annotated[
         str | None,
         typer.Option(
@@ -302,35 +305,65 @@ def export(
             help="whose weights; default: the latest finished run's; or `untrained`",
         ),
     ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
+    dynamic: Annotated[
+        str | None, typer.Option(metavar="batch=1:2:8,…", help="smallest:usual:largest sizes")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="RUNTIME", help="ort-1.20, trt-10.9, triton-25.04, …")
+    ] = None,
+    opset: Annotated[str, typer.Option(help="auto, or a number")] = "auto",
+    data: MaybeData = None,
     format: FormatOption = "text",
 ) -> None:
-    """Write the student as an ONNX file."""
+    """Write the student for a runtime, with golden files and what was proved of it."""
     _format(format)
     from graftc import verbs
+    from graftc.cli.render import show_export
 
-    written = verbs.export(directory, to=to, output=output, run=run)
-    print(f"wrote {written}")
+    written = verbs.export(
+        directory,
+        to=to,
+        output=output,
+        run=run,
+        precision=precision,
+        dynamic=dynamic,
+        target=target,
+        opset=opset,
+        data=data,
+    )
+    show_export(written)
 
 
 @app.command()
 def verify(
-    directory: BuildArgument,
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="an export directory, or a build with student.onnx"),
+    ],
     onnx: Annotated[
         Path | None, typer.Option("--onnx", metavar="FILE", help="default: the build's own")
     ] = None,
     data: MaybeData = None,
+    ep: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or tensorrt-rtx")] = "cpu",
+    regions: Annotated[
+        bool, typer.Option("--regions", help="compare each region, and name the first that is off")
+    ] = False,
+    tolerance: Annotated[float | None, typer.Option(help="in place of the precision's own")] = None,
     format: FormatOption = "text",
 ) -> None:
-    """Check the exported file against the student; each check PASS, FAIL or NOT RUN."""
+    """Check an export; each check PASS, FAIL or NOT RUN."""
     from graftc import verbs
     from graftc.cli.render import show_verification, verification_dict
 
     _format(format)
-    result = verbs.verify(directory, onnx=onnx, data=data)
+    result = verbs.verify(
+        directory, onnx=onnx, data=data, ep=ep, regions=regions, tolerance=tolerance
+    )
     _json(verification_dict(result)) if format == "json" else show_verification(result)
     if not result.passed:
         raise typer.Exit(1)
-    if result.not_run:
+    if result.missed:
         raise typer.Exit(3)
 
 

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from graftc.distillation import RunResult
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
@@ -235,8 +237,53 @@ def show_run(result: RunResult) -> None:
         console.print(f"  {name}: {value:.5g}")
 
 
+def show_export(written: Path) -> None:
+    """Where an export is, and for a directory what it is for, what was proved and what stays in float32."""
+    console = _console()
+    console.print(f"wrote {written}")
+    if not written.is_dir():
+        return
+    from graftc.deploy.directory import Export
+
+    said = Export.open(written).manifest
+    opset, precision, golden = said["opset"], said["precision"], said["golden"]
+    console.print(f"  opset {opset['version']}: {opset['why']}")
+    for name, entry in said["dynamic"].items():
+        seen = ", ".join(map(str, entry["verified"]))
+        console.print(
+            f"  {name} declared {entry['declared']}, proved {entry['proved']}, golden files at {seen}"
+        )
+    if precision["type"] != "fp32":
+        console.print(
+            f"  {precision['type']}: {precision['error']:.1e} relative L2, {len(precision['islands'])} float32 islands"
+        )
+        for path, why in precision["islands"].items():
+            console.print(f"    {path}: {why}")
+    console.print(
+        f"  golden inputs drawn {golden['drawn']}"
+        if "by the" in golden["drawn"]
+        else f"  golden inputs {golden['drawn']}"
+    )
+    if golden["still_regions"]:
+        console.print(
+            f"  moved by none of them (below 1 % of the output): {', '.join(golden['still_regions'][:8])}"
+        )
+    operators = said["tensorrt"]["operators"]
+    console.print(f"  TensorRT operators: {operators['state']} ({operators['source']})")
+    if (written / "trt").is_dir():
+        console.print(
+            "  TensorRT engine: NOT RUN (build it with trt/build.sh on the GPU that it is for)"
+        )
+    console.print(f"next: graftc verify {written}")
+
+
 def verification_dict(result: Verification) -> dict[str, Any]:
-    return {"rungs": [{"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs]}
+    return {
+        "rungs": [
+            {"name": r.name, "state": r.state, "detail": r.detail, "asked": r.asked}
+            for r in result.rungs
+        ]
+    }
 
 
 def show_verification(result: Verification) -> None:

@@ -38,8 +38,7 @@ def export_onnx(
     with its place in the model, and for a dynamic dimension that the exporter fixed.
     """
     target = Path(output) if output is not None else build.path / "student.onnx"
-    latest = build.latest_run()
-    chosen = None if run in _UNTRAINED else run or (latest.id if latest else None)
+    chosen = chosen_run(build, run)
     model = build.student(chosen)
     config = build.config()
     facts = {
@@ -51,6 +50,12 @@ def export_onnx(
     return export_module(model, config, target, opset=opset, facts=facts)
 
 
+def chosen_run(build: Build, run: str | None) -> str | None:
+    """The run that is meant: the one named, the latest finished one, or None for the untrained student."""
+    latest = build.latest_run()
+    return None if run in _UNTRAINED else run or (latest.id if latest else None)
+
+
 def export_module(
     model: nn.Module,
     config: Mapping[str, Any],
@@ -60,8 +65,8 @@ def export_module(
     facts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a package's model as ONNX, `facts` in its metadata; see `export_onnx`."""
-    _needs("onnx")
-    _needs("onnxscript")
+    needs("onnx")
+    needs("onnxscript")
     if target.is_dir():
         fail("G640", "the output is a directory, not a file", site=str(target),
              help=f"write `{target / 'student.onnx'}`")  # fmt: skip
@@ -73,7 +78,7 @@ def export_module(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".graftc-partial-", dir=target.parent) as folder:
             partial = Path(folder) / target.name
-            with _quiet():
+            with quiet():
                 program.save(str(partial), external_data=size > _EMBEDDED_LIMIT)
             _install(partial, target)
     except OSError as error:
@@ -139,7 +144,7 @@ def _tensors(proto: Any) -> Iterator[Any]:
             graphs += [attribute.g, *attribute.graphs]
 
 
-def _needs(package: str) -> None:
+def needs(package: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
@@ -166,13 +171,13 @@ def _export(model: nn.Module, config: Mapping[str, Any], opset: int) -> Any:
         shapes[name] = {i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)}
     inputs = _in_dtype_of(model, inputs, config)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             program = torch.onnx.export(
                 model, (), kwargs=inputs, dynamo=True, opset_version=opset, verbose=False,
                 dynamic_shapes=shapes, input_names=list(inputs), output_names=output_names(config),
             )  # fmt: skip
     except Exception as error:
-        raise _refused(error, model, inputs, shapes) from error
+        raise refused(error, model, inputs, shapes) from error
     assert program is not None
     return program
 
@@ -196,7 +201,7 @@ def output_names(config: Mapping[str, Any]) -> list[str] | None:
     return ["output"] if outputs["kind"] == "tensor" else None
 
 
-def _refused(
+def refused(
     error: Exception, model: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]
 ) -> Exception:
     """The exporter's error as a diagnostic: which operator, and in which module it stands."""
@@ -228,7 +233,7 @@ def _where(
 ) -> tuple[str, str | None]:
     """The operator as the model calls it (the exporter names a part of it), and the module that does."""
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
             graphs = [exported.graph, exported.run_decompositions().graph]
     except Exception:  # the first error is the one to show
@@ -278,7 +283,7 @@ def _check_dynamic(program: Any, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Without the exporter's progress lines, warnings and log records."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

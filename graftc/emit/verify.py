@@ -28,11 +28,15 @@ _CONTROLS = 12
 
 @dataclass(frozen=True)
 class Rung:
-    """One check: its name, how it ended, and the figures or the reason."""
+    """One check: its name, how it ended, and the figures or the reason.
+
+    `asked`: whether it is what was asked for, so that NOT RUN is exit code 3.
+    """
 
     name: str
     state: State
     detail: str
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Verification:
     @property
     def not_run(self) -> tuple[Rung, ...]:
         return tuple(r for r in self.rungs if r.state == "NOT RUN")
+
+    @property
+    def missed(self) -> tuple[Rung, ...]:
+        """What was asked for and not run."""
+        return tuple(r for r in self.not_run if r.asked)
 
 
 @dataclass(frozen=True)

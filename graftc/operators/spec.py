@@ -151,6 +151,8 @@ class OperatorSpec:
     keep is an error unless the rule says `drop`. `inits`: role → slot (or `WHOLE`) → source, the
     site being called `SITE`. `groups`: trainable groups by name → slot names.
     `cost(arguments, tokens)` is a pure function of the resolved arguments.
+    `islands`: submodules ('' is the whole operator) that stay in float32 where a student is exported in half
+    precision; what a `forward` casts to float32 itself need not stand here.
     `length`: 'fixed' if the module takes only the token count that it was built for, or the
     condition under which it does.
     `variants`: role → the spec that takes this one's place there (another module, other slots).
@@ -170,6 +172,7 @@ class OperatorSpec:
     source: str = ""
     length: str = "free"
     variants: Mapping[str, OperatorSpec] = field(default_factory=_no_variants)
+    islands: tuple[str, ...] = ()
 
     def arg(self, name: str) -> Arg | None:
         return next((a for a in self.args if a.name == name), None)

@@ -1,0 +1,318 @@
+"""The export directory: model, golden files, manifest and scripts, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import graftc.emit.files as files
+from graftc.deploy import scripts
+from graftc.deploy.golden import Case, Source, source, write_golden
+from graftc.deploy.graph import Graph, build_graph, describe_graph
+from graftc.deploy.precision import Choice, choose_islands, lower
+from graftc.deploy.regions import WHOLE, Region, movements, regions_of
+from graftc.deploy.request import Request
+from graftc.deploy.runtimes import TOLERANCE
+from graftc.deploy.shapes import Proof, prove
+from graftc.deploy.tensorrt import check_operators, write_tensorrt
+from graftc.deploy.triton import write_triton
+from graftc.diagnostics import fail
+from graftc.emit.build import Build
+from graftc.emit.examples import Inputs, tensors_of
+from graftc.emit.onnx import needs, quiet
+from graftc.emit.package import stored_state, versions
+
+FORMAT = 1
+_EMBEDDED_LIMIT = 1_800_000_000
+_STILL = 0.01
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export on disk, and what it says of itself."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @staticmethod
+    def open(path: Path | str) -> Export:
+        """Raises GraftError for what is no export directory, or one of another version."""
+        folder = Path(path)
+        if not is_export(folder):
+            fail("G666", "this directory is no export", site=str(folder),
+                 wanted="a directory with `manifest.yaml` and `golden/`, written by `graftc export DIR -o OUT`")  # fmt: skip
+        manifest = files.read_yaml(folder / "manifest.yaml")
+        if manifest.get("graftc_export") != FORMAT:
+            fail("G666", "this export was written by another version of graftc", site=str(folder),
+                 wanted=f"graftc_export: {FORMAT}", found=str(manifest.get("graftc_export")),
+                 help="export the build again")  # fmt: skip
+        return Export(folder, manifest)
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.onnx"
+
+
+def is_export(folder: Path) -> bool:
+    """Whether graftc wrote that directory as an export."""
+    manifest = folder / "manifest.yaml"
+    return manifest.is_file() and "graftc_export" in manifest.read_text(errors="replace")[:200]
+
+
+def write_export(
+    build: Build,
+    output: Path,
+    request: Request,
+    *,
+    run: str | None = None,
+    inputs: Inputs | None = None,
+) -> Export:
+    """Export the student of a build as `request` says; an older export in `output` is replaced by a whole one.
+
+    `run`: whose weights, None for the untrained student's. `inputs`: named inputs for a batch size, as the
+    Task draws them; else random ones. Raises GraftError, and leaves the disk as it was.
+    """
+    needs("onnx")
+    needs("onnxscript")
+    model = (
+        build.student(run).eval()
+        if build.config()["facts"]["mode"] == "eval"
+        else build.student(run)
+    )
+    config = build.config()
+    hashes = {
+        "plan": files.file_hash(build.path / "plan.yaml"),
+        "build": str(build.manifest.get("weights", {}).get("student", "")),
+        "student": files.file_hash(build.path / "student" / "model.py"),
+        "weights": files.state_hash(stored_state(model)[0]),
+    }
+    facts = {"graftc.build": hashes["build"], "graftc.run": run or "", "graftc.weights": hashes["weights"],
+             "graftc.version": str(config["versions"]["graftc"])}  # fmt: skip
+    about = {
+        "build": {"path": str(build.path.absolute()), "run": run or "untrained"},
+        "hashes": hashes,
+    }
+    return export_module(model, config, output, request, inputs=inputs, facts=facts, about=about)
+
+
+def export_module(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    output: Path,
+    request: Request,
+    *,
+    inputs: Inputs | None = None,
+    facts: Mapping[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Export:
+    """Export a package's model; see `write_export`. `model` is changed to the request's precision."""
+    given = source(config, model, inputs)
+    regions = regions_of(model, config.get("provenance", {}))
+    paths = [r.path for r in regions]
+    traced, proofs = prove(model, config, request, lambda sizes: given.draw(sizes, 0), paths)
+    usual = {r.name: max(2, r.usual) for r in request.ranges}
+    sample = given.draw(usual, 0)
+    moves = movements(model, regions, sample)
+    choice = choose_islands(model, request.precision, regions, sample, _declared(regions))
+    with torch.no_grad():
+        names = _output_names(config, len(tensors_of(model(**sample))))
+    with files.whole_directory(output, ours=is_export) as partial:
+        # Golden outputs are the float32 student's, whatever the precision; so they come first.
+        cases = write_golden(partial / "golden", model, request, config, regions, names, given)
+        lower(model, request.precision, list(choice.islands))
+        free = [r for r in request.ranges if r.low != r.high]
+        places = {p.asked.name: p.places for p in proofs}
+        dims = {r.name: torch.export.Dim(r.name, min=1) for r in free}
+        graph = build_graph(
+            model, config, regions, sample, places, dims, request.opset.version,
+            traced if request.precision == "fp32" else None,
+        )  # fmt: skip
+        describe_graph(graph, config, facts or {})
+        support = check_operators(graph.model, request)
+        _save(graph, partial)
+        manifest = {
+            "graftc_export": FORMAT,
+            **(about or {}),
+            **_described(config, request, graph, regions, proofs, moves, choice, cases, given),
+            "tensorrt": support,
+        }
+        _write_index(partial, config, request, graph, regions, cases, proofs, names)
+        shutil.copyfile(Path(scripts.__file__).with_name("verify.py"), partial / "verify.py")
+        if request.to == "tensorrt":
+            write_tensorrt(partial, config, request, cases)
+        write_triton(partial, config, request, _output_shapes(graph), sample)
+        files.write_yaml(
+            partial / "manifest.yaml", manifest
+        )  # last: its presence says that all is there
+    return Export.open(output)
+
+
+def _output_shapes(graph: Graph) -> list[tuple[str, list[int | str]]]:
+    """Outputs of the graph: names and shapes, dynamic sizes by name."""
+    found: list[tuple[str, list[int | str]]] = []
+    for value in graph.model.graph.outputs:
+        shape = value.shape if value.shape is not None else ()
+        found.append((str(value.name), [s if isinstance(s, int) else str(s) for s in shape]))
+    return found
+
+
+def _declared(regions: Sequence[Region]) -> dict[str, str]:
+    """The float32 islands that operators' specs state, as module paths."""
+    from graftc.operators.specs import SPECS
+
+    by_class = {spec.module.partition(":")[2]: spec for spec in SPECS.values()}
+    found: dict[str, str] = {}
+    for region in regions:
+        spec = by_class.get(region.operator) if region.rule else None
+        for inner in spec.islands if spec is not None else ():
+            found[f"{region.path}.{inner}".strip(".")] = f"stated by {spec.name if spec else ''}"
+    return found
+
+
+def _output_names(config: Mapping[str, Any], count: int) -> list[str]:
+    outputs = config["outputs"]
+    if outputs["kind"] == "named" and len(outputs["names"]) == count:
+        return [str(n) for n in outputs["names"]]
+    return ["output"] if outputs["kind"] == "tensor" else [f"output_{i}" for i in range(count)]
+
+
+def _save(graph: Graph, folder: Path) -> None:
+    import onnx_ir as ir
+
+    size = sum(
+        v.const_value.nbytes
+        for v in graph.model.graph.initializers.values()
+        if v.const_value is not None
+    )
+    with quiet():
+        if size > _EMBEDDED_LIMIT:
+            ir.save(graph.model, folder / "model.onnx", external_data="model.onnx.data")
+        else:
+            ir.save(graph.model, folder / "model.onnx")
+
+
+def _described(
+    config: Mapping[str, Any],
+    request: Request,
+    graph: Graph,
+    regions: Sequence[Region],
+    proofs: Sequence[Proof],
+    moves: Mapping[str, float],
+    choice: Choice,
+    cases: Sequence[Case],
+    given: Source,
+) -> dict[str, Any]:
+    import onnx
+
+    still = sorted(p for p, m in moves.items() if m < _STILL)
+    return {
+        "versions": {**versions(), "onnx": onnx.__version__, **{k: str(v) for k, v in config["versions"].items() if k == "graftc"}},
+        "target": request.target.name if request.target else "none named",
+        "opset": {"version": request.opset.version, "why": request.opset.why},
+        "precision": {
+            "type": request.precision,
+            "tolerance": TOLERANCE[request.precision],
+            "islands": dict(choice.islands),
+            "error": choice.error,
+            "region_errors": dict(choice.errors),
+        },
+        "inputs": config["inputs"],
+        "outputs": config["outputs"],
+        "facts": config["facts"],
+        "dynamic": {
+            p.asked.name: {
+                "declared": f"{p.asked.low}:{p.asked.usual}:{p.asked.high}",
+                "proved": p.text(),
+                "verified": sorted({c.sizes[p.asked.name] for c in cases}),
+                "in": [f"{n}[{i}]" for n, i in p.places],
+            }
+            for p in proofs
+        },
+        "golden": {
+            "drawn": "by the Task from DATA" if given.drawn else "random: no DATA was named",
+            "cases": [c.name for c in cases],
+            "timesteps": sorted({t for c in cases for t in c.timesteps}),
+            "still_regions": still,
+        },
+        "regions": [
+            {
+                "path": r.path,
+                "operator": r.operator,
+                "rule": r.rule,
+                "nodes": graph.nodes.get(r.path, 0),
+                "parameters": r.parameters,
+                "moves_output": round(moves[r.path], 6) if r.path in moves else None,
+            }
+            for r in regions
+            if graph.nodes.get(r.path) or r.path in graph.values
+        ],
+        "weights": {n: _weight_text(w) for n, w in graph.weights.items() if n != w["source"]},
+        "repairs": dict(graph.repairs),
+    }  # fmt: skip
+
+
+def _weight_text(entry: Mapping[str, Any]) -> str:
+    return f"{entry['source']}{', transposed' if entry.get('transposed') else ''}"
+
+
+def _write_index(
+    folder: Path,
+    config: Mapping[str, Any],
+    request: Request,
+    graph: Graph,
+    regions: Sequence[Region],
+    cases: Sequence[Case],
+    proofs: Sequence[Proof],
+    names: Sequence[str],
+) -> None:
+    """What `verify.py` needs, as JSON: Python reads it without a package."""
+    named = {"model.onnx": folder / "model.onnx"}
+    data = folder / "model.onnx.data"
+    if data.is_file():
+        named[data.name] = data
+    for path in sorted((folder / "golden").rglob("*.npz")):
+        named[str(path.relative_to(folder))] = path
+    index = {
+        "model": "model.onnx",
+        "precision": request.precision,
+        "tolerance": TOLERANCE[request.precision],
+        "opset": request.opset.version,
+        "parameters": sum(r.parameters for r in regions),
+        "outputs": list(names),
+        "outside": _outside(config, proofs),
+        "cases": [c.to_dict() for c in cases],
+        "regions": [
+            {"path": r.path, "rule": r.rule, "values": list(graph.values.get(r.path, ()))}
+            for r in _in_order(regions, graph)
+        ],
+        "sha256": {name: files.file_hash(path) for name, path in named.items()},
+    }
+    (folder / "golden" / "golden.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _in_order(regions: Sequence[Region], graph: Graph) -> list[Region]:
+    """In the order in which the graph computes them."""
+    order = {path: i for i, path in enumerate(graph.values)}
+    return sorted(
+        (r for r in regions if r.path != WHOLE), key=lambda r: order.get(r.path, len(order))
+    )
+
+
+def _outside(config: Mapping[str, Any], proofs: Sequence[Proof]) -> dict[str, Any] | None:
+    """One shape that must be refused: beyond a proved end, or another size where one is fixed."""
+    for proof in proofs:
+        if proof.high is not None and proof.places:
+            name, axis = proof.places[0]
+            return {"input": name, "axis": axis, "size": proof.high + 1}
+    for port in config["inputs"]:
+        for axis in reversed(range(len(port["shape"]))):
+            if not isinstance(port["shape"][axis], str):
+                return {"input": port["name"], "axis": axis, "size": 2 * int(port["shape"][axis])}
+    return None
