@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from graftc.program.analysis import Analysis
 from graftc.program.calls import CallRecord, Leaf, recorded
 from graftc.program.model import Model
@@ -51,20 +53,24 @@ def forms(plan: Plan, analysis: Analysis, student: Program, model: Model) -> dic
 def _entry(
     edit: Edit, analysis: Analysis, student: Program, record: CallRecord
 ) -> dict[str, Any] | str:
-    """How the module at an edit's site is called; or why it cannot stand there."""
+    """How the module at an edit's site is called; or why it cannot stand there.
+
+    `arguments`: the operator's, by position ("0") or by name, as they lie in the original's call.
+    """
     (site,) = edit.sites
     call = analysis.flat.first_calls[site.path]
     if edit.kind == "replace":
-        nodes = student.calls()[site.path][0][1].args
+        node = student.calls()[site.path][0][1]
+        given: dict[str, Any] = {str(i): n for i, n in enumerate(node.args)} | dict(node.kwargs)
     else:
-        nodes = (call.args[site.stream].node,)
+        given = {"0": call.args[site.stream].node}
     free = list(record.inputs)
-    names: list[str] = []
-    for node in nodes:
-        leaf = _take(free, shape_hint(node))  # pyright: ignore[reportArgumentType]
+    names: dict[str, str] = {}
+    for parameter, value in given.items():
+        leaf = _take(free, shape_hint(value)) if isinstance(value, fx.Node) else None
         if leaf is None:
             return "the operator reads a tensor that the original does not pass to this module"
-        names.append(leaf.name)
+        names[parameter] = leaf.name
     results = call.result if isinstance(call.result, tuple) else (call.result,)
     outputs: list[str] = []
     free = list(record.outputs)
@@ -81,7 +87,7 @@ def _entry(
         "outputs": outputs,
         "length": record.length if record.kind == "tuple" else 0,
         "mixes_tokens": edit.kind != "replace" or edit.new[0].spec.mixes == "tokens",
-        "takes_mask": "mask" in site.kept and edit.kind == "replace",
+        "takes_mask": "mask" in names,
     }
 
 

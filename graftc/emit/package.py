@@ -138,12 +138,23 @@ def stored_state(root: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, st
 def save_state(stored: State, path: Path) -> None:
     """Tensors as safetensors; views and shared storage are written out. Raises OSError."""
     try:
-        save_file({n: t.detach().cpu().contiguous().clone() for n, t in stored.items()}, path)
+        seen: set[int] = set()
+        save_file({n: _whole(t.detach().cpu(), seen) for n, t in stored.items()}, path)
     except SafetensorError as error:  # a full disk comes in this shape
         raise OSError(errno.EIO, str(error), str(path)) from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
+
+
+def _whole(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
+    """The tensor itself where a storage is its own, else a copy: a large model is not held twice."""
+    storage = tensor.untyped_storage()
+    own = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+    if not own or storage.data_ptr() in seen:
+        return tensor.contiguous().clone()
+    seen.add(storage.data_ptr())
+    return tensor
 
 
 def load_package(

@@ -20,14 +20,14 @@ Step = str | int
 class Place:
     """How a module is called where it stands.
 
-    `parameters`: the original forward's, in order. `arguments`: where the operator's own arguments
-    lie in them, `position_embeddings[0]` as a path. `outputs`, `length`: where its results go in a
+    `parameters`: the original forward's, in order. `arguments`: where each of the operator's own, by
+    position or name, lies in them, `position_embeddings[0]` as a path. `outputs`, `length`: where its results go in a
     tuple (length 0: the result is the tensor itself). `stateless`: it can hold no cache.
     """
 
     path: str
     parameters: tuple[str, ...]
-    arguments: tuple[tuple[Step, ...], ...]
+    arguments: tuple[tuple[str, tuple[Step, ...]], ...]
     outputs: tuple[int, ...]
     length: int
     stateless: bool
@@ -38,13 +38,15 @@ class Place:
         return Place(
             path,
             known if known is not None else argument_names(original),
-            tuple(_steps(a) for a in entry["arguments"]),
+            tuple((str(n), _steps(a)) for n, a in entry["arguments"].items()),
             tuple(int(s) for o in entry["outputs"] for s in _steps(o)),
             int(entry["length"]),
             bool(entry["mixes_tokens"]),
         )
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
         """The operator's arguments in a call of the original's form. Raises GraftError for a cache."""
         named = dict(zip(self.parameters, args, strict=False)) | kwargs
         if self.stateless:
@@ -58,13 +60,17 @@ class Place:
                             help="call with use_cache=False",
                         )
                     )
-        found: list[Any] = []
-        for first, *steps in self.arguments:
-            value = named[str(first)]
+        positional: list[Any] = []
+        keyword: dict[str, Any] = {}
+        for name, (first, *steps) in self.arguments:
+            value = named.get(str(first))
             for step in steps:
-                value = value[step]
-            found.append(value)
-        return found
+                value = value[step]  # pyright: ignore[reportOptionalSubscript]
+            if name.isdigit():
+                positional.append(value)
+            else:
+                keyword[name] = value
+        return positional, keyword
 
     def result(self, value: Any) -> Any:
         """What the original would return: the tensor, or a tuple with None where there is none."""
@@ -84,7 +90,8 @@ class InPlace:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward: Any = super().forward  # type: ignore[misc]
-        return self._place.result(forward(*self._place.given(args, kwargs)))
+        positional, keyword = self._place.given(args, kwargs)
+        return self._place.result(forward(*positional, **keyword))
 
 
 class Removed(nn.Module):

@@ -180,6 +180,16 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build(tmp_path_factory.mktemp("wide"), WIDE, dit(), inputs())
 
 
+def test_an_attention_keeps_its_rotary_positions_in_place(tmp_path: Path):
+    rules = "rule g {\n match a = self_attention in blocks all\n replace a with attention()\n}\n"
+    made = build(tmp_path, rules, llama(), {"input_ids": tokens(), "use_cache": False})
+    model = llama()
+    graftc.install(model, made)
+    with torch.no_grad():
+        found, wanted = model(tokens(11)).logits, llama()(tokens(11)).logits
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_install_again_takes_another_run(wide: Build):
     made = wide
     model = dit()
