@@ -39,6 +39,7 @@ def capture(model: Model) -> Program:
     inputs = _at_least_two(inputs, dynamic)
     exported, dynamic, fixed = export(model.module, inputs, dynamic)
     notes += fixed
+    _forget_values(exported, model.module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         tree = torch.export.unflatten(exported)
@@ -122,6 +123,18 @@ def _plain(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
                 node._rename("self_")
         plain.graph = copied
     return plain
+
+
+def _forget_values(exported: torch.export.ExportedProgram, original: nn.Module) -> None:
+    """Parameters without memory in place of those that `_bind` puts back: unflatten copies every one."""
+    known = dict(original.named_parameters(remove_duplicate=False))
+    bare: dict[int, nn.Parameter] = {}
+    state: Any = exported.state_dict
+    for name, tensor in list(state.items()):
+        if tensor is known.get(name):
+            if id(tensor) not in bare:
+                bare[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+            state[name] = bare[id(tensor)]
 
 
 def _bind(root: nn.Module, original: nn.Module) -> None:
