@@ -99,7 +99,7 @@ def _initialise(
         new.arguments,
         new.role,
         clause.sources,
-        parts={n: _parts(analysis, s) for n, s in bound.items()},
+        parts={n: site_parts(analysis, s) for n, s in bound.items()},
         heads={n: h for n, s in bound.items() if (h := _heads(s)) is not None},
         path=new.path,
         binding=clause.binding,
@@ -108,7 +108,7 @@ def _initialise(
     )
 
 
-def _parts(analysis: Analysis, site: Site) -> Mapping[str, Affine]:
+def site_parts(analysis: Analysis, site: Site) -> Mapping[str, Affine]:
     """The affine parts of a site; what is not affine is absent, and asking for it is an error there."""
     refs = part_refs(analysis, site.path)
     return {

@@ -122,9 +122,11 @@ def _pending(origins: tuple[Origin, ...], root: str = "") -> tuple[Pending, ...]
     """The linears to solve, each once; paths in a candidate's own package begin at `root`."""
     found: dict[Pending, None] = {}
     for o in origins:
-        if o.pending:
-            module = o.parameter.removesuffix(f".{o.module}.{o.parameter.rpartition('.')[2]}")
-            found[Pending(root or module, o.module)] = None
+        if (fit := o.fit) is not None:
+            inside = f"{o.module}." if o.module else ""
+            module = o.parameter.removesuffix(f".{inside}{o.parameter.rpartition('.')[2]}")
+            given = (fit.linear, fit.policy, fit.blocks, fit.sweeps)
+            found[Pending(root or module, *given)] = None
     return tuple(found)
 
 

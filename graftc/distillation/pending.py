@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -51,21 +52,28 @@ def solve_pending(generation: Generation, phase: str) -> Iterator[tuple[int, int
 def _solve(
     student: Student, pending: Pending, rows: Sequence[tuple[tuple[Tensor, ...], Tensor]]
 ) -> None:
+    from graftc.weights.alternating import solve_alternating
     from graftc.weights.solve import solve_least_squares
 
-    if pending.policy != "least_squares":
-        fail("G547", f"no way is known to solve `{pending.policy}` from data",
-             site=student.site.name, wanted="least_squares", found=pending.policy)  # fmt: skip
+    last = _inside(student, pending, pending.linear)
     try:
-        solve_least_squares(student.region, _inside(student, pending), rows)
+        if pending.policy == "least_squares":
+            solve_least_squares(student.region, last, rows)
+        elif pending.policy == "alternating":
+            blocks = [replace(b, module=_inside(student, pending, b.module)) for b in pending.blocks]
+            solve_alternating(student.region, last, blocks, rows, sweeps=pending.sweeps)
+        else:
+            fail("G547", f"no way is known to solve `{pending.policy}` from data",
+                 site=student.site.name, wanted="least_squares or alternating",
+                 found=pending.policy)  # fmt: skip
     except ValueError as error:
         fail("G547", f"`{pending.linear}` of `{pending.module}` cannot be solved: {error}",
              site=student.site.name)  # fmt: skip
 
 
-def _inside(student: Student, pending: Pending) -> str:
-    """The linear's name inside the student's region."""
-    full = f"{pending.module}.{pending.linear}" if pending.linear else pending.module
+def _inside(student: Student, pending: Pending, linear: str) -> str:
+    """A submodule's name inside the student's region."""
+    full = f"{pending.module}.{linear}" if linear else pending.module
     cut = student.site.student
     for prefix in (cut.output, cut.graph):
         inside = full.removeprefix(f"{prefix}.") if prefix else full

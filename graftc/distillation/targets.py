@@ -16,6 +16,7 @@ import yaml
 
 from graftc.diagnostics import fail, nearest
 from graftc.distillation.reader import Table
+from graftc.weights.fit import Block
 
 VERSION = 1
 LOSSES = ("l1", "l2", "huber")
@@ -56,11 +57,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pending:
-    """A weight to solve from data before training: `linear` inside `module`, by `policy`."""
+    """Weights to solve from data before training: `linear` inside `module`, by `policy`.
+
+    `alternating` solves `blocks` of `module` too, in turn, `sweeps` times over.
+    """
 
     module: str
     linear: str
     policy: str = "least_squares"
+    blocks: tuple[Block, ...] = ()
+    sweeps: int = 0
 
 
 @dataclass(frozen=True)
@@ -278,8 +284,13 @@ def _cut(table: Table) -> Cut:
 def _pending(table: Table) -> tuple[Pending, ...]:
     found: list[Pending] = []
     for row in table.tables("pending", ()):
+        blocks = tuple(
+            Block(b.text("module"), b.integer("start"), b.integer("stop"))
+            for b in row.tables("blocks", ())
+        )
         policy = row.text("policy", "least_squares")
-        found.append(Pending(row.text("module"), row.text("linear"), policy))
+        sweeps = row.integer("sweeps", 0)
+        found.append(Pending(row.text("module"), row.text("linear"), policy, blocks, sweeps))
         row.done()
     return tuple(found)
 

@@ -147,6 +147,7 @@ POLICIES: Mapping[str, Policy] = {
     "product": Policy("the product of two maps, the second applied first", 2, 2),
     "identity": Policy("the map that gives its input back"),
     "zero": Policy("zeros, biases included"),
+    "one": Policy("the map that gives 1 whatever it is given: weight 0, bias 1"),
     "random": Policy("the module's own default, seeded", number="seed"),
     "keep_top": Policy(
         "the neurons that score highest; one choice for up, gate and down",
@@ -163,7 +164,11 @@ POLICIES: Mapping[str, Policy] = {
         whole=True,
     ),
     "fold": Policy("a norm's scale and shift, moved into what reads it", 1, 1, whole=True),
-    "least_squares": Policy("fitted on the teacher's activations, needs data"),
+    "least_squares": Policy(
+        "fitted on the teacher's activations, needs data; without a slot, all maps in turn",
+        options={"sweeps": ("int", ())},
+        whole=True,
+    ),
 }
 
 

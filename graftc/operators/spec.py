@@ -156,6 +156,8 @@ class OperatorSpec:
     `length`: 'fixed' if the module takes only the token count that it was built for, or the
     condition under which it does.
     `variants`: role → the spec that takes this one's place there (another module, other slots).
+    `linear`: rows in which the operator is linear while all else stands still, row c of each feeding
+    channel c alone of what the last map reads: what alternating least squares fits, in this order.
     """
 
     name: str
@@ -173,6 +175,7 @@ class OperatorSpec:
     length: str = "free"
     variants: Mapping[str, OperatorSpec] = field(default_factory=_no_variants)
     islands: tuple[str, ...] = ()
+    linear: tuple[Slot, ...] = ()
 
     def arg(self, name: str) -> Arg | None:
         return next((a for a in self.args if a.name == name), None)

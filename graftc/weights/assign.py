@@ -6,17 +6,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Union
 
+from torch import nn
+
 from graftc.diagnostics import Span, fail, nearest
 from graftc.operators.spec import (
     WHOLE,
     Apply,
     Arguments,
+    Const,
     InitSource,
     OperatorSpec,
     Slot,
     holds,
 )
-from graftc.weights.sources import Context, unfold
+from graftc.weights.fit import SWEEPS, WIDEST, Block, Fit
+from graftc.weights.sources import Context, pending, unfold
 
 Clauses = Iterable[tuple[Union[str, None], InitSource]]
 """A rule's `init` clause: (slot, source); the slot is None where the source fills all of them."""
@@ -24,12 +28,16 @@ Clauses = Iterable[tuple[Union[str, None], InitSource]]
 
 @dataclass(frozen=True)
 class Assignment:
-    """One source for one slot; `whole` where it fills all the operator's slots together."""
+    """One source for one slot; `whole` where it fills all the operator's slots together.
+
+    `fit`: what gives the slot its last word, once calibration data is there.
+    """
 
     slot: Slot
     source: InitSource
     whole: bool
     span: Span | None
+    fit: Fit | None = None
 
 
 def assign(
@@ -38,8 +46,13 @@ def assign(
     clauses: Clauses,
     context: Context,
     spans: Mapping[str | None, Span],
+    module: nn.Module,
 ) -> list[Assignment]:
-    """The sources in the order that they are written: whole, then slots, then rows of slots."""
+    """The sources in the order that they are written: whole, then slots, then rows of slots.
+
+    Least squares of the whole operator gives no values of its own: it fits what the other sources
+    give, the spec's defaults where it stands in a rule. `module` tells how many rows there are.
+    """
     slots = present(spec, context.arguments)
     by_name = {s.name: s for s in slots}
     overrides = {WHOLE if slot is None else slot: source for slot, source in clauses}
@@ -49,11 +62,13 @@ def assign(
     defaults = spec.inits.get(role, {})
     plan: list[Assignment] = []
     for sources, given in ((defaults, False), (overrides, True)):
-        if not given and WHOLE in overrides:
+        if not given and WHOLE in overrides and not _is_fit(overrides[WHOLE]):
             continue
         for name, source in sources.items():
             source = unfold(source, context.arguments)
             span = spans.get(None if name == WHOLE else name) if given else None
+            if name == WHOLE and _is_fit(source):
+                continue
             if name == WHOLE:
                 plan += [Assignment(s, source, True, span) for s in bodies(slots)]
                 continue
@@ -62,14 +77,79 @@ def assign(
             slot = by_name[name]
             if isinstance(source, Apply) and source.policy == "least_squares":
                 source = _fitted(slot, source, defaults, by_name, replace(context, span=span))
-            plan.append(Assignment(slot, source, False, span))
+            fit = Fit("least_squares", slot.module) if pending(source) else None
+            plan.append(Assignment(slot, source, False, span, fit))
     # What a later source covers entirely is not computed at all.
     kept = [
         item
         for i, item in enumerate(plan)
         if not any(_covers(later.slot, item.slot) for later in plan[i + 1 :])
     ]
-    return sorted(kept, key=lambda a: a.slot.rows is not None)
+    kept = sorted(kept, key=lambda a: a.slot.rows is not None)
+    asked = overrides.get(WHOLE)
+    if asked is not None and _is_fit(asked):
+        return _all_fitted(spec, kept, asked, (), replace(context, span=spans.get(None)), module)
+    default = defaults.get(WHOLE)
+    if asked is None and default is not None and _is_fit(default):
+        fixed = tuple(by_name[name] for name in overrides)
+        return _all_fitted(spec, kept, default, fixed, context, module)
+    return kept
+
+
+def _is_fit(source: InitSource) -> bool:
+    return isinstance(source, Apply) and source.policy == "least_squares"
+
+
+def _all_fitted(
+    spec: OperatorSpec,
+    plan: list[Assignment],
+    source: InitSource,
+    fixed: tuple[Slot, ...],
+    context: Context,
+    module: nn.Module,
+) -> list[Assignment]:
+    """The plan with every map fitted in which the operator is linear, but for those of `fixed` slots."""
+    last = next((s for s in present(spec, context.arguments) if s.last), None)
+    if last is None:
+        context.refuse(
+            "G406",
+            f"`{spec.name}` does not end in a linear map, which least squares needs",
+            "give its slots sources of their own",
+        )
+    taken = [_span_of(slot, module, context.arguments) for slot in fixed]
+    if any(name == last.module for name, _, _ in taken):
+        return plan  # the rule has its own last map: what would feed another one is not its business
+    width = module.get_submodule(last.module).get_parameter("weight").shape[1]
+    blocks: list[Block] = []
+    for slot in spec.linear:
+        name, start, stop = _span_of(slot, module, context.arguments)
+        free = all(n != name or b <= start or stop <= a for n, a, b in taken)
+        # Key-value heads that several query heads share feed several channels: not row by row.
+        if free and stop - start == width:
+            blocks.append(Block(name, start, stop))
+    given = source.options.get("sweeps") if isinstance(source, Apply) else None
+    sweeps = given.value if isinstance(given, Const) else SWEEPS
+    fit = Fit("least_squares", last.module)
+    if width > WIDEST:
+        blocks = []
+    if blocks and isinstance(sweeps, int) and sweeps > 0:
+        fit = Fit("alternating", last.module, tuple(blocks), sweeps)
+
+    def fits(slot: Slot) -> bool:
+        name, start, stop = _span_of(slot, module, context.arguments)
+        return name == last.module or any(
+            b.module == name and b.start < stop and start < b.stop for b in blocks
+        )
+
+    return [replace(item, fit=fit) if fits(item.slot) else item for item in plan]
+
+
+def _span_of(slot: Slot, module: nn.Module, arguments: Arguments) -> tuple[str, int, int]:
+    """(module, start, stop) of a slot's rows."""
+    if slot.parameter is not None:
+        return f"{slot.module}:{slot.parameter}", 0, 0
+    total = module.get_submodule(slot.module).get_parameter("weight").shape[0]
+    return slot.module, *(rows_of(slot, total, arguments) or (0, total))
 
 
 def present(spec: OperatorSpec, arguments: Arguments) -> list[Slot]:

@@ -24,6 +24,7 @@ from graftc.operators.spec import (
     Slot,
 )
 from graftc.weights.assign import Assignment, Clauses, assign, bodies, present, rows_of
+from graftc.weights.fit import Fit
 from graftc.weights.fresh import seed_of
 from graftc.weights.parts import Affine, Heads, SiteParts
 from graftc.weights.policies import bias_of
@@ -33,7 +34,6 @@ from graftc.weights.sources import (
     evaluate_whole,
     missing_part,
     parts_of,
-    pending,
     text,
 )
 
@@ -43,16 +43,20 @@ class Origin:
     """Where a parameter's first value comes from.
 
     `slot` is the one that named it; `rows` (start, stop) where it fills only some of the rows.
-    `pending`: the value in place is a start, and the last word needs calibration data; `module`
-    is the submodule to solve then.
+    `pending`: the value in place is a start, and the last word needs calibration data; `fit` says
+    how it is found then. `module` is the submodule that holds the parameter.
     """
 
     parameter: str
     slot: str
     text: str
-    pending: bool
     module: str
     rows: tuple[int, int] | None = None
+    fit: Fit | None = None
+
+    @property
+    def pending(self) -> bool:
+        return self.fit is not None
 
 
 Available = Mapping[str, Collection[str]]
@@ -87,7 +91,7 @@ def plan_init(
     with torch.device("meta"):
         module = build(spec, arguments)
     context = Context(spec.name, arguments, path, binding, {}, {}, 0)
-    plan = assign(spec, role, clauses, context, spans or {})
+    plan = assign(spec, role, clauses, context, spans or {}, module)
     if available is not None:
         for assignment in plan:
             for part in parts_of(assignment.source):
@@ -119,7 +123,7 @@ def initialise(
     computed; the module may then be half filled.
     """
     context = Context(spec.name, arguments, path, binding, parts or {}, heads or {}, seed)
-    plan = assign(spec, role, clauses, context, spans or {})
+    plan = assign(spec, role, clauses, context, spans or {}, module)
     origins = _origins(module, plan, context)
     whole: dict[int, dict[str, Affine]] = {}
     with torch.no_grad():
@@ -159,15 +163,17 @@ def _origins(module: nn.Module, plan: list[Assignment], context: Context) -> tup
     for item in plan:
         for short, parameter in _targets(module, item.slot):
             name = f"{item.slot.module}.{short}" if item.slot.module else short
-            rows = rows_of(
-                item.slot, parameter.shape[0] if parameter.ndim else 1, context.arguments
-            )
-            waits = pending(item.source)
+            total = parameter.shape[0] if parameter.ndim else 1
+            rows = rows_of(item.slot, total, context.arguments)
             said = text(item.source, context.binding)
-            if waits and isinstance(item.source, Apply) and "otherwise" in item.source.options:
-                start = text(item.source.options["otherwise"], context.binding)
-                said = f"{said}, from {start}"
-            lines[name].append(Origin(name, item.slot.name, said, waits, item.slot.module, rows))
+            if item.fit is not None:
+                source = item.source
+                if isinstance(source, Apply) and source.policy == "least_squares":
+                    source = source.options.get("otherwise", Apply("zero"))
+                said = f"least_squares, from {text(source, context.binding)}"
+            lines[name].append(
+                Origin(name, item.slot.name, said, item.slot.module, rows, item.fit)
+            )
     bare = [n for n, found in lines.items() if not _complete(found, sizes[n])]
     if bare:
         names = ", ".join(f"`{n}`" for n in bare)

@@ -3,8 +3,8 @@
 The policies, with `x`, `y` for sources (a part `a.q`, or another policy):
 `copy(x)`, `concat(x, y, …)`, `rows(x, first = i, last = j)` and `slice` (columns; both ends in),
 `mean_pool(a.k, groups = n)`, `repeat(a.k, times = n)`, `product(x, y)` (x after y), `identity`,
-`zero`, `random(seed)`, `least_squares`;
-for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; in specs only `argument(name)`,
+`zero`, `one`, `random(seed)`, `least_squares`;
+for a whole operator `least_squares(sweeps = n)`, for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; in specs only `argument(name)`,
 `constant(name)`, `mean_of_branches`, `sum_of_branches`.
 """
 
@@ -27,7 +27,7 @@ from graftc.weights.parts import Affine, Heads, SiteParts
 _PER_HEAD = ("mean_pool", "repeat")
 WHOLE_POLICIES = ("resize", "keep_top")
 POLICIES = (
-    *("copy", "concat", "rows", "slice", "mean_pool", "repeat", "product", "identity", "zero"),
+    *("copy", "concat", "rows", "slice", "mean_pool", "repeat", "product", "identity", "zero", "one"),
     *("random", "least_squares", "argument", "constant", "mean_of_branches", "sum_of_branches"),
     *WHOLE_POLICIES,
 )
@@ -179,6 +179,11 @@ def _filled(submodule: nn.Module, value: float) -> Affine:
     return Affine(state["weight"], state.get("bias"))
 
 
+def _one(submodule: nn.Module) -> Affine:
+    weight = submodule.get_parameter("weight").detach()
+    return Affine(torch.zeros_like(weight), weight.new_ones(weight.shape[0]))
+
+
 def _identity(source: Apply, context: Context, submodule: nn.Module) -> Affine:
     if isinstance(submodule, nn.Conv1d):
         causal = _constant(source.options.get("causal", Const(context.arguments.get("causal"))))
@@ -221,6 +226,7 @@ def _apply(
         "concat": lambda: policies.concat(inner),
         "product": lambda: policies.product(inner[0], inner[1]),
         "zero": lambda: _filled(submodule, 0.0),
+        "one": lambda: _one(submodule),
         "identity": lambda: _identity(source, context, submodule),
         "mean_of_branches": lambda: _merge(context, mean=True),
         "sum_of_branches": lambda: _merge(context, mean=False),

@@ -11,6 +11,7 @@ from graftc.diagnostics import GraftError, Source, Span
 from graftc.operators.build import build
 from graftc.operators.spec import Apply, Const, Part
 from graftc.operators.specs import MERGES, SPECS
+from graftc.weights.fit import WIDEST, Block
 from graftc.weights.initialise import initialise, plan_init
 from graftc.weights.parts import Affine, Heads
 
@@ -125,29 +126,70 @@ def test_a_window_over_everything_is_attention():
 
 @pytest.mark.parametrize("name", ["hyena_x", "hyena_y", "hyena_se"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_hyena_starts_as_the_product_of_the_sites_maps(name, causal):
+def test_hyena_starts_as_out_after_v_and_waits_for_data(name, causal):
+    """Both gates are 1 at first, so the product is v alone; then every map is fitted in turn."""
     parts, x = _attention(), torch.randn(2, 9, DIM)
     module, origins = _init(name, parts, kernel=5, causal=causal)
-    q, k, v = (F.linear(x, parts[n].weight, parts[n].bias) for n in ("q", "k", "v"))
-    torch.testing.assert_close(
-        module(x), F.linear(q * k * v, parts["out"].weight, parts["out"].bias)
-    )
-    out = origins["out_proj.weight", "out_proj"]
-    assert out.pending
-    assert out.module == "out_proj"
-    assert out.text == "least_squares, from site.out"
-    assert [o.parameter for o in origins.values() if o.pending] == [
-        "out_proj.weight",
-        "out_proj.bias",
-    ]
+    v = F.linear(x, parts["v"].weight, parts["v"].bias)
+    torch.testing.assert_close(module(x), F.linear(v, parts["out"].weight, parts["out"].bias))
+    assert all(o.pending for o in origins.values())
+    (fit,) = {o.fit for o in origins.values()}
+    assert (fit.policy, fit.linear) == ("alternating", "out_proj")
+    assert Block("in_proj", 2 * DIM, 3 * DIM) == fit.blocks[0]
+    assert origins["out_proj.weight", "out_proj"].text == "least_squares, from site.out"
+    assert origins["in_proj.weight", "q"].text == "least_squares, from one"
 
 
-def test_hyena_on_a_grouped_site_repeats_k_and_v():
+def test_a_rule_that_gives_the_last_map_turns_fitting_off():
+    _, origins = _init("hyena_x", _attention(), clauses=[("out_proj", Part("a", "out"))])
+    assert not any(o.pending for o in origins.values())
+
+
+def test_what_a_rule_gives_is_not_fitted_but_the_rest_is():
+    _, origins = _init("hyena_x", _attention(), clauses=[("k", Part("a", "k"))])
+    assert not origins["in_proj.weight", "k"].pending
+    fit = origins["in_proj.weight", "v"].fit
+    assert fit is not None
+    assert Block("in_proj", DIM, 2 * DIM) not in fit.blocks
+    assert Block("short_filter", DIM, 2 * DIM) in fit.blocks
+
+
+def test_least_squares_of_the_whole_fits_what_the_clause_gives_as_a_start():
+    clauses = [(None, Apply("least_squares", (), {"sweeps": Const(2)})), ("k", Part("a", "k"))]
+    parts = _attention()
+    module, origins = _init("hyena_x", parts, clauses=clauses)
+    assert torch.equal(module.in_proj.weight[DIM : 2 * DIM], parts["k"].weight)
+    assert origins["in_proj.weight", "k"].text == "least_squares, from a.k"
+    fit = origins["in_proj.weight", "k"].fit
+    assert fit is not None
+    assert fit.sweeps == 2
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "linear_attention"])
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_attention_that_weighs_otherwise_is_fitted_in_v_and_out(name, kv_heads):
+    """v by rows only where each key-value head feeds one query head alone."""
+    _, origins = _init(name, _attention(kv_heads), site_kv_heads=kv_heads, kv_heads=kv_heads)
+    fit = origins["out_proj.weight", "out_proj"].fit
+    assert fit is not None
+    rows = (Block("in_proj", 2 * DIM, 3 * DIM),) if kv_heads == HEADS else ()
+    assert fit.blocks == rows
+    assert not origins["in_proj.weight", "q"].pending
+
+
+def test_wider_operators_fit_their_last_map_alone():
+    spec, width = SPECS["hyena_x"], WIDEST + 1
+    origins = plan_init(spec, {"dim": width, "kernel": 4, "causal": True}, "self_attention")
+    assert {o.fit.policy for o in origins if o.fit} == {"least_squares"}
+    assert {o.parameter for o in origins if o.pending} == {"out_proj.weight", "out_proj.bias"}
+
+
+def test_hyena_on_a_grouped_site_repeats_v():
     parts = _attention(2)
     module, _ = _init("hyena_x", parts, site_kv_heads=2)
-    k = module.in_proj.weight[DIM : 2 * DIM].unflatten(0, (HEADS, HEAD_DIM))
-    wanted = parts["k"].weight.unflatten(0, (2, HEAD_DIM))
-    assert torch.equal(k, wanted[[0, 0, 1, 1]])
+    v = module.in_proj.weight[2 * DIM :].unflatten(0, (HEADS, HEAD_DIM))
+    wanted = parts["v"].weight.unflatten(0, (2, HEAD_DIM))
+    assert torch.equal(v, wanted[[0, 0, 1, 1]])
 
 
 def test_token_linear_starts_as_out_after_v():
@@ -191,7 +233,7 @@ def test_rows_of_a_slot_override_the_whole_and_the_other_way_round():
     parts = _attention()
     module, origins = _init("hyena_x", parts, clauses=[("k", Part("a", "v"))])
     assert torch.equal(module.in_proj.weight[DIM : 2 * DIM], parts["v"].weight)
-    assert torch.equal(module.in_proj.weight[:DIM], parts["q"].weight)
+    assert torch.equal(module.in_proj.weight[2 * DIM :], parts["v"].weight)
     assert origins["in_proj.weight", "k"].rows == (DIM, 2 * DIM)
 
     source = Apply("concat", (Part("a", "v"), Part("a", "v"), Part("a", "v")))
@@ -217,7 +259,7 @@ def test_random_of_rows_and_of_everything_is_seeded():
     a, _ = _init("hyena_x", parts, clauses=[("q", random)])
     b, _ = _init("hyena_x", parts, clauses=[("q", random)])
     assert torch.equal(a.in_proj.weight, b.in_proj.weight)
-    assert torch.equal(a.in_proj.weight[DIM : 2 * DIM], parts["k"].weight)
+    assert torch.equal(a.in_proj.weight[2 * DIM :], parts["v"].weight)
     whole, origins = _init("hyena_x", parts, clauses=[(None, random)])
     assert torch.equal(whole.in_proj.weight[:DIM], a.in_proj.weight[:DIM])
     assert {o.text for o in origins.values()} == {"random(seed = 3)"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graftc.operators.spec import (
+    WHOLE,
     Apply,
     Arg,
     Arguments,
@@ -45,6 +46,14 @@ COPIES: dict[str, dict[str, InitSource]] = {
     }
 }
 """The site's own q, k, v, out."""
+
+FITTED: dict[str, dict[str, InitSource]] = {
+    SELF_ATTENTION: {**COPIES[SELF_ATTENTION], WHOLE: Apply("least_squares")}
+}
+"""The site's own, and then v and out fitted: for an attention that weighs its tokens otherwise."""
+
+LINEAR = (SLOTS[3],)
+"""Attention is linear in v, row by row."""
 
 
 def dense_attention_flops(arguments: Arguments, tokens: int) -> int:

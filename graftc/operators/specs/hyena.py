@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from graftc.operators.spec import Apply, Arg, Arguments, Cost, InitSource, OperatorSpec, Slot
-from graftc.operators.specs._common import (
-    DIM,
-    SELF_ATTENTION,
-    fitted,
-    grid_args,
-    integer,
-    part,
-    qkv,
-    taps,
+from graftc.operators.spec import (
+    WHOLE,
+    Apply,
+    Arg,
+    Arguments,
+    Cost,
+    InitSource,
+    OperatorSpec,
+    Slot,
 )
+from graftc.operators.specs._common import DIM, SELF_ATTENTION, grid_args, integer, part, taps
 
 _ARGS = (
     DIM,
@@ -58,13 +58,24 @@ def _cost(arguments: Arguments, tokens: int, *, short: bool, inner: bool) -> Cos
 
 
 def _inits(*, short: bool, inner: bool) -> dict[str, dict[str, InitSource]]:
-    sources: dict[str, InitSource] = {"in_proj": qkv()}
+    """q = k = 1 at first, so that y = out(conv(v)); then every map is fitted (docs/first-weights.md)."""
+    sources: dict[str, InitSource] = {"q": Apply("one"), "k": Apply("one"), "v": part("v")}
     if short:
         sources["short_filter"] = Apply("identity")
     if inner:
         sources["inner_filter"] = Apply("identity")
-    sources["out_proj"] = fitted(part("out"))
-    return {SELF_ATTENTION: sources}
+    sources["out_proj"] = part("out")
+    return {SELF_ATTENTION: {**sources, WHOLE: Apply("least_squares")}}
+
+
+def _linear(*, short: bool, inner: bool) -> tuple[Slot, ...]:
+    """A product of q, k and v is linear in each; the filters along the tokens are linear too."""
+    found: list[Slot] = []
+    for index in (2, 1, 0):
+        found.append(Slot("in_proj", "in_proj", rows=(index, 3)))
+        if short:
+            found.append(Slot("short_filter", "short_filter", rows=(index, 3)))
+    return (*found, *_INNER) if inner else tuple(found)
 
 
 def _spec(name: str, cls: str, summary: str, *, short: bool, inner: bool) -> OperatorSpec:
@@ -80,6 +91,7 @@ def _spec(name: str, cls: str, summary: str, *, short: bool, inner: bool) -> Ope
         cost=partial(_cost, short=short, inner=inner),
         keeps=("causal",),
         length="dims=2",
+        linear=_linear(short=short, inner=inner),
         source="Grafting (arXiv 2506.05340), table 3; Hyena-SE/X of StripedHyena 2",
     )
 

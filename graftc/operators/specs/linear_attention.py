@@ -11,7 +11,7 @@ from graftc.operators.specs._common import (
     attention_sizes,
     integer,
 )
-from graftc.operators.specs.attention import COPIES, SLOTS
+from graftc.operators.specs.attention import COPIES, FITTED, LINEAR, SLOTS
 
 _PAIR = "feature=softmax_pair"
 _FEATURES = Arg(
@@ -78,9 +78,10 @@ SPECS = (
             ROTARY,
         ),
         slots=(*SLOTS, *_MAPS),
-        inits={SELF_ATTENTION: {**COPIES[SELF_ATTENTION], **_MAP_INITS}},
+        inits={SELF_ATTENTION: {**FITTED[SELF_ATTENTION], **_MAP_INITS}},
         cost=_cost,
         keeps=("key_mask", "rotary", "causal", "groups"),
+        linear=LINEAR,
         groups={"feature_maps": ("feature_q", "feature_k")},
         source="arXiv 2006.16236 (elu + 1); Sana, arXiv 2410.10629 (relu); Hedgehog, arXiv 2402.04347",
     ),

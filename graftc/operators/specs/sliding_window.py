@@ -11,7 +11,7 @@ from graftc.operators.specs._common import (
     attention_sizes,
     integer,
 )
-from graftc.operators.specs.attention import COPIES, SLOTS
+from graftc.operators.specs.attention import FITTED, LINEAR, SLOTS
 
 
 def _cost(arguments: Arguments, tokens: int) -> Cost:
@@ -36,9 +36,10 @@ SPECS = (
             ROTARY,
         ),
         slots=SLOTS,
-        inits=COPIES,
+        inits=FITTED,
         cost=_cost,
         keeps=("mask", "rotary", "causal", "groups"),
+        linear=LINEAR,
         source="Grafting (arXiv 2506.05340), table 3; arXiv 2004.05150",
     ),
 )

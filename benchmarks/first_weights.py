@@ -1,0 +1,368 @@
+"""Where new weights should start: every init policy of every operator, on the digits teacher.
+
+    python benchmarks/first_weights.py run      # measures what is not yet in first_weights.json
+    python benchmarks/first_weights.py frechet  # three operators by Fréchet distance, likewise
+    python benchmarks/first_weights.py table    # docs/first-weights.md from the JSON
+
+The attentions of blocks 1, 3, 5 and 7 (MLPs for `mlp`) are replaced. Both commands stop and go on
+where they were; with one core they take about half an hour each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT / "examples" / "digits"), str(ROOT)]
+
+from data import Digits  # noqa: E402
+from model import task, teacher  # noqa: E402
+
+from graftc.compiler import site_parts  # noqa: E402
+from graftc.distillation.loss import Scale, regression  # noqa: E402
+from graftc.distillation.optim import Group, Kind, Optimiser, Schedule  # noqa: E402
+from graftc.distillation.targets import Loss  # noqa: E402
+from graftc.operators.build import build  # noqa: E402
+from graftc.operators.spec import SITE, Apply, Const, InitSource, OfSite, Part  # noqa: E402
+from graftc.operators.specs import SPECS  # noqa: E402
+from graftc.program.analysis import Analysis, analyse  # noqa: E402
+from graftc.program.capture import capture  # noqa: E402
+from graftc.weights.alternating import solve_alternating  # noqa: E402
+from graftc.weights.initialise import initialise  # noqa: E402
+from graftc.weights.parts import Heads  # noqa: E402
+from graftc.weights.solve import solve_least_squares  # noqa: E402
+
+RESULTS = HERE / "first_weights.json"
+SITES = (1, 3, 5, 7)
+POOL, CALIBRATION, HELD = 3000, 512, 128
+BATCH = 64
+BUDGETS = (100, 400)
+TIMES = (25, 125, 250, 375, 500, 625, 750, 875)
+
+Clauses = list[tuple[str | None, InitSource]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, a policy for its first weights, and the optimiser that trains it then."""
+
+    operator: str
+    arguments: Mapping[str, Any]
+    policy: str
+    clauses: Clauses = field(default_factory=Clauses)
+    optimiser: Kind = "muon"
+    trained: bool = True
+
+    @property
+    def title(self) -> str:
+        shown = ", ".join(f"{k} = {str(v).lower()}" for k, v in self.arguments.items())
+        return f"{self.operator}({shown})"
+
+    @property
+    def key(self) -> str:
+        return f"{self.title} | {self.policy}"
+
+
+def part(name: str) -> Part:
+    return Part(SITE, name)
+
+
+FITTED: tuple[str, InitSource] = ("out_proj", Apply("least_squares", (), {"otherwise": part("out")}))
+REUSED: Clauses = [("q", part("q")), ("k", part("k")), ("v", part("v"))]
+OUT: tuple[str, InitSource] = ("out_proj", part("out"))
+RANDOM: Clauses = [(None, Apply("random", (), {"seed": Const(0)}))]
+ONES: Clauses = [("q", Apply("one")), ("k", Apply("one")), ("v", part("v"))]
+
+
+def cases() -> Iterator[Case]:
+    """Most wanted first: a run that is stopped has measured what decides a default."""
+    hyena: dict[str, Any] = {"kernel": 17, "causal": False}
+    attention = (
+        ("sliding_window", {"window": 4}),
+        ("linear_attention", {"feature": "relu"}),
+        ("linear_attention", {"feature": "elu1"}),
+    )
+    hyenas = (("hyena_x", hyena), ("hyena_x", {"kernel": 4, "causal": True}), ("hyena_y", hyena), ("hyena_se", hyena))
+    yield Case("token_linear", {}, "least squares", trained=False)
+    for operator, arguments in hyenas[:1]:
+        yield from _hyena(operator, arguments)
+    for operator, arguments in attention[:2]:
+        yield from _attention(operator, arguments)
+    yield from _hyena(*hyenas[1])
+    for ratio in (3, 6):
+        yield Case("mlp", {"ratio": ratio}, "resized", trained=ratio < 4)
+        if ratio < 4:
+            fitted: tuple[str, InitSource] = ("down", Apply("least_squares"))
+            yield Case("mlp", {"ratio": ratio}, "resized, down fitted", [fitted])
+            yield Case("mlp", {"ratio": ratio}, "random", RANDOM)
+            yield Case("mlp", {"ratio": ratio}, "random, AdamW", RANDOM, "adamw")
+    yield from _attention(*attention[2])
+    for operator, arguments in hyenas[2:]:
+        yield from _hyena(operator, arguments)
+    yield Case("attention", {}, "reused", [*REUSED, OUT], trained=False)
+
+
+def _hyena(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
+    yield Case(operator, arguments, "all fitted in turn", [(None, Apply("least_squares"))])
+    yield Case(operator, arguments, "random, AdamW", RANDOM, "adamw")
+    yield Case(operator, arguments, "q, k, v reused, out fitted", [*REUSED, FITTED])
+    yield Case(operator, arguments, "q = k = 1, out fitted", [*ONES, FITTED])
+    yield Case(operator, arguments, "random", RANDOM)
+    yield Case(operator, arguments, "q, k, v, out reused", [*REUSED, OUT])
+
+
+def _attention(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
+    yield Case(operator, arguments, "reused, v and out fitted", [(None, Apply("least_squares"))])
+    yield Case(operator, arguments, "random, AdamW", RANDOM, "adamw")
+    yield Case(operator, arguments, "q, k, v reused, out fitted", [*REUSED, FITTED])
+    yield Case(operator, arguments, "q, k, v, out reused", [*REUSED, OUT])
+    yield Case(operator, arguments, "random", RANDOM)
+
+
+@cache
+def analysis() -> Analysis:
+    return analyse(capture(teacher()))
+
+
+@cache
+def activations(kind: str) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
+    """Inputs and outputs of the sites, stored once as the paper does: {"train" | "held": {block: (x, y)}}."""
+    module = teacher().module
+    generator = torch.Generator().manual_seed(20251121)
+    found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    for name, count in (("train", POOL), ("held", HELD)):
+        digits = Digits("train" if name == "train" else "held_out")
+        rows: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in SITES}
+        handles = [
+            getattr(module.blocks[i], kind).register_forward_hook(  # pyright: ignore
+                lambda _, given, made, i=i: rows[i].append((given[0], made))
+            )
+            for i in SITES
+        ]
+        index = torch.cat([torch.randperm(len(digits), generator=generator) for _ in range(2)])
+        with torch.inference_mode():
+            for piece in index[:count].split(250):
+                module(**task().prepare(digits.batch(piece), generator).inputs)
+        for handle in handles:
+            handle.remove()
+        found[name] = {
+            i: (torch.cat([x for x, _ in r]).clone(), torch.cat([y for _, y in r]).clone())
+            for i, r in rows.items()
+        }
+    return found
+
+
+@cache
+def noised() -> tuple[dict[str, Tensor], Tensor]:
+    """The held-out inputs at every timestep of TIMES, and the teacher's noise for them: paired for all rows."""
+    digits = Digits("held_out").batch(torch.arange(HELD))
+    generator = torch.Generator().manual_seed(7)
+    clean = digits["latent"].repeat(len(TIMES), 1, 1, 1)
+    t = torch.tensor(TIMES).repeat_interleave(HELD)
+    noisy = task().diffuse(clean, torch.randn(clean.shape, generator=generator), t)
+    inputs = {"x": noisy, "t": t, "y": digits["label"].repeat(len(TIMES))}
+    return inputs, _noise(teacher().module, inputs)
+
+
+def _noise(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        pieces = zip(*(x.split(256) for x in inputs.values()), strict=True)
+        return torch.cat([module(*piece)[:, :1] for piece in pieces])
+
+
+def output_error(model: nn.Module) -> dict[str, float]:
+    """‖student − teacher‖² / ‖teacher‖² of the predicted noise, by timestep and over all."""
+    inputs, wanted = noised()
+    square = (_noise(model, inputs) - wanted).square().flatten(1).sum(1).view(len(TIMES), HELD)
+    energy = wanted.square().flatten(1).sum(1).view(len(TIMES), HELD)
+    by_time = (square.sum(1) / energy.sum(1)).tolist()
+    return {"all": float(square.sum() / energy.sum())} | {
+        str(t): e for t, e in zip(TIMES, by_time, strict=True)
+    }
+
+
+def grafted(kind: str, operators: Mapping[int, nn.Module]) -> nn.Module:
+    model: Any = copy.deepcopy(teacher().module).eval()
+    for i, operator in operators.items():
+        setattr(model.blocks[i], kind, operator.eval())
+    return model
+
+
+def start(case: Case) -> dict[int, nn.Module]:
+    """The operators with their first weights, solved where they ask for it."""
+    spec = SPECS[case.operator]
+    kind = _kind(case)
+    made: dict[int, nn.Module] = {}
+    for i in SITES:
+        site = next(s for s in analysis().sites if s.path == f"blocks.{i}.{kind}")
+        arguments = {
+            a.name: case.arguments.get(
+                a.name, site.facts.get(a.default.fact) if isinstance(a.default, OfSite) else a.default
+            )
+            for a in spec.args
+        }
+        torch.manual_seed(i)
+        operator = build(spec, arguments).eval()
+        facts = [site.facts.get(n) for n in ("heads", "kv_heads", "head_dim")]
+        heads = {SITE: Heads(*facts)} if all(isinstance(f, int) for f in facts) else {}  # type: ignore[arg-type]
+        origins = initialise(
+            operator, spec, arguments, site.role, case.clauses, {SITE: site_parts(analysis(), site)},
+            site.path, heads=heads,
+        )  # fmt: skip
+        x, y = activations(kind)["train"][i]
+        batches = [((a,), b) for a, b in zip(x[:CALIBRATION].split(BATCH), y[:CALIBRATION].split(BATCH), strict=True)]
+        for fit in dict.fromkeys(o.fit for o in origins if o.fit):
+            if fit.policy == "alternating":
+                solve_alternating(operator, fit.linear, fit.blocks, batches, sweeps=fit.sweeps)
+            else:
+                solve_least_squares(operator, fit.linear, batches)
+        made[i] = operator
+    return made
+
+
+def _kind(case: Case) -> str:
+    return "mlp" if case.operator == "mlp" else "attn"
+
+
+def site_errors(kind: str, operators: Mapping[int, nn.Module]) -> list[float]:
+    found: list[float] = []
+    for i, operator in operators.items():
+        x, y = activations(kind)["held"][i]
+        with torch.inference_mode():
+            found.append(float((operator(x) - y).square().sum() / y.square().sum()))
+    return found
+
+
+def train(case: Case, operators: Mapping[int, nn.Module], steps: int) -> dict[int, list[float]]:
+    """Stage 1 as the engine does it (L1, its rates and schedule); held-out site errors by step."""
+    kind = _kind(case)
+    data = activations(kind)["train"]
+    schedule = Schedule(steps, warmup=max(1, steps // 20))
+    groups = [Group(str(i), dict(o.named_parameters()), None, schedule) for i, o in operators.items()]
+    optimiser = Optimiser(case.optimiser, groups)
+    scales = {i: Scale(float(y.abs().mean()), float(y.square().mean())) for i, (_, y) in data.items()}
+    generator = torch.Generator().manual_seed(11)
+    trace: dict[int, list[float]] = {}
+    for step in range(steps):
+        chosen = torch.randint(POOL, (BATCH,), generator=generator)
+        optimiser.zero()
+        for i, operator in operators.items():
+            x, y = data[i]
+            regression(operator(x[chosen]), y[chosen], Loss("l1"), scales[i]).backward()
+            nn.utils.clip_grad_norm_(operator.parameters(), 1.0)
+        optimiser.step(step)
+        if (step + 1) % 20 == 0:
+            trace[step + 1] = site_errors(kind, operators)
+    return trace
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One row: errors of the sites and of the model's output at 0 steps and at the end of each budget."""
+    began = time.process_time()
+    first = start(case)
+    kind = _kind(case)
+    row: dict[str, Any] = {
+        "operator": case.title, "policy": case.policy, "optimiser": case.optimiser,
+        "seconds_to_start": round(time.process_time() - began, 1),
+        "site_error": {"0": site_errors(kind, first)},
+        "output_error": {"0": output_error(grafted(kind, first))},
+        "trace": {},
+    }  # fmt: skip
+    for steps in BUDGETS if case.trained else ():
+        operators = {i: copy.deepcopy(o) for i, o in first.items()}
+        trace = train(case, operators, steps)
+        row["trace"][str(steps)] = trace
+        row["site_error"][str(steps)] = trace[steps]
+        row["output_error"][str(steps)] = output_error(grafted(kind, operators))
+    row["seconds"] = round(time.process_time() - began, 1)
+    return row
+
+
+def read() -> dict[str, Any]:
+    if RESULTS.exists():
+        return json.loads(RESULTS.read_text(encoding="utf-8"))
+    return {"rows": {}, "frechet": {}, "machine": f"torch {torch.__version__}, 1 thread, CPU"}
+
+
+def write(found: Mapping[str, Any]) -> None:
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial.replace(RESULTS)
+
+
+def run_all() -> None:
+    """Measure every case that has no row yet."""
+    for case in cases():
+        if case.key in read()["rows"]:
+            continue
+        print(case.key, flush=True)
+        row = measure(case)
+        found = read()
+        found["rows"][case.key] = row
+        write(found)
+        errors = {k: round(v["all"], 4) for k, v in row["output_error"].items()}
+        print(f"  output error {errors}, {row['seconds']} s", flush=True)
+
+
+FRECHET = (
+    ("hyena_x(kernel = 17, causal = false)", "all fitted in turn"),
+    ("sliding_window(window = 4)", "reused, v and out fitted"),
+    ("linear_attention(feature = relu)", "reused, v and out fitted"),
+)
+
+
+def run_frechet() -> None:
+    """Three operators with their default first weights, 3 seeds of 2,000 samples: at 0 steps, then after stage 1."""
+    from table_score import Protocol, score_seed
+
+    protocol = Protocol(2000, (0, 1, 2))
+    known = {case.key: case for case in cases()}
+    for steps in (0, 400):
+        for title, policy in FRECHET:
+            case = known[f"{title} | {policy}"]
+            model: Callable[..., Any] | None = None
+            for seed in protocol.seeds:
+                key = f"{case.key} | {steps} | {seed}"
+                if key in read()["frechet"]:
+                    continue
+                if model is None:
+                    operators = start(case)
+                    if steps:
+                        train(case, operators, steps)
+                    model = grafted(_kind(case), operators)
+                drawn = score_seed(model, task(), protocol, seed)
+                found = read()
+                found["frechet"][key] = drawn.distance
+                found["frechet_protocol"] = str(protocol)
+                write(found)
+                print(key, drawn.distance, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "frechet", "table"))
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    if words.what == "table":
+        from first_weights_table import markdown
+
+        (ROOT / "docs" / "first-weights.md").write_text(markdown(read()), encoding="utf-8")
+        return
+    run_all() if words.what == "run" else run_frechet()
+
+
+if __name__ == "__main__":
+    main()
