@@ -80,7 +80,10 @@ def part(name: str) -> Part:
     return Part(SITE, name)
 
 
-FITTED: tuple[str, InitSource] = ("out_proj", Apply("least_squares", (), {"otherwise": part("out")}))
+FITTED: tuple[str, InitSource] = (
+    "out_proj",
+    Apply("least_squares", (), {"otherwise": part("out")}),
+)
 REUSED: Clauses = [("q", part("q")), ("k", part("k")), ("v", part("v"))]
 OUT: tuple[str, InitSource] = ("out_proj", part("out"))
 RANDOM: Clauses = [(None, Apply("random", (), {"seed": Const(0)}))]
@@ -95,7 +98,12 @@ def cases() -> Iterator[Case]:
         ("linear_attention", {"feature": "relu"}),
         ("linear_attention", {"feature": "elu1"}),
     )
-    hyenas = (("hyena_x", hyena), ("hyena_x", {"kernel": 4, "causal": True}), ("hyena_y", hyena), ("hyena_se", hyena))
+    hyenas = (
+        ("hyena_x", hyena),
+        ("hyena_x", {"kernel": 4, "causal": True}),
+        ("hyena_y", hyena),
+        ("hyena_se", hyena),
+    )
     yield Case("token_linear", {}, "least squares", trained=False)
     for operator, arguments in hyenas[:1]:
         yield from _hyena(operator, arguments)
@@ -146,12 +154,7 @@ def activations(kind: str) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
     for name, count in (("train", POOL), ("held", HELD)):
         digits = Digits("train" if name == "train" else "held_out")
         rows: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in SITES}
-        handles = [
-            getattr(module.blocks[i], kind).register_forward_hook(  # pyright: ignore
-                lambda _, given, made, i=i: rows[i].append((given[0], made))
-            )
-            for i in SITES
-        ]
+        handles = [_record(getattr(module.blocks[i], kind), rows[i]) for i in SITES]  # pyright: ignore
         index = torch.cat([torch.randperm(len(digits), generator=generator) for _ in range(2)])
         with torch.inference_mode():
             for piece in index[:count].split(250):
@@ -163,6 +166,10 @@ def activations(kind: str) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
             for i, r in rows.items()
         }
     return found
+
+
+def _record(module: nn.Module, rows: list[tuple[Tensor, Tensor]]) -> Any:
+    return module.register_forward_hook(lambda _, given, made: rows.append((given[0], made)))
 
 
 @cache
@@ -210,7 +217,8 @@ def start(case: Case) -> dict[int, nn.Module]:
         site = next(s for s in analysis().sites if s.path == f"blocks.{i}.{kind}")
         arguments = {
             a.name: case.arguments.get(
-                a.name, site.facts.get(a.default.fact) if isinstance(a.default, OfSite) else a.default
+                a.name,
+                site.facts.get(a.default.fact) if isinstance(a.default, OfSite) else a.default,
             )
             for a in spec.args
         }
@@ -223,7 +231,10 @@ def start(case: Case) -> dict[int, nn.Module]:
             site.path, heads=heads,
         )  # fmt: skip
         x, y = activations(kind)["train"][i]
-        batches = [((a,), b) for a, b in zip(x[:CALIBRATION].split(BATCH), y[:CALIBRATION].split(BATCH), strict=True)]
+        batches = [
+            ((a,), b)
+            for a, b in zip(x[:CALIBRATION].split(BATCH), y[:CALIBRATION].split(BATCH), strict=True)
+        ]
         for fit in dict.fromkeys(o.fit for o in origins if o.fit):
             if fit.policy == "alternating":
                 solve_alternating(operator, fit.linear, fit.blocks, batches, sweeps=fit.sweeps)
@@ -251,9 +262,13 @@ def train(case: Case, operators: Mapping[int, nn.Module], steps: int) -> dict[in
     kind = _kind(case)
     data = activations(kind)["train"]
     schedule = Schedule(steps, warmup=max(1, steps // 20))
-    groups = [Group(str(i), dict(o.named_parameters()), None, schedule) for i, o in operators.items()]
+    groups = [
+        Group(str(i), dict(o.named_parameters()), None, schedule) for i, o in operators.items()
+    ]
     optimiser = Optimiser(case.optimiser, groups)
-    scales = {i: Scale(float(y.abs().mean()), float(y.square().mean())) for i, (_, y) in data.items()}
+    scales = {
+        i: Scale(float(y.abs().mean()), float(y.square().mean())) for i, (_, y) in data.items()
+    }
     generator = torch.Generator().manual_seed(11)
     trace: dict[int, list[float]] = {}
     for step in range(steps):
@@ -352,7 +367,9 @@ def run_frechet() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("run", "frechet", "table"))
     words = parser.parse_args()
     torch.set_num_threads(1)

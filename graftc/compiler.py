@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from graftc import __version__
 from graftc.diagnostics import fail
 from graftc.distillation.targets import Targets, to_dict
 from graftc.emit.build import Build, write_build
+from graftc.emit.files import file_hash
 from graftc.forms import forms
 from graftc.language.check import check
 from graftc.language.rules import Rules
@@ -34,6 +36,7 @@ from graftc.rewrite.price import init_clause
 from graftc.targets import make_targets
 from graftc.weights.initialise import initialise
 from graftc.weights.parts import Affine, Heads
+from graftc.weights.released import load_student, read_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,21 +139,26 @@ def compile_build(
     seed: int,
     copy_teacher: bool,
     command: str,
+    student_weights: Path | None = None,
 ) -> Build:
     """Compile and write the build directory; see `graftc.compile`."""
     rules = check(file, overrides)
     loaded = load_model(model) if isinstance(model, str) else as_model(model)
     _check_weights(loaded.module)
     compiled = compile_model(rules, loaded, seed)
-    targets = compiled.targets
-    if data is not None and any(s.pending for s in targets.sites):
+    targets, student, plan = compiled.targets, compiled.student, plan_dict(compiled.plan)
+    if student_weights is not None:
+        student = _released(student, student_weights, loaded.module)
+        plan = _from_file(plan, student_weights)
+        targets = replace(targets, sites=tuple(replace(s, pending=()) for s in targets.sites))
+    elif data is not None and any(s.pending for s in targets.sites):
         targets = _solve(compiled, data, task, loaded, seed)
     return write_build(
         output,
-        student=compiled.student,
+        student=student,
         teacher=compiled.teacher,
         candidates=candidates(compiled.plan, compiled.analysis, seed),
-        plan=plan_dict(compiled.plan),
+        plan=plan,
         targets=to_dict(targets),
         manifest={
             "versions": _versions(),
@@ -159,16 +167,41 @@ def compile_build(
             "rules": {"file": str(file), "read": list(rules.files), "sha256": rules.digest,
                       "parameters": dict(rules.parameters)},
             "model": _named(model, "MODEL"),
+            "student_weights": _file_entry(student_weights),
             "data": _named(data, "DATA"),
             "task": _task_entry(task, loaded.task),
             "checks": list(compiled.checks),
-            "forms": forms(compiled.plan, compiled.analysis, compiled.student, loaded),
+            "forms": forms(compiled.plan, compiled.analysis, student, loaded),
         },
         copy_teacher=copy_teacher or not isinstance(model, str),
         provenance={n.path: f"{e.rule.name} @ {e.origin}" for e in compiled.plan.edits for n in e.new},
         model=model_reference(model).absolute() if isinstance(model, str) else "",
         made_by=f"graftc {__version__} from {file.name}",
     )  # fmt: skip
+
+
+def _released(student: Program, file: Path, original: nn.Module) -> Program:
+    """The student with the weights of `file`, in memory of its own: what no edit touched is the teacher's."""
+    made = replace(student, root=copy.deepcopy(student.root))
+    constants = made.root.state_dict().keys() - original.state_dict().keys()
+    constants -= {name for name, _ in made.root.named_parameters()}
+    load_student(made.root, read_state(file), constants)
+    return made
+
+
+def _from_file(plan: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The plan with every new weight's origin being the file."""
+    edits = [
+        {**e, "weights": [{**w, "from": file.name, "pending": False} for w in e["weights"]]}
+        for e in plan["edits"]
+    ]
+    return {**plan, "edits": edits}
+
+
+def _file_entry(file: Path | None) -> dict[str, str] | None:
+    if file is None:
+        return None
+    return {"reference": str(file), "absolute": str(file.absolute()), "sha256": file_hash(file)}
 
 
 def _check_weights(module: nn.Module) -> None:

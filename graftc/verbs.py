@@ -79,11 +79,14 @@ def compile(
     overrides: Mapping[str, str] | None = None,
     seed: int = 0,
     copy_teacher: bool = False,
+    student_weights: str | Path | None = None,
     command: str = "",
 ) -> Build:
     """The student and its distillation targets, as a build directory at `output`.
 
     With `data`, first weights that need data are solved now; without, they stay pending for `distill`.
+    With `student_weights` all weights come from that file instead (safetensors, or of torch.save: its key
+    `ema`, or the whole); a name that is missing there or left over is an error.
     Raises GraftError, and then an old build at `output` is as it was.
     """
     from graftc.compiler import compile_build
@@ -98,6 +101,7 @@ def compile(
         seed=seed,
         copy_teacher=copy_teacher,
         command=command,
+        student_weights=None if student_weights is None else Path(student_weights),
     )
 
 

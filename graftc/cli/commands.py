@@ -193,6 +193,14 @@ def compile_(
     copy_teacher: Annotated[
         bool, typer.Option("--copy-teacher", help="copy the teacher's weights into the build")
     ] = False,
+    student_weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--student-weights",
+            metavar="FILE",
+            help="a trained student's state dict: safetensors, or of torch.save (key `ema`)",
+        ),
+    ] = None,
     format: FormatOption = "text",
 ) -> None:
     """Make the student and its distillation targets."""
@@ -209,6 +217,7 @@ def compile_(
         overrides=_overrides(set_),
         seed=seed,
         copy_teacher=copy_teacher,
+        student_weights=student_weights,
         command=_command(),
     )
     show_build(build)

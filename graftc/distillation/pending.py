@@ -60,7 +60,9 @@ def _solve(
         if pending.policy == "least_squares":
             solve_least_squares(student.region, last, rows)
         elif pending.policy == "alternating":
-            blocks = [replace(b, module=_inside(student, pending, b.module)) for b in pending.blocks]
+            blocks = [
+                replace(b, module=_inside(student, pending, b.module)) for b in pending.blocks
+            ]
             solve_alternating(student.region, last, blocks, rows, sweeps=pending.sweeps)
         else:
             fail("G547", f"no way is known to solve `{pending.policy}` from data",

@@ -166,7 +166,7 @@ def _features(
     yield read(weight, one)
 
 
-class _Seen(Exception):  # noqa: N818  (it ends a forward pass that has given what was wanted)
+class _Seen(Exception):
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
@@ -212,7 +212,9 @@ def _run(
             finally:
                 handle.remove()
             if len(seen) != 1:
-                raise ValueError(f"alternating least squares: {path} ran {len(seen)} times, not once")
+                raise ValueError(
+                    f"alternating least squares: {path} ran {len(seen)} times, not once"
+                )
             return seen[0]
         with _swapped(module, path, _Given(value)):
             try:

@@ -118,7 +118,9 @@ def _all_fitted(
         )
     taken = [_span_of(slot, module, context.arguments) for slot in fixed]
     if any(name == last.module for name, _, _ in taken):
-        return plan  # the rule has its own last map: what would feed another one is not its business
+        return (
+            plan  # the rule has its own last map: what would feed another one is not its business
+        )
     width = module.get_submodule(last.module).get_parameter("weight").shape[1]
     blocks: list[Block] = []
     for slot in spec.linear:
@@ -149,7 +151,8 @@ def _span_of(slot: Slot, module: nn.Module, arguments: Arguments) -> tuple[str, 
     if slot.parameter is not None:
         return f"{slot.module}:{slot.parameter}", 0, 0
     total = module.get_submodule(slot.module).get_parameter("weight").shape[0]
-    return slot.module, *(rows_of(slot, total, arguments) or (0, total))
+    start, stop = rows_of(slot, total, arguments) or (0, total)
+    return slot.module, start, stop
 
 
 def present(spec: OperatorSpec, arguments: Arguments) -> list[Slot]:

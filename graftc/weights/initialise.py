@@ -171,9 +171,7 @@ def _origins(module: nn.Module, plan: list[Assignment], context: Context) -> tup
                 if isinstance(source, Apply) and source.policy == "least_squares":
                     source = source.options.get("otherwise", Apply("zero"))
                 said = f"least_squares, from {text(source, context.binding)}"
-            lines[name].append(
-                Origin(name, item.slot.name, said, item.slot.module, rows, item.fit)
-            )
+            lines[name].append(Origin(name, item.slot.name, said, item.slot.module, rows, item.fit))
     bare = [n for n, found in lines.items() if not _complete(found, sizes[n])]
     if bare:
         names = ", ".join(f"`{n}`" for n in bare)

@@ -27,7 +27,18 @@ from graftc.weights.parts import Affine, Heads, SiteParts
 _PER_HEAD = ("mean_pool", "repeat")
 WHOLE_POLICIES = ("resize", "keep_top")
 POLICIES = (
-    *("copy", "concat", "rows", "slice", "mean_pool", "repeat", "product", "identity", "zero", "one"),
+    *(
+        "copy",
+        "concat",
+        "rows",
+        "slice",
+        "mean_pool",
+        "repeat",
+        "product",
+        "identity",
+        "zero",
+        "one",
+    ),
     *("random", "least_squares", "argument", "constant", "mean_of_branches", "sum_of_branches"),
     *WHOLE_POLICIES,
 )

@@ -36,9 +36,10 @@ HYENAS = [("hyena_x", True), ("hyena_x", False), ("hyena_y", False), ("hyena_se"
 def test_maps_that_are_off_come_nearer_than_by_the_last_one_alone(name, causal):
     """Every weight before the last map moved by a third: fitting them all undoes most of it."""
     spec = SPECS[name]
-    arguments = {"dim": DIM, "kernel": 3, "causal": causal}
+    own = {"dim": DIM, "kernel": 3, "causal": causal}
+    arguments = {a.name: own.get(a.name, a.default) for a in spec.args}
     part = Affine(torch.zeros(DIM, DIM))
-    site = {n: part for n in ("q", "k", "v", "out")}
+    site = dict.fromkeys(("q", "k", "v", "out"), part)
     scratch = _operator(name, 2, kernel=3, causal=causal)
     origins = initialise(scratch, spec, arguments, "self_attention", (), {"site": site})
     (fit,) = {o.fit for o in origins if o.fit}

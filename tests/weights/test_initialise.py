@@ -169,7 +169,8 @@ def test_least_squares_of_the_whole_fits_what_the_clause_gives_as_a_start():
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])
 def test_attention_that_weighs_otherwise_is_fitted_in_v_and_out(name, kv_heads):
     """v by rows only where each key-value head feeds one query head alone."""
-    _, origins = _init(name, _attention(kv_heads), site_kv_heads=kv_heads, kv_heads=kv_heads)
+    own = {"kv_heads": kv_heads, "window": 3}
+    _, origins = _init(name, _attention(kv_heads), site_kv_heads=kv_heads, **own)
     fit = origins["out_proj.weight", "out_proj"].fit
     assert fit is not None
     rows = (Block("in_proj", 2 * DIM, 3 * DIM),) if kv_heads == HEADS else ()
@@ -179,7 +180,7 @@ def test_attention_that_weighs_otherwise_is_fitted_in_v_and_out(name, kv_heads):
 
 def test_wider_operators_fit_their_last_map_alone():
     spec, width = SPECS["hyena_x"], WIDEST + 1
-    origins = plan_init(spec, {"dim": width, "kernel": 4, "causal": True}, "self_attention")
+    origins = plan_init(spec, _arguments("hyena_x", dim=width), "self_attention")
     assert {o.fit.policy for o in origins if o.fit} == {"least_squares"}
     assert {o.parameter for o in origins if o.pending} == {"out_proj.weight", "out_proj.bias"}
 

@@ -69,12 +69,12 @@ def _inits(*, short: bool, inner: bool) -> dict[str, dict[str, InitSource]]:
 
 
 def _linear(*, short: bool, inner: bool) -> tuple[Slot, ...]:
-    """A product of q, k and v is linear in each; the filters along the tokens are linear too."""
+    """A product of q, k and v is linear in each, and in their filters; k as one only at order 2."""
     found: list[Slot] = []
     for index in (2, 1, 0):
-        found.append(Slot("in_proj", "in_proj", rows=(index, 3)))
+        found.append(Slot("in_proj", "in_proj", rows=(index, 3), sizes=_rows))
         if short:
-            found.append(Slot("short_filter", "short_filter", rows=(index, 3)))
+            found.append(Slot("short_filter", "short_filter", rows=(index, 3), sizes=_rows))
     return (*found, *_INNER) if inner else tuple(found)
 
 

@@ -1,0 +1,174 @@
+"""Every token mixer against full attention, in torch eager and in ONNX Runtime on one CPU thread, as ratios.
+
+    python benchmarks/operators.py
+
+Each operator is the module that a student carries, in the form that `form = auto` takes on that path.
+Goals (attention's time / operator's, at 1,024 and 4,096 tokens): sliding window 1.5 and 4.6, Hyena 2.5
+and 6.9, linear attention 2.3 and 7.0, chunked SSD (mamba2) 1.6 and 4.4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Report, interleaved, median_ms, ratio
+from torch import nn
+
+from graftc.operators.build import build
+from graftc.operators.spec import OfSite
+from graftc.operators.specs import SPECS
+
+RESULTS = Path(__file__).with_name("operators.json")
+DIM, HEADS = 256, 4
+TOKENS = (1024, 4096)
+THREADS = 1
+OPERATORS: dict[str, tuple[str, dict[str, Any], tuple[float, float] | None]] = {
+    "sliding_window(window = 4)": ("sliding_window", {"window": 4}, (1.5, 4.6)),
+    "sliding_window(window = 64)": ("sliding_window", {"window": 64}, (1.5, 4.6)),
+    "hyena_x(kernel = 4)": ("hyena_x", {}, (2.5, 6.9)),
+    "hyena_y(kernel = 4)": ("hyena_y", {}, (2.5, 6.9)),
+    "hyena_se(kernel = 4)": ("hyena_se", {}, (2.5, 6.9)),
+    "linear_attention(elu1)": ("linear_attention", {}, (2.3, 7.0)),
+    "linear_attention(elu1, causal)": ("linear_attention", {"causal": True}, None),
+    "mamba2 (one direction)": ("mamba2", {}, (1.6, 4.4)),
+}
+SITE = {
+    "dim": DIM, "heads": HEADS, "kv_heads": HEADS, "head_dim": DIM // HEADS, "causal": False,
+    "rotary": "none", "bidirectional": False,
+}  # fmt: skip
+
+
+def make(operator: str, given: dict[str, Any]) -> nn.Module:
+    """The operator at the benchmark's width, with its default arguments."""
+    spec = SPECS[operator]
+    arguments = {
+        a.name: given.get(a.name, SITE.get(a.name) if isinstance(a.default, OfSite) else a.default)
+        for a in spec.args
+    }
+    torch.manual_seed(0)
+    return build(spec, arguments).eval()
+
+
+def onnx_session(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+    """The module in ONNX Runtime: dynamic batch, opset 20, as graftc exports."""
+    import onnxruntime
+
+    example = torch.randn(2, x.shape[1], DIM)
+    exported = torch.export.export(
+        module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+    )
+    file = io.BytesIO()
+    logging.disable(logging.WARNING)
+    try:
+        torch.onnx.export(exported, (), dynamo=True, opset_version=20, verbose=False).save(file)
+    finally:
+        logging.disable(logging.NOTSET)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = onnxruntime.InferenceSession(file.getvalue(), options, ["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    with torch.inference_mode():
+        off = (torch.from_numpy(session.run(None, {name: x.numpy()})[0]) - module(x)).abs().max()
+    assert off < 1e-4, f"ONNX Runtime is {off:.1e} off"
+    return partial(session.run, None, {name: x.numpy()})
+
+
+def rows(rounds: int, only: str | None = None) -> Iterator[dict[str, Any]]:
+    """One row for each operator and length: attention's time over the operator's, in both runtimes."""
+    for tokens in TOKENS:
+        x = torch.randn(1, tokens, DIM)
+        full = make("attention", {})
+        session = onnx_session(full, x)
+        for name, (operator, given, goal) in OPERATORS.items():
+            if operator not in SPECS or (only and only not in name):
+                continue
+            module = make(operator, given)
+            with torch.inference_mode():
+                eager = interleaved(
+                    {"full": partial(full, x), "own": partial(module, x)},
+                    rounds=rounds,
+                    clock=time.process_time,
+                )
+                exported = interleaved(
+                    {"full": session, "own": onnx_session(module, x)},
+                    rounds=rounds,
+                    clock=time.process_time,
+                )
+            yield {
+                "operator": name,
+                "tokens": tokens,
+                "eager": ratio(eager["full"], eager["own"]),
+                "onnx": ratio(exported["full"], exported["own"]),
+                "eager_ms": median_ms(eager["own"]),
+                "onnx_ms": median_ms(exported["own"]),
+                "goal": goal[TOKENS.index(tokens)] if goal else None,
+            }
+
+
+def report(found: list[dict[str, Any]]) -> Report:
+    """The table: rows of operators, ratios at each length."""
+    lines: list[tuple[str, ...]] = []
+    for row in found:
+        goal = row["goal"]
+        marks = [
+            f"{row[k]:.2f}x" + ("" if goal is None or row[k] >= goal else " (short)")
+            for k in ("eager", "onnx")
+        ]
+        lines.append(
+            (
+                row["operator"],
+                f"{row['tokens']:,}",
+                *marks,
+                "none" if goal is None else f"{goal}x",
+                row["eager_ms"],
+                row["onnx_ms"],
+            )
+        )
+    return Report(
+        "Operators against full attention, forward, CPU",
+        ("operator", "tokens", "torch eager", "ONNX Runtime", "goal", "eager", "ONNX Runtime"),
+        tuple(lines),
+        (
+            f"`python benchmarks/operators.py`. Attention's time divided by the operator's, medians of rounds that take turns; width {DIM}, {HEADS} "
+            f"heads, batch 1, float32, {THREADS} thread, CPU time. Full attention is `scaled_dot_product_attention` in torch, and what the exporter makes of it in "
+            "ONNX Runtime. The machine was shared with other work, hence CPU time and one thread: with two, waiting for the other one would be measured.",
+        ),
+    )
+
+
+def measure(rounds: int = 7) -> Report:
+    """Measure all rows."""
+    torch.set_num_threads(THREADS)
+    return report(list(rows(rounds)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", help="operators whose name holds this")
+    words = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    found: list[dict[str, Any]] = []
+    for row in rows(words.rounds, words.only):
+        found.append(row)
+        print(json.dumps(row), flush=True)
+        if not words.only:
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(report(found).markdown())
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+    main()
