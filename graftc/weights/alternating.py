@@ -17,7 +17,7 @@ from torch.func import functional_call
 from graftc.weights.fit import SWEEPS, Block
 from graftc.weights.solve import Solved, solve_least_squares
 
-ROWS = 32768
+ROWS = 16384
 """Rows (tokens of all samples) that the sweeps read at most."""
 
 FEATURES = 2**25

@@ -124,6 +124,8 @@ def _all_fitted(
     width = module.get_submodule(last.module).get_parameter("weight").shape[1]
     blocks: list[Block] = []
     for slot in spec.linear:
+        if slot.when is not None and not holds(slot.when, context.arguments):
+            continue
         name, start, stop = _span_of(slot, module, context.arguments)
         free = all(n != name or b <= start or stop <= a for n, a, b in taken)
         # Key-value heads that several query heads share feed several channels: not row by row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SWEEPS = 3
+SWEEPS = 2
 """How often alternating least squares goes over all maps: more gained under 2 % on the digits."""
 
 WIDEST = 256

@@ -123,6 +123,7 @@ def test_wrong_files_are_refused_by_name(tmp_path):
                       student_weights=tmp_path / "none.pt")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_real_size_plans_without_weights():
     made = verbs.plan(EXAMPLE / "hyena_x_50.graft", f"{EXAMPLE}/model.py:teacher")
     assert [s.edit.name for s in made.steps] == [f"blocks.{i}.attn" for i in range(1, 28, 2)]

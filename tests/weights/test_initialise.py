@@ -155,14 +155,14 @@ def test_what_a_rule_gives_is_not_fitted_but_the_rest_is():
 
 
 def test_least_squares_of_the_whole_fits_what_the_clause_gives_as_a_start():
-    clauses = [(None, Apply("least_squares", (), {"sweeps": Const(2)})), ("k", Part("a", "k"))]
+    clauses = [(None, Apply("least_squares", (), {"sweeps": Const(5)})), ("k", Part("a", "k"))]
     parts = _attention()
     module, origins = _init("hyena_x", parts, clauses=clauses)
     assert torch.equal(module.in_proj.weight[DIM : 2 * DIM], parts["k"].weight)
     assert origins["in_proj.weight", "k"].text == "least_squares, from a.k"
     fit = origins["in_proj.weight", "k"].fit
     assert fit is not None
-    assert fit.sweeps == 2
+    assert fit.sweeps == 5
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "linear_attention"])

@@ -75,7 +75,9 @@ def _linear(*, short: bool, inner: bool) -> tuple[Slot, ...]:
         found.append(Slot("in_proj", "in_proj", rows=(index, 3), sizes=_rows))
         if short:
             found.append(Slot("short_filter", "short_filter", rows=(index, 3), sizes=_rows))
-    return (*found, *_INNER) if inner else tuple(found)
+    if inner:  # of a higher order the filter is used more than once
+        found.append(Slot("inner_filter", "inner_filter", when="order=2"))
+    return tuple(found)
 
 
 def _spec(name: str, cls: str, summary: str, *, short: bool, inner: bool) -> OperatorSpec:
