@@ -53,7 +53,7 @@ def _solve(
     student: Student, pending: Pending, rows: Sequence[tuple[tuple[Tensor, ...], Tensor]]
 ) -> None:
     from graftc.weights.alternating import solve_alternating
-    from graftc.weights.solve import solve_least_squares
+    from graftc.weights.solve import solve_least_squares, solve_svd
 
     last = _inside(student, pending, pending.linear)
     try:
@@ -64,9 +64,12 @@ def _solve(
                 replace(b, module=_inside(student, pending, b.module)) for b in pending.blocks
             ]
             solve_alternating(student.region, last, blocks, rows, sweeps=pending.sweeps)
+        elif pending.policy == "svd":
+            inner = _inside(student, pending, pending.blocks[0].module)
+            solve_svd(student.region, inner, last, rows)
         else:
             fail("G547", f"no way is known to solve `{pending.policy}` from data",
-                 site=student.site.name, wanted="least_squares or alternating",
+                 site=student.site.name, wanted="least_squares, alternating or svd",
                  found=pending.policy)  # fmt: skip
     except ValueError as error:
         fail("G547", f"`{pending.linear}` of `{pending.module}` cannot be solved: {error}",

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graftc.diagnostics import fail
 from graftc.program.analysis import Analysis
@@ -56,7 +56,7 @@ class PartRef:
 def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
     """Part name → where it stands, or why it is no affine map (a sentence).
 
-    An attention has q, k, v, out; an MLP up, down and, where gated, gate.
+    An attention has q, k, v, out; an MLP up, down and, where gated, gate; a linear its map.
     """
     if path in analysis.attentions:
         a = analysis.attentions[path]
@@ -88,7 +88,18 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
             found["gate"] = _rows_of(m.gate, m.activation)
             found["up"] = _rows_of(m.up, other)
         return found
-    return {}
+    return _of_linear(analysis, path)
+
+
+def _of_linear(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
+    """`map`: a linear site itself; nothing for a site of another role."""
+    if not any(s.path == path and s.role == "linear" for s in analysis.sites):
+        return {}
+    graph = analysis.program.module(path)
+    assert isinstance(graph, fx.GraphModule)
+    transposed = any(n.target is ATEN.addmm.default for n in graph.graph.nodes)
+    names = {p.ndim: f"{path}.{n}" for n, p in graph.named_parameters()}
+    return {"map": PartRef(names[2], names.get(1), transposed=transposed)}
 
 
 def _scale_factor(a: Attention) -> float:

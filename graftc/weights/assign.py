@@ -70,7 +70,8 @@ def assign(
             if name == WHOLE and _is_fit(source):
                 continue
             if name == WHOLE:
-                plan += [Assignment(s, source, True, span) for s in bodies(slots)]
+                fit = _whitened(source, slots, module)
+                plan += [Assignment(s, source, True, span, fit) for s in bodies(slots)]
                 continue
             if name not in by_name:
                 continue  # a default of a slot that these arguments leave out
@@ -94,6 +95,17 @@ def assign(
         fixed = tuple(by_name[name] for name in overrides)
         return _all_fitted(spec, kept, default, fixed, context, module)
     return kept
+
+
+def _whitened(source: InitSource, slots: list[Slot], module: nn.Module) -> Fit | None:
+    """What `svd(…, whiten = calibration)` waits for."""
+    if not isinstance(source, Apply) or source.policy != "svd":
+        return None
+    if source.options.get("whiten", Const("none")) != Const("calibration"):
+        return None
+    inner, outer = (s.module for s in bodies(slots)[:2])
+    rank = module.get_submodule(inner).get_parameter("weight").shape[0]
+    return Fit("svd", outer, (Block(inner, 0, rank),))
 
 
 def _is_fit(source: InitSource) -> bool:

@@ -30,10 +30,11 @@ class Fit:
     """A solve on the teacher's activations.
 
     `least_squares` fits the Linear `linear`, the operator's last map; `alternating` fits `blocks`
-    in turn, `sweeps` times over, and then that map.
+    in turn, `sweeps` times over, and then that map. `svd` finds the best product of the one block, all
+    of a Linear, and `linear` after it, on the inputs that it sees (whitened).
     """
 
-    policy: Literal["least_squares", "alternating"]
+    policy: Literal["least_squares", "alternating", "svd"]
     linear: str
     blocks: tuple[Block, ...] = ()
     sweeps: int = 0

@@ -166,7 +166,7 @@ def _origins(module: nn.Module, plan: list[Assignment], context: Context) -> tup
             total = parameter.shape[0] if parameter.ndim else 1
             rows = rows_of(item.slot, total, context.arguments)
             said = text(item.source, context.binding)
-            if item.fit is not None:
+            if item.fit is not None and item.fit.policy != "svd":
                 source = item.source
                 if isinstance(source, Apply) and source.policy == "least_squares":
                     source = source.options.get("otherwise", Apply("zero"))

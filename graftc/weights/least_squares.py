@@ -25,6 +25,11 @@ class NormalEquations:
         self._xx, self._xy = zeros(inputs, inputs), zeros(inputs, outputs)
         self._x, self._y, self._yy = zeros(inputs), zeros(outputs), zeros()
 
+    @property
+    def gram(self) -> Tensor:
+        """Σ x xᵀ of the inputs, [in, in]."""
+        return self._xx
+
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Rows of inputs [n, in] and of targets [n, out]."""
         x, y = inputs.to(self._xx), targets.to(self._xy)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from graftc.weights.least_squares import NormalEquations
+from graftc.weights.parts import Affine
+from graftc.weights.policies import whitened_svd
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,44 @@ def solve_least_squares(
 def _error(equations: NormalEquations, linear: nn.Linear) -> float:
     bias: Tensor | None = linear.bias
     return equations.relative_error(linear.weight.detach(), None if bias is None else bias.detach())
+
+
+def solve_svd(
+    module: nn.Module,
+    inner: str,
+    outer: str,
+    batches: Iterable[tuple[tuple[Tensor, ...], Tensor]],
+) -> Solved:
+    """Set two Linears, one after the other, to the product of their rank that is best on the inputs.
+
+    The targets are those of one affine map, which is found first; then it is cut to the rank in the
+    norm of its inputs (SVD-LLM, arXiv 2403.07378). `inner` reads the module's first input.
+
+    >>> thin = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2))
+    >>> x = torch.randn(64, 2) * torch.tensor([9.0, 0.1])
+    >>> solve_svd(thin, "0", "1", [((x,), x)]).after < 0.05
+    True
+    """
+    first, second = module.get_submodule(inner), module.get_submodule(outer)
+    if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
+        raise ValueError(f"svd: {inner} and {outer} are not two Linears")
+    bias: Tensor | None = second.bias
+    equations = NormalEquations(first.in_features, second.out_features, first.weight.device)
+    for inputs, target in batches:
+        equations.add(
+            inputs[0].reshape(-1, first.in_features), target.reshape(-1, second.out_features)
+        )
+    whole, offset = equations.solve(ridge=1e-9, bias=bias is not None)
+
+    def error() -> float:
+        product = second.weight.detach().double() @ first.weight.detach().double()
+        return equations.relative_error(product, None if bias is None else bias.detach())
+
+    before = error()
+    thin, wide = whitened_svd(Affine(whole, offset), equations.gram, first.out_features)
+    with torch.no_grad():
+        first.weight.copy_(thin.weight)
+        second.weight.copy_(wide.weight)
+        if bias is not None:
+            bias.copy_(offset)
+    return Solved(before, error(), equations.rows)

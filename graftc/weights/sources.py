@@ -4,7 +4,8 @@ The policies, with `x`, `y` for sources (a part `a.q`, or another policy):
 `copy(x)`, `concat(x, y, …)`, `rows(x, first = i, last = j)` and `slice` (columns; both ends in),
 `mean_pool(a.k, groups = n)`, `repeat(a.k, times = n)`, `product(x, y)` (x after y), `identity`,
 `zero`, `one`, `random(seed)`, `least_squares`;
-for a whole operator `least_squares(sweeps = n)`, for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; in specs only `argument(name)`,
+for a whole operator `least_squares(sweeps = n)`, for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; for two
+thin maps `svd(l, whiten = calibration)`; in specs only `argument(name)`,
 `constant(name)`, `mean_of_branches`, `sum_of_branches`.
 """
 
@@ -25,7 +26,7 @@ from graftc.weights.fresh import fresh
 from graftc.weights.parts import Affine, Heads, SiteParts
 
 _PER_HEAD = ("mean_pool", "repeat")
-WHOLE_POLICIES = ("resize", "keep_top")
+WHOLE_POLICIES = ("resize", "keep_top", "svd")
 POLICIES = (
     *(
         "copy",
@@ -281,6 +282,8 @@ def evaluate_whole(
     source: InitSource, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
 ) -> dict[str, Affine]:
     """What a source of the whole operator gives each slot: slot → (path, submodule) in."""
+    if isinstance(source, Apply) and source.policy == "svd":
+        return _thin(source, context, slots)
     if isinstance(source, Apply) and source.policy in WHOLE_POLICIES:
         return _resized(source, context, slots)
     if isinstance(source, Part) and source.name is None:
@@ -294,6 +297,31 @@ def evaluate_whole(
         slot: evaluate(source, context, submodule, path)
         for slot, (path, submodule) in slots.items()
     }
+
+
+def _thin(
+    source: Apply, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
+) -> dict[str, Affine]:
+    """`svd`: the best product of the operator's two thin maps, the inner one first."""
+    if len(slots) != 2:
+        context.refuse("G408", f"`svd` fills two maps, and `{context.operator}` has {len(slots)}")
+    (inner, (_, thin)), (outer, _) = slots.items()
+    site = source.args[0] if source.args else Part(SITE)
+    if isinstance(site, Part) and site.name is None:
+        site = Part(site.site, "map")
+    found = evaluate(site, context, thin, inner)
+    rank = thin.get_parameter("weight").shape[0]
+    if "rank" in source.options and (given := _whole_number(context, source, "rank", 1)) != rank:
+        context.refuse(
+            "G408", f"`svd` of rank {given}, and the maps of `{context.operator}` have {rank}",
+            "leave `rank` out: it is the operator's",
+        )  # fmt: skip
+    if found.weight.is_meta:
+        rows, columns = found.weight.shape
+        like = found.weight.new_empty
+        return {inner: Affine(like(rank, columns)), outer: Affine(like(rows, rank), found.bias)}
+    made = policies.svd(found, rank)
+    return {inner: made[0], outer: made[1]}
 
 
 def _resized(

@@ -10,8 +10,10 @@ from graftc.operators.hyena import HyenaX
 from graftc.operators.linear import TokenLinear
 from graftc.operators.mlp import Mlp
 from graftc.operators.parallel import LinearMerge
+from graftc.weights import policies
 from graftc.weights.least_squares import NormalEquations
-from graftc.weights.solve import solve_least_squares
+from graftc.weights.parts import Affine
+from graftc.weights.solve import solve_least_squares, solve_svd
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +143,22 @@ def test_a_map_that_is_not_the_last_is_refused():
     with pytest.raises(ValueError, match=r"the target is \[1, 5, 3\]"):
         solve_least_squares(TokenLinear(4), "proj", [((x,), x[..., :3])])
     assert not TokenLinear(4).proj._forward_hooks
+
+
+def test_a_whitened_product_is_better_on_its_inputs_than_a_plain_one():
+    """SVD-LLM: what the inputs hardly hold may go, however large the weights are there."""
+    torch.manual_seed(0)
+    whole = torch.nn.Linear(12, 10).double()
+    x = torch.randn(400, 12).double() * torch.logspace(-2, 1, 12).double()
+    plain = torch.nn.Sequential(torch.nn.Linear(12, 4, bias=False), torch.nn.Linear(4, 10)).double()
+    inner, outer = policies.svd(Affine(whole.weight.detach(), whole.bias.detach()), 4)
+    with torch.no_grad():
+        plain[0].weight.copy_(inner.weight)
+        plain[1].weight.copy_(outer.weight)
+        plain[1].bias.copy_(whole.bias)
+        found = solve_svd(
+            plain, "0", "1", [((x[:200],), whole(x[:200])), ((x[200:],), whole(x[200:]))]
+        )
+        own = float((plain(x) - whole(x)).norm() / whole(x).norm())
+    assert found.after < 0.2 * found.before
+    assert own == pytest.approx(found.after, rel=1e-3)
