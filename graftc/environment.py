@@ -18,9 +18,8 @@ def doctor() -> list[dict[str, str]]:
     for name in ("lark", "networkx", "onnx", "onnxscript", "safetensors"):
         findings.append(_package(name, "core: install graftc again"))
     findings.append(_runtime())
-    findings.append(
-        _package("tensorrt", "TensorRT engines: an NVIDIA GPU and `pip install tensorrt`")
-    )
+    findings += _nvidia()
+    findings += _rungs()
     for name, extra in (
         ("accelerate", "train"), ("peft", "train"), ("diffusers", "diffusers"), ("transformers", "transformers"),
         ("matplotlib", "report"), ("pygls", "lsp"), ("sklearn", "examples"),
@@ -28,6 +27,59 @@ def doctor() -> list[dict[str, str]]:
         package = "scikit-learn" if name == "sklearn" else name
         findings.append(_package(package, f"pip install 'graftc[{extra}]'"))
     return findings
+
+
+def _nvidia() -> list[dict[str, str]]:
+    """The driver's library, CUDA's and cuDNN's, TensorRT and TensorRT-RTX."""
+    found = [
+        _library(
+            "CUDA driver",
+            "libcuda.so.1",
+            "a GPU and NVIDIA's driver: ONNX Runtime CUDA and engines need it",
+        )
+    ]
+    found.append(_library("cuDNN", "libcudnn.so.9", "ONNX Runtime's CUDA provider needs cuDNN 9"))
+    found.append(
+        _package(
+            "tensorrt", "TensorRT engines: an NVIDIA GPU and `pip install tensorrt polygraphy`"
+        )
+    )
+    found.append(
+        _package(
+            "tensorrt-rtx", "parse and build without a GPU: pip install 'graftc[rtx]' (proprietary)"
+        )
+    )
+    return found
+
+
+def _library(what: str, name: str, need: str) -> dict[str, str]:
+    import ctypes
+
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return _finding(what, "missing", need)
+    return _finding(what, "ok", name)
+
+
+def _rungs() -> list[dict[str, str]]:
+    """What each rung of `graftc verify` would need here."""
+    providers: list[str] = []
+    if find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        providers = list(onnxruntime.get_available_providers())
+    needs = [
+        ("rung: ONNX Runtime CPU", "CPUExecutionProvider" in providers, "pip install 'graftc[cpu]'"),
+        ("rung: ONNX Runtime CUDA", "CUDAExecutionProvider" in providers, "a GPU and pip install 'graftc[gpu]'"),
+        ("rung: TensorRT-RTX", _version("tensorrt-rtx") is not None, "pip install 'graftc[rtx]'"),
+        ("rung: TensorRT engine", _version("tensorrt") is not None and _version("polygraphy") is not None,
+         "a GPU, tensorrt, polygraphy and OUT/trt/build.sh"),
+    ]  # fmt: skip
+    return [
+        _finding(n, "ok" if ok else "missing", "can run here" if ok else f"NOT RUN: needs {need}")
+        for n, ok, need in needs
+    ]
 
 
 def _finding(what: str, state: str, detail: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from graftc.environment import doctor
 from graftc.language.check import check
 
 if TYPE_CHECKING:
+    from graftc.deploy.profile import Comparison
     from graftc.distillation import RunResult
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.plan import Plan
 
 __all__ = [
-    "check", "compile", "distill", "doctor", "export", "finetune", "format_files", "inspect", "plan", "serve_editor", "verify",
+    "bench", "check", "compile", "distill", "doctor", "export", "finetune", "format_files", "inspect", "plan", "serve_editor", "verify",
 ]  # fmt: skip
 
 
@@ -206,12 +207,15 @@ def verify(
     ep: str = "cpu",
     regions: bool = False,
     tolerance: float | None = None,
+    trajectory: int | None = None,
 ) -> Verification:
     """Check an export; every check is PASS, FAIL or NOT RUN (reason).
 
     `path`: an export directory, checked against its golden files, by `ep` and where asked by `regions`; or a
     build, whose `student.onnx` (or `onnx`) is checked against the student. A build's inputs are drawn by the
     Task from `data`, by default the DATA that it was compiled with; without either they are random.
+    `trajectory`: as many steps of the Task's sampler, in torch and in ONNX Runtime, for an export whose build is
+    at hand.
     """
     from graftc.deploy.directory import Export, is_export
     from graftc.emit.verify import verify as check_file
@@ -219,12 +223,55 @@ def verify(
     if isinstance(path, (str, Path)) and is_export(Path(path)):
         from graftc.deploy.ladder import verify_export
 
-        return verify_export(Export.open(Path(path)), ep=ep, regions=regions, tolerance=tolerance)
+        opened_export = Export.open(Path(path))
+        result = verify_export(opened_export, ep=ep, regions=regions, tolerance=tolerance)
+        return result if trajectory is None else _with_trajectory(opened_export, result, trajectory)
     opened = _build(path)
-    if regions or ep != "cpu" or tolerance is not None:
-        fail("G666", "--ep, --regions and --tolerance are for an export directory", site=str(opened.path),
+    if regions or ep != "cpu" or tolerance is not None or trajectory is not None:
+        fail("G666", "--ep, --regions, --tolerance and --trajectory are for an export directory", site=str(opened.path),
              help=f"graftc export {opened.path} -o OUT; graftc verify OUT")  # fmt: skip
     return check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened, data))
+
+
+def _with_trajectory(export: Any, result: Verification, steps: int) -> Verification:
+    from graftc.deploy.trajectory import check_trajectory
+    from graftc.emit.build import Build
+    from graftc.emit.verify import Rung, Verification
+
+    if steps < 1:
+        fail("G663", "a trajectory has one step at least", site="--trajectory", found=str(steps))
+    said = export.manifest.get("build") or {}
+    folder = Path(str(said.get("path", "")))
+    if not (folder / "manifest.yaml").is_file():
+        rung = Rung("trajectory", "NOT RUN", f"the build that was exported is not at {folder}")
+        return Verification(result.file, (*result.rungs, rung))
+    opened = Build.open(folder)
+    if (
+        str(opened.manifest.get("weights", {}).get("student", ""))
+        != export.manifest["hashes"]["build"]
+    ):
+        fail(
+            "G652",
+            "the build is another one than was exported",
+            site=str(folder),
+            help="export it again",
+        )
+    run = None if said["run"] == "untrained" else str(said["run"])
+    rungs = check_trajectory(export, opened.student(run), _task(opened, None), steps)
+    return Verification(result.file, (*result.rungs, *rungs))
+
+
+def bench(
+    export: str | Path, *, against: str | Path, regions: bool = False, threads: int = 2
+) -> Comparison:
+    """Two export directories in ONNX Runtime, in turns on the same machine; where asked, time by region and rule.
+
+    Raises GraftError for what is no export; NotRunError where ONNX Runtime cannot run one of them.
+    """
+    from graftc.deploy.directory import Export
+    from graftc.deploy.profile import bench as measure
+
+    return measure(Export.open(export), Export.open(against), regions=regions, threads=threads)
 
 
 def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Path]:
@@ -338,4 +385,4 @@ def _task_inputs(build: Build, data: str | Any) -> Any:
 
     source = open_data(load_data(chosen), seed=0, fraction=None, samples=None, validation=None)
     task = _task(build, None)
-    return lambda batch, _: source.prepared(task, 0, batch, "verify").inputs
+    return lambda batch, g: source.prepared(task, g.initial_seed() % 997, batch, "verify").inputs

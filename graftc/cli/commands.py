@@ -359,6 +359,12 @@ def verify(
         bool, typer.Option("--regions", help="compare each region, and name the first that is off")
     ] = False,
     tolerance: Annotated[float | None, typer.Option(help="in place of the precision's own")] = None,
+    trajectory: Annotated[
+        int | None,
+        typer.Option(
+            "--trajectory", metavar="N", help="N steps of the task's sampler, in torch and here"
+        ),
+    ] = None,
     format: FormatOption = "text",
 ) -> None:
     """Check an export; each check PASS, FAIL or NOT RUN."""
@@ -367,13 +373,33 @@ def verify(
 
     _format(format)
     result = verbs.verify(
-        directory, onnx=onnx, data=data, ep=ep, regions=regions, tolerance=tolerance
-    )
+        directory, onnx=onnx, data=data, ep=ep, regions=regions, tolerance=tolerance,
+        trajectory=trajectory,
+    )  # fmt: skip
     _json(verification_dict(result)) if format == "json" else show_verification(result)
     if not result.passed:
         raise typer.Exit(1)
     if result.missed:
         raise typer.Exit(3)
+
+
+@app.command()
+def bench(
+    directory: Annotated[Path, typer.Argument(metavar="OUT", help="an export directory")],
+    against: Annotated[Path, typer.Option("--against", metavar="OTHER", help="another one")],
+    regions: Annotated[
+        bool, typer.Option("--regions", help="where the time goes, by region and by rule")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="threads of ONNX Runtime")] = 2,
+    format: FormatOption = "text",
+) -> None:
+    """Time an export against another, in ONNX Runtime on this machine."""
+    from graftc import verbs
+    from graftc.cli.render import comparison_dict, show_comparison
+
+    _format(format)
+    found = verbs.bench(directory, against=against, regions=regions, threads=threads)
+    _json(comparison_dict(found)) if format == "json" else show_comparison(found)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from graftc.deploy.profile import Comparison
     from graftc.distillation import RunResult
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
@@ -275,6 +276,34 @@ def show_export(written: Path) -> None:
             "  TensorRT engine: NOT RUN (build it with trt/build.sh on the GPU that it is for)"
         )
     console.print(f"next: graftc verify {written}")
+
+
+def comparison_dict(found: Comparison) -> dict[str, Any]:
+    return {
+        "ratio": found.ratio,
+        **{
+            name: {
+                "path": str(t.path), "milliseconds": t.milliseconds, "median": t.median,
+                "regions": dict(t.regions), "rules": dict(t.rules), "attributed": t.attributed,
+            }
+            for name, t in (("ours", found.ours), ("other", found.other))
+        },
+    }  # fmt: skip
+
+
+def show_comparison(found: Comparison) -> None:
+    console = _console()
+    for timing in (found.ours, found.other):
+        low, high = timing.spread
+        if timing.regions:
+            console.print(
+                f"  {100 * timing.attributed:.1f} % of the time in nodes is attributed; by rule:"
+            )
+            for rule, share in timing.rules.items():
+                console.print(f"    {100 * share:5.1f} %  {rule}")
+            for region, share in list(timing.regions.items())[:12]:
+                console.print(f"      {100 * share:5.1f} %  {region}")
+    console.print(f"time of the first as a share of the second: {found.ratio:.3f}")
 
 
 def verification_dict(result: Verification) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import graftc.emit.files as files
 from graftc.deploy import scripts
+from graftc.deploy.forms import check_forms
 from graftc.deploy.golden import Case, Source, source, write_golden
 from graftc.deploy.graph import Graph, build_graph, describe_graph
 from graftc.deploy.precision import Choice, choose_islands, lower
@@ -117,6 +118,7 @@ def export_module(
     regions = regions_of(model, config.get("provenance", {}))
     paths = [r.path for r in regions]
     traced, proofs = prove(model, config, request, lambda sizes: given.draw(sizes, 0), paths)
+    check_forms(traced[0], config.get("provenance", {}))
     usual = {r.name: max(2, r.usual) for r in request.ranges}
     sample = given.draw(usual, 0)
     moves = movements(model, regions, sample)

@@ -20,7 +20,7 @@ from graftc.deploy.scripts import verify as standalone
 from graftc.deploy.tensorrt import unsupported
 from graftc.deploy.tensorrt_operators import SOURCE
 from graftc.diagnostics import fail
-from graftc.emit.verify import Rung, Verification
+from graftc.emit.verify import Rung, State, Verification
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
 _SECONDS = 1800
@@ -104,7 +104,7 @@ def _rtx(export: Export, *, asked: bool) -> list[Rung]:
     return rungs  # fmt: skip
 
 
-def _build(export: Export, folder: Path, model: Path) -> tuple[str, str]:
+def _build(export: Export, folder: Path, model: Path) -> tuple[State, str]:
     """In a process of its own: a parser that crashes takes nothing with it."""
     script = Path(scripts.__file__).with_name("build_engine.py")
     command = [sys.executable, str(script), "--rtx", "--root", str(export.path), "--model", str(model),

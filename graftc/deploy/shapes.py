@@ -55,11 +55,11 @@ def prove(
     request: Request,
     draw: Draw,
     paths: Sequence[str] = (),
-) -> tuple[torch.export.ExportedProgram, list[Proof]]:
-    """The traced graph, and the proof of each dynamic dimension.
+) -> tuple[Traced, list[Proof]]:
+    """The traced graph, which also returns the values of regions (`paths`), and the proof of each dimension.
 
     Raises GraftError, with the guards and their lines, where the model does not take the wanted sizes, or
-    the graph is right at the traced sizes only. `paths`: regions whose values the graph returns, too.
+    the graph is right at the traced sizes only.
     """
     usual = {r.name: r.usual for r in request.ranges}
     inputs = dict(draw({n: max(2, s) for n, s in usual.items()}))

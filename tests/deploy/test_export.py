@@ -243,3 +243,11 @@ def test_the_server_is_told_the_shapes(exported):
     script = (exported("fp32").path / "trt/build.sh").read_text()
     assert "--minShapes=x:1x3x8x8,t:1,y:1" in script
     assert "--stronglyTyped" in script
+
+
+def test_time_is_attributed_to_regions_and_rules(exported):
+    found = verbs.bench(exported("fp32").path, against=exported("fp16").path, regions=True)
+    assert found.ours.attributed >= 0.95
+    assert found.other.attributed >= 0.95
+    assert "mix @ dit.graft:3" in found.ours.rules
+    assert sum(found.ours.regions.values()) == pytest.approx(1)

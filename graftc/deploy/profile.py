@@ -1,0 +1,154 @@
+"""Where the time goes: ONNX Runtime's profile by region and by rule, and two exports side by side."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from graftc.deploy.directory import Export
+from graftc.deploy.scripts.verify import Export as Files
+from graftc.deploy.scripts.verify import NoExport, first_line, run, session
+from graftc.diagnostics import Diagnostic, NotRunError, fail
+
+_WARM, _RUNS, _PROFILED = 2, 20, 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call at the usual shape: the fastest, and the median; and where they go, as shares."""
+
+    path: Path
+    milliseconds: float
+    median: float
+    regions: Mapping[str, float]
+    rules: Mapping[str, float]
+    attributed: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two exports measured in turns on the same inputs; the ratio is of the fastest calls, which noise moves least."""
+
+    ours: Timing
+    other: Timing
+
+    @property
+    def ratio(self) -> float:
+        return self.ours.milliseconds / self.other.milliseconds
+
+
+def bench(
+    export: Export, against: Export, *, regions: bool = False, threads: int = 2
+) -> Comparison:
+    """Measure two exports in ONNX Runtime on the CPU, in turns. Raises GraftError, exit code 3 without it."""
+    sessions = [_open(e, threads) for e in (export, against)]
+    times: list[list[float]] = [[], []]
+    for i in range(_WARM + _RUNS):
+        for (files, made, inputs), kept in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            run(made, inputs, files.cases[0]["outputs"])
+            if i >= _WARM:
+                kept.append(1e3 * (time.perf_counter() - start))
+    shares = [_profile(e, threads) if regions else ({}, {}, 0.0) for e in (export, against)]
+    ours, other = (
+        Timing(e.path, min(t), statistics.median(t), *s)
+        for e, t, s in zip((export, against), times, shares, strict=True)
+    )
+    return Comparison(ours, other)
+
+
+def _open(export: Export, threads: int) -> tuple[Files, Any, dict[str, Any]]:
+    try:
+        files = Files(export.path)
+    except NoExport as error:
+        fail("G667", str(error), site=str(export.path), help="export the build again")
+    try:
+        made = session(str(export.model), extra={"intra_op_num_threads": threads})
+    except ImportError as error:
+        raise NotRunError(
+            Diagnostic(
+                "G641",
+                "onnxruntime is not installed",
+                site="bench",
+                help='pip install "graftc[cpu]"',
+            )
+        ) from error
+    except Exception as error:  # the runtime's own error classes are not public
+        raise NotRunError(
+            Diagnostic(
+                "G671", f"ONNX Runtime does not run it: {first_line(error)}", site=str(export.model)
+            )
+        ) from error
+    return files, made, files.load(files.cases[0], "inputs")
+
+
+def _profile(export: Export, threads: int) -> tuple[dict[str, float], dict[str, float], float]:
+    """Shares of the time in nodes by region, by rule, and the share that could be attributed at all."""
+    files = Files(export.path)
+    with tempfile.TemporaryDirectory(prefix="graftc-bench-") as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        made = session(
+            str(export.model),
+            extra={
+                "intra_op_num_threads": threads, "enable_profiling": True,
+                "profile_file_prefix": str(Path(folder) / "profile"), "optimized_model_filepath": str(optimised),
+            },
+        )  # fmt: skip
+        inputs = files.load(files.cases[0], "inputs")
+        for _ in range(_PROFILED):
+            run(made, inputs, files.cases[0]["outputs"])
+        events = json.loads(Path(made.end_profiling()).read_text())
+        del made
+        where = regions_of_nodes(onnx.load(str(export.model), load_external_data=False),
+                                 onnx.load(str(optimised), load_external_data=False))  # fmt: skip
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
+            spent[where.get(str(event["name"]).removesuffix("_kernel_time"), "")] += event["dur"]
+    total = sum(spent.values()) or 1
+    rule_of = {r["path"]: r["rule"] for r in files.about["regions"]}
+    rules: Counter[str] = Counter()
+    for region, micro in spent.items():
+        rules[rule_of.get(region, "") or ("as it was" if region else "not attributed")] += micro
+    by_region = {r or "not attributed": n / total for r, n in spent.most_common()}
+    return by_region, {r: n / total for r, n in rules.most_common()}, 1 - spent.get("", 0) / total
+
+
+def regions_of_nodes(plain: onnx.ModelProto, optimised: onnx.ModelProto) -> dict[str, str]:
+    """Node of the optimised graph → its region.
+
+    The runtime fuses and inserts nodes under names of its own: such a one has the region of the node that
+    computed the same value before, else that of its neighbours.
+    """
+    regions = {
+        n.name: next((p.value for p in n.metadata_props if p.key == "graftc.region"), "")
+        for n in plain.graph.node
+    }
+    by_value = {o: regions[n.name] for n in plain.graph.node for o in n.output}
+    found: dict[str, str] = {}
+    nodes = list(optimised.graph.node)
+    makers = {o: n.name for n in nodes for o in n.output}
+    for node in nodes:
+        own = next((v for k, v in regions.items() if node.name == k), "")
+        own = own or next(
+            (r for r in set(regions.values()) if r and node.name.startswith(f"{r}/")), ""
+        )
+        found[node.name] = own or next((by_value[o] for o in node.output if o in by_value), "")
+    for _ in range(8):  # along chains of inserted nodes
+        for node in reversed(nodes):
+            if not found[node.name]:
+                users = [found[n.name] for n in nodes if set(n.input) & set(node.output)]
+                feeds = [found[makers[i]] for i in node.input if i in makers]
+                found[node.name] = next((r for r in [*users, *feeds] if r), "")
+        if all(found.values()):
+            break
+    return found

@@ -1,0 +1,198 @@
+"""A wrong image is a trajectory: the Task's sampler in torch and in the runtime, step by step, down to a region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from graftc.deploy.directory import Export
+from graftc.deploy.regions import watched
+from graftc.deploy.scripts.verify import Copy, difference, expose, first_line, run, session
+from graftc.deploy.scripts.verify import Export as Files
+from graftc.emit.examples import tensors_of
+from graftc.emit.verify import Rung
+
+_SEED = 20250605
+_GROWTH = 10.0
+"""Each step starts from what the one before gave: as many times the tolerance of one call is allowed at the end."""
+_NAME = "trajectory"
+
+
+@dataclass
+class _Recorder:
+    """A model as the sampler calls it, with what it was given and what it answered."""
+
+    answer: Any
+    calls: list[tuple[dict[str, Tensor], list[Tensor]]] = field(default_factory=list)
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        output = self.answer(**inputs)
+        kept = {k: v.detach().clone() for k, v in inputs.items()}
+        self.calls.append((kept, [t.detach().clone() for t in tensors_of(output)]))
+        return output
+
+
+def check_trajectory(export: Export, model: nn.Module, task: Any, steps: int) -> list[Rung]:
+    """Rungs for `steps` steps of the Task's sampler from one seed, and a control: a changed weight is found.
+
+    `model`: the student in float32. Where the sample is off, the first step and the first region that are.
+    """
+    files = Files(export.path)
+    names = list(files.about["outputs"])
+    limit = _GROWTH * float(files.about["tolerance"])
+    count = int(files.cases[0]["sizes"].get("batch", 2))
+    try:
+        made = session(str(export.model))
+    except Exception as error:  # the runtime's own error classes are not public
+        return [Rung(_NAME, "NOT RUN", first_line(error))]
+    torch_side = _Recorder(model)
+    wanted = _sample(task, torch_side, count, steps)
+    if isinstance(wanted, str):
+        return [Rung(_NAME, "NOT RUN", wanted)]
+    found, calls = _with(made, names, task, count, steps)
+    rungs = _steps(torch_side, calls, limit)
+    off = _relative(wanted, found)
+    state = "PASS" if off <= limit else "FAIL"
+    rungs.append(
+        Rung(
+            f"{_NAME}, the sample",
+            state,
+            f"{off:.1e} relative L2 after {steps} steps (limit {limit:.0e})",
+        )
+    )
+    if state == "FAIL":
+        rungs.append(_locate(files, model, Copy(files), torch_side, calls))
+    rungs.append(_control(files, model, names, task, count, steps, torch_side, wanted, limit))
+    return rungs
+
+
+def _sample(task: Any, model: Any, count: int, steps: int) -> Tensor | str:
+    generator = torch.Generator().manual_seed(_SEED)
+    try:
+        with torch.no_grad():
+            return task.sample(model, count=count, generator=generator, steps=steps)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return f"this task has no sampler with steps: {first_line(error)}"
+
+
+def _with(
+    made: Any, names: list[str], task: Any, count: int, steps: int
+) -> tuple[Tensor, list[Any]]:
+    def answer(**inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = run(made, {k: v.numpy() for k, v in inputs.items()}, names)
+        tensors = tuple(torch.from_numpy(numpy.asarray(a)) for a in found)
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    recorder = _Recorder(answer)
+    sample = _sample(task, recorder, count, steps)
+    assert isinstance(sample, Tensor)
+    return sample, recorder.calls
+
+
+def _relative(wanted: Tensor, found: Tensor) -> float:
+    return difference([wanted.detach().numpy()], [found.detach().numpy()])[1]
+
+
+def _errors(torch_side: _Recorder, calls: list[Any]) -> list[float]:
+    pairs = zip(torch_side.calls, calls, strict=True)
+    return [
+        max(_relative(a, b) for a, b in zip(mine[1], theirs[1], strict=True))
+        for mine, theirs in pairs
+    ]
+
+
+def _steps(torch_side: _Recorder, calls: list[Any], limit: float) -> list[Rung]:
+    rungs: list[Rung] = []
+    for i, error in enumerate(_errors(torch_side, calls)):
+        state = "PASS" if error <= limit else "FAIL"
+        rungs.append(
+            Rung(f"{_NAME}, call {i}", state, f"{error:.1e} relative L2 of what the model says")
+        )
+    return rungs
+
+
+def _locate(
+    files: Files, model: nn.Module, copy: Copy, torch_side: _Recorder, calls: list[Any]
+) -> Rung:
+    """The first call that is off, given torch's inputs, and in it the first region that is."""
+    tolerance = float(files.about["tolerance"])
+    errors = _errors(torch_side, calls)
+    step = next((i for i, e in enumerate(errors) if not e <= tolerance), len(errors) - 1)
+    region, error = first_region(files, model, copy, torch_side.calls[step][0])
+    name = f"{_NAME}, the first that is off"
+    if region is None:
+        return Rung(
+            name, "FAIL", f"call {step}: no region of its own; errors add up over the steps"
+        )
+    rule = next((r["rule"] for r in files.about["regions"] if r["path"] == region), "")
+    return Rung(
+        name,
+        "FAIL",
+        f"call {step}, region `{region}`: {error:.1e} relative L2{f', {rule}' if rule else ''}",
+    )
+
+
+def first_region(
+    files: Files, model: nn.Module, copy: Copy, inputs: Mapping[str, Tensor]
+) -> tuple[str | None, float]:
+    """The first region, in the order of the graph, whose output is not the student's; None if all are."""
+    limit = max(float(files.about["tolerance"]), 1e-4) * (
+        5 if files.about["precision"] != "fp32" else 1
+    )
+    entries = [r for r in files.about["regions"] if r["values"]]
+    with torch.no_grad(), watched(model, [r["path"] for r in entries]) as seen:
+        model(**inputs)
+    entries = [r for r in entries if len(seen.get(r["path"], ())) == len(r["values"])]
+    names = list(dict.fromkeys(v for r in entries for v in r["values"]))
+    path = copy.folder / "regions.onnx"
+    path.write_bytes(expose(copy.proto, names).SerializeToString())
+    values = dict(
+        zip(
+            names,
+            run(session(str(path)), {k: v.numpy() for k, v in inputs.items()}, names),
+            strict=True,
+        )
+    )
+    for entry in entries:
+        wanted = [t.float().numpy() for t in seen[entry["path"]]]
+        error = difference(
+            wanted, [numpy.asarray(values[v], numpy.float32) for v in entry["values"]]
+        )[1]
+        if not error <= limit:
+            return str(entry["path"]), error
+    return None, 0.0
+
+
+def _control(
+    files: Files, model: nn.Module, names: list[str], task: Any, count: int, steps: int, torch_side: _Recorder,
+    wanted: Tensor, limit: float,
+) -> Rung:  # fmt: skip
+    """A weight of the middle is changed: the sample must be off, and its region found."""
+    name = "  control: a weight changed"
+    copy = Copy(files)
+    paths = [r["path"] for r in files.about["regions"] if r["values"]]
+    inner = [
+        i
+        for i in copy.proto.graph.initializer
+        if len(i.dims) == 2 and any(i.name.startswith(f"{p}.") for p in paths)
+    ]
+    if not inner:
+        return Rung(name, "NOT RUN", "no region has a matrix of its own", False)
+    weight = inner[len(inner) // 2]
+    owner = max((p for p in paths if weight.name.startswith(f"{p}.")), key=len)
+    array = copy.array(weight)
+    copy.write(weight, (2 * array.astype(numpy.float32) + 0.1).astype(array.dtype))
+    found, _ = _with(session(str(copy.save())), names, task, count, steps)
+    off = _relative(wanted, found)
+    region, _ = first_region(files, model, copy, torch_side.calls[0][0])
+    seen = not off <= limit and region == owner
+    return Rung(
+        name,
+        "PASS" if seen else "FAIL",
+        f"`{weight.name}`: the sample is {off:.1e} off, first in `{region}`",
+    )

@@ -1,0 +1,204 @@
+"""Forms that exporters get wrong, and precisions that users meet as black images."""
+
+from __future__ import annotations
+
+import copy
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graftc.deploy.forms import check_forms
+from graftc.deploy.precision import choose_islands, lowered
+from graftc.deploy.regions import regions_of
+from graftc.deploy.repair import repair
+from graftc.deploy.tensorrt import unsupported
+from graftc.diagnostics import GraftError
+
+
+def value(name: str, shape: list, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def graph(inputs: list[ir.Value], *nodes: ir.Node, opset: int = 23) -> ir.Model:
+    outputs = nodes[-1].outputs
+    for out in outputs:
+        out.type = out.type or inputs[0].type
+    made = ir.Graph(inputs, outputs, nodes=list(nodes), opset_imports={"": opset}, name="trap")
+    return ir.Model(made, ir_version=10)
+
+
+def kinds(model: ir.Model) -> list[str]:
+    return [n.op_type for n in model.graph]
+
+
+def test_a_squeeze_of_an_axis_that_is_not_one_is_taken_out():
+    x, axes = value("x", ["batch", 4, 8]), ir.tensor([1], dtype=ir.DataType.INT64, name="axes")
+    axis = ir.Value(name="axes", const_value=axes, type=ir.TensorType(ir.DataType.INT64))
+    squeeze = ir.node("Squeeze", [x, axis])
+    model = graph([x], squeeze, ir.node("Relu", [squeeze.outputs[0]]))
+    assert repair(model) == {"squeeze of an axis that is not 1": 1}
+    assert kinds(model) == ["Relu"]
+
+
+def test_an_einsum_that_permutes_becomes_a_transposition():
+    x = value("x", [2, 3, 4], ir.DataType.BFLOAT16)
+    model = graph([x], ir.node("Einsum", [x], {"equation": "abc->cab"}))
+    assert repair(model)["einsum"] == 1
+    node = next(iter(model.graph))
+    assert (node.op_type, list(node.attributes["perm"].as_ints())) == ("Transpose", [2, 0, 1])
+
+
+def test_another_einsum_in_bfloat16_is_computed_in_float32():
+    x, y = value("x", [2, 3], ir.DataType.BFLOAT16), value("y", [3, 4], ir.DataType.BFLOAT16)
+    model = graph([x, y], ir.node("Einsum", [x, y], {"equation": "ab,bc->ac"}))
+    repair(model)
+    assert kinds(model) == ["Cast", "Cast", "Einsum", "Cast"]
+    assert model.graph.outputs[0].dtype == ir.DataType.BFLOAT16
+
+
+def test_a_mask_of_one_row_is_expanded_to_the_queries():
+    q, k = value("q", ["b", 2, 16, 8]), value("k", ["b", 2, 12, 8])
+    mask = value("m", ["b", 1, 1, 12])
+    model = graph([q, k, mask], ir.node("Attention", [q, k, k, mask]))
+    assert repair(model) == {"mask of one row": 1}
+    assert kinds(model) == [
+        "Shape",
+        "Constant",
+        "Concat",
+        "Expand",
+        "Attention",
+    ] or "Expand" in kinds(model)
+    assert list(next(n for n in model.graph if n.op_type == "Attention").inputs[3].shape)[-2:] == [
+        16,
+        12,
+    ]
+
+
+def test_a_file_without_traps_is_not_touched():
+    x = value("x", [2, 3])
+    assert not repair(graph([x], ir.node("Relu", [x])))
+
+
+@pytest.mark.parametrize(
+    ("form", "forward"),
+    [
+        ("FFT", lambda x: torch.fft.rfft(x).real),
+        ("fold", lambda x: torch.nn.functional.fold(x.reshape(2, 4, 16), (5, 5), (2, 2))),
+        ("scatter-add", lambda x: torch.zeros_like(x).scatter_add(1, torch.zeros(2, 64, dtype=torch.long), x)),
+        ("unrolled loop", lambda x: torch.stack([x.tanh() * i for i in range(300)])),
+    ],
+)  # fmt: skip
+def test_a_forbidden_form_is_named_with_what_to_write_instead(form, forward):
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Identity(), Inner()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](x)
+
+    exported = torch.export.export(Model(), (torch.randn(2, 64),), strict=False)
+    with pytest.raises(GraftError) as error:
+        check_forms(exported, {"blocks.1": "mixer @ a.graft:7"})
+    found = error.value.diagnostics[0]
+    assert found.code == "G670"
+    assert form in found.message
+    assert found.site is not None
+    assert found.site.startswith("blocks.1")
+    assert "a.graft:7" in found.notes[0].message
+    assert found.help
+
+
+def test_an_operator_that_tensorrt_lacks_is_named_with_site_and_rule():
+    x = value("x", [2, 2])
+    node = ir.node("Det", [x])
+    node.metadata_props.update({"graftc.region": "blocks.3.attn", "graftc.rule": "r @ a.graft:2"})
+    assert unsupported(graph([x], node)) == [
+        ("Det", "blocks.3.attn, r @ a.graft:2", "not in the list")
+    ]
+    q = value("q", [1, 2, 4, 8])
+    attention = graph([q], ir.node("Attention", [q, q, q]))
+    assert unsupported(attention, "10.9")[0][2] == "since TensorRT 10.14"
+    assert not unsupported(attention, "10.15")
+
+
+class Wide(nn.Module):
+    """Blocks whose hidden channels are scaled: what overflows lies inside, or in the stream between them."""
+
+    def __init__(self, inner: float, stream: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Hidden(inner) for _ in range(2))
+        self.stream = stream
+        self.head = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.stream
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Hidden(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.mlp = Mlp(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(16, 64), nn.Linear(64, 16), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * self.scale) / self.scale
+
+
+def chosen(model: nn.Module, precision, x: Tensor):
+    return choose_islands(model.eval(), precision, regions_of(model, {}), {"x": x}, {})
+
+
+def test_a_region_that_overflows_becomes_an_island():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 16)
+    model = Wide(inner=1e5, stream=1.0)
+    with torch.no_grad():
+        assert not lowered(model, "fp16")(x=x).isfinite().all()  # the black image
+    choice = chosen(model, "fp16", x)
+    assert set(choice.islands) == {"blocks.0.mlp", "blocks.1.mlp"}
+    assert "overflows" in choice.islands["blocks.0.mlp"]
+    assert choice.error < 2e-3
+    assert chosen(model, "bf16", x).error < 2e-2
+    with torch.no_grad():
+        found = lowered(model, "fp16", list(choice.islands))(x=x)
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+
+
+def test_a_stream_beyond_the_type_is_refused():
+    """No island helps where the values between the regions are too large."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 16)
+    with pytest.raises(GraftError) as error:
+        chosen(Wide(inner=1.0, stream=1e5), "fp16", x)
+    assert error.value.diagnostics[0].code == "G665"
+    assert "blocks." in str(error.value)
+    assert "bf16" in (error.value.diagnostics[0].help or "")
+    assert chosen(Wide(inner=1.0, stream=1e5), "bf16", x).error < 2e-2
+
+
+def test_what_needs_no_island_has_none():
+    torch.manual_seed(0)
+    model = Wide(inner=1.0, stream=1.0)
+    before = copy.deepcopy(model.state_dict())
+    assert not chosen(model, "bf16", torch.randn(2, 8, 16)).islands
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
