@@ -294,7 +294,9 @@ def comparison_dict(found: Comparison) -> dict[str, Any]:
 def show_comparison(found: Comparison) -> None:
     console = _console()
     for timing in (found.ours, found.other):
-        low, high = timing.spread
+        console.print(
+            f"{timing.path}: {timing.milliseconds:.2f} ms a call (median {timing.median:.2f})"
+        )
         if timing.regions:
             console.print(
                 f"  {100 * timing.attributed:.1f} % of the time in nodes is attributed; by rule:"
