@@ -1,0 +1,140 @@
+"""`graftc explain`: what each rule selects in a model, and for the places that it nearly does, what is between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from graftc.diagnostics import Diagnostic, GraftError, fail, nearest, to_json
+from graftc.language.rules import GroupMatch, Rule, Rules, SiteMatch
+from graftc.program.analysis import Analysis
+from graftc.rewrite.whynot.change import Change, Miss, ranked
+from graftc.rewrite.whynot.places import Places
+from graftc.rewrite.whynot.sites import group_misses, site_miss, site_misses
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one rule does in a model.
+
+    `selected`: the places, a group's joined by ` + `. `misses`: near misses, the nearest first. `problems`: why
+    `plan` would refuse the rule.
+    """
+
+    rule: Rule
+    selected: tuple[str, ...]
+    misses: tuple[Miss, ...]
+    problems: tuple[Diagnostic, ...] = ()
+
+    @property
+    def help(self) -> str | None:
+        """The one edit of the rule that the nearest miss suggests."""
+        return self.misses[0].help if self.misses else None
+
+
+def explain(
+    rules: Rules, analysis: Analysis, name: str | None = None, at: str | None = None
+) -> tuple[Explanation, ...]:
+    """For every rule (or the one called `name`): what it selects, and the near misses.
+
+    `at`: only the place with this path, however far it is. Raises GraftError where there is no such rule or path.
+    """
+    chosen = [r for r in rules.rules if name is None or r.name == name]
+    if not chosen:
+        known = [r.name for r in rules.rules]
+        near = nearest(name or "", known)
+        fail(
+            "G400",
+            f"the file has no rule `{name}`",
+            site=rules.files[0] if rules.files else None,
+            wanted=", ".join(known) or "a rule",
+            found=str(name),
+            help=f"write `{near}`" if near else None,
+        )
+    if at is not None and at not in analysis.by_path:
+        near = nearest(at, analysis.by_path)
+        fail(
+            "G401",
+            f'the model has no module "{at}" that is called',
+            site="--at",
+            help=f'a near path is "{near}"' if near else "`graftc inspect` lists the paths",
+        )
+    places = Places(analysis)
+    return tuple(_explained(rule, places, at) for rule in chosen)
+
+
+def _explained(rule: Rule, places: Places, at: str | None) -> Explanation:
+    from graftc.rewrite.match import match
+
+    selected: tuple[str, ...] = ()
+    problems: tuple[Diagnostic, ...] = ()
+    try:
+        found = match(rule, places.analysis)
+        selected = tuple(" + ".join(s.path for s in m.sites) for m in found.found)
+    except GraftError as error:
+        problems = error.diagnostics
+    if at is None:
+        return Explanation(rule, selected, near_misses(rule, places), problems)
+    here = tuple(s for s in selected if at in s.split(" + "))
+    return Explanation(rule, here, () if here else tuple(_misses_at(rule, places, at)), problems)
+
+
+def near_misses(rule: Rule, places: Places) -> tuple[Miss, ...]:
+    """The near misses of a rule, the nearest first; places that need the same are told once."""
+    return ranked(_misses(rule, places))
+
+
+def _misses(rule: Rule, places: Places) -> Iterator[Miss]:
+    for pattern in rule.matches:
+        if isinstance(pattern, GroupMatch):
+            yield from group_misses(rule, pattern, places)
+        elif isinstance(pattern, SiteMatch):
+            yield from site_misses(rule, pattern, places, ())
+
+
+def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:
+    """The whole script for one place, however long."""
+    from graftc.rewrite.whynot.blocks import chosen
+
+    site = places.analysis.by_path[at]
+    for pattern in rule.matches:
+        if isinstance(pattern, GroupMatch):
+            yield from (
+                m for m in group_misses(rule, pattern, places) if at in m.place.split(" + ")
+            )
+        elif isinstance(pattern, SiteMatch):
+            sets = chosen(pattern.blocks, places.analysis) if pattern.blocks else (None,)
+            here = (site_miss(rule, pattern, site, places, s) for s in sets)
+            yield from sorted((m for m in here if m is not None), key=lambda m: m.cost)[:1]
+
+
+def explanations_dict(found: tuple[Explanation, ...]) -> dict[str, Any]:
+    """Explanations as plain data, for `--format json`."""
+    return {"rules": [_dict(e) for e in found]}
+
+
+def _dict(e: Explanation) -> dict[str, Any]:
+    return {
+        "rule": e.rule.name,
+        "selected": list(e.selected),
+        "misses": [
+            {
+                "place": m.place,
+                "cost": round(m.cost, 3),
+                "source": m.source,
+                "alike": m.alike,
+                "changes": [_change_dict(c) for c in m.changes],
+                "help": m.help,
+            }
+            for m in e.misses
+        ],
+        "problems": [to_json(d) for d in e.problems],
+    }
+
+
+def _change_dict(c: Change) -> dict[str, Any]:
+    span = None
+    if c.span is not None:
+        span = {"file": c.span.source.name, "line": c.span.line, "column": c.span.column}
+    return {"kind": c.kind, "cost": round(c.cost, 3), "text": c.text, "span": span, "fix": c.fix}
