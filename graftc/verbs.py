@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from graftc.program.analysis import Analysis
     from graftc.program.model import Model
     from graftc.rewrite.plan import Plan
+    from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "bench", "check", "compile", "distill", "doctor", "export", "finetune", "format_files", "inspect", "plan", "serve_editor", "verify",
+    "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "serve_editor", "verify",
 ]  # fmt: skip
 
 
@@ -68,6 +69,35 @@ def plan(
 
         write_yaml(Path(output), plan_dict(made))
     return made
+
+
+def explain(
+    file: str | Path,
+    model: str | Model,
+    rule: str | None = None,
+    *,
+    at: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> tuple[Explanation, ...]:
+    """For every rule of `file` (or `rule`): what it selects in `model`, and what keeps it from the places it nearly does.
+
+    `at`: only the module with this path, however far it is. Near misses come nearest first, each as the smallest
+    script of changes found, with costs that add up (1 is one plain difference). Raises GraftError.
+
+    >>> import torch, graftc
+    >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    >>> model = graftc.Model(torch.nn.Sequential(layer), {"input": torch.zeros(2, 3, 4)})
+    >>> text = "rule wide {\\n match m = mlp\\n where ratio(m) == 4\\n replace m with mlp(ratio = 6)\\n}"
+    >>> (found,) = graftc.explain(text, model)
+    >>> found.misses[0].changes[0].text, found.help
+    ('ratio(m) is 2, wanted == 4', 'write `ratio(m) == 2`')
+    """
+    from graftc.program.analysis import analyse
+    from graftc.program.capture import capture
+    from graftc.rewrite.whynot import explain as explained
+
+    rules = check(file, dict(overrides or {}))
+    return explained(rules, analyse(capture(_model(model, on_meta=True))), rule, at)
 
 
 def compile(

@@ -179,6 +179,30 @@ def plan(
     _json(plan_dict(made)) if format == "json" else show_plan(made)
 
 
+@app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    model: ModelOption,
+    rule: Annotated[
+        str | None, typer.Argument(metavar="[RULE]", help="one rule; default: all")
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="PATH", help="only this module, however far it is"),
+    ] = None,
+    set_: SetOption = None,
+    format: FormatOption = "text",
+) -> None:
+    """Say what each rule selects in a model, and what keeps it from the places it nearly does."""
+    from graftc import verbs
+    from graftc.cli.explanation import show_explanations
+    from graftc.rewrite.whynot import explanations_dict
+
+    _format(format)
+    found = verbs.explain(file, model, rule, at=at, overrides=_overrides(set_))
+    _json(explanations_dict(found)) if format == "json" else show_explanations(found, at)
+
+
 @app.command(name="compile")
 def compile_(
     file: Annotated[Path, typer.Argument(metavar="FILE")],

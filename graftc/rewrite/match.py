@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from graftc.diagnostics import Note, Span, fail, nearest
+from graftc.diagnostics import GraftError, Note, Span, fail, nearest
 from graftc.language.blocks import select
 from graftc.language.evaluate import holds
 from graftc.language.rules import (
@@ -60,8 +60,18 @@ def match(rule: Rule, analysis: Analysis) -> Matches:
     """All places of the original Program where `rule` applies.
 
     Raises GraftError where a block chain is unknown, a selected block has no such site, a group is not
-    of neighbours, or `expect` is not met.
+    of neighbours, or `expect` is not met; the near misses are in its notes.
     """
+    try:
+        return selection(rule, analysis)
+    except GraftError as error:
+        from graftc.rewrite.whynot import with_near_misses
+
+        raise with_near_misses(error, rule, analysis) from None
+
+
+def selection(rule: Rule, analysis: Analysis) -> Matches:
+    """As `match`; what it raises names no near misses."""
     candidates = _candidates(rule, analysis)
     found: list[Match] = []
     filtered: list[Filtered] = []

@@ -4,6 +4,20 @@ Costs are additive: 1 is one plain difference (a guard, a block, an op), less wh
 """
 
 from graftc.rewrite.whynot.change import Change, Miss
-from graftc.rewrite.whynot.explain import Explanation, explain, explanations_dict, near_misses
+from graftc.rewrite.whynot.explain import (
+    Explanation,
+    explain,
+    explanations_dict,
+    near_misses,
+    with_near_misses,
+)
 
-__all__ = ["Change", "Explanation", "Miss", "explain", "explanations_dict", "near_misses"]
+__all__ = [
+    "Change",
+    "Explanation",
+    "Miss",
+    "explain",
+    "explanations_dict",
+    "near_misses",
+    "with_near_misses",
+]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from graftc.diagnostics import Diagnostic, GraftError, fail, nearest, to_json
+from graftc.diagnostics import Diagnostic, GraftError, Note, fail, nearest, to_json
 from graftc.language.rules import GroupMatch, Rule, Rules, SiteMatch
 from graftc.program.analysis import Analysis
 from graftc.rewrite.whynot.change import Change, Miss, ranked
 from graftc.rewrite.whynot.places import Places
 from graftc.rewrite.whynot.sites import group_misses, site_miss, site_misses
+
+_MOST_NOTES = 6
+_NOT_MET = ("G310", "G331", "G332")
+"""A block without the site, `expect` not met, nothing matched: near misses belong to these."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,10 @@ class Explanation:
 
     @property
     def help(self) -> str | None:
-        """The one edit of the rule that the nearest miss suggests."""
-        return self.misses[0].help if self.misses else None
+        """The one edit of the rule that the nearest miss suggests; None where the rule does what it says."""
+        if not self.misses or (self.selected and not self.problems):
+            return None
+        return self.misses[0].help
 
 
 def explain(
@@ -65,15 +71,17 @@ def explain(
 
 
 def _explained(rule: Rule, places: Places, at: str | None) -> Explanation:
-    from graftc.rewrite.match import match
+    from graftc.rewrite.match import selection
 
     selected: tuple[str, ...] = ()
     problems: tuple[Diagnostic, ...] = ()
     try:
-        found = match(rule, places.analysis)
+        found = selection(rule, places.analysis)
         selected = tuple(" + ".join(s.path for s in m.sites) for m in found.found)
     except GraftError as error:
-        problems = error.diagnostics
+        problems = tuple(
+            replace(d, notes=(), help=None) if d.code in _NOT_MET else d for d in error.diagnostics
+        )
     if at is None:
         return Explanation(rule, selected, near_misses(rule, places), problems)
     here = tuple(s for s in selected if at in s.split(" + "))
@@ -107,6 +115,27 @@ def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:
             sets = chosen(pattern.blocks, places.analysis) if pattern.blocks else (None,)
             here = (site_miss(rule, pattern, site, places, s) for s in sets)
             yield from sorted((m for m in here if m is not None), key=lambda m: m.cost)[:1]
+
+
+def with_near_misses(error: GraftError, rule: Rule, analysis: Analysis) -> GraftError:
+    """The same error with the near misses as notes, where it says that a rule matches too little."""
+    if not any(d.code in _NOT_MET for d in error.diagnostics):
+        return error
+    misses = near_misses(rule, Places(analysis))
+    return GraftError(*(_noted(d, misses) if d.code in _NOT_MET else d for d in error.diagnostics))
+
+
+def _noted(diagnostic: Diagnostic, misses: tuple[Miss, ...]) -> Diagnostic:
+    if not misses:
+        return diagnostic
+    notes = [m.note() for m in misses[:_MOST_NOTES]]
+    if len(misses) > _MOST_NOTES:
+        notes.append(Note(f"… and {len(misses) - _MOST_NOTES} more: `graftc explain` lists them"))
+    fix = misses[0].help
+    own = diagnostic.help or ""
+    expected = own.partition(", or ")[0] if own.startswith("write `expect") else ""
+    help_ = (f"{expected}, or {fix}" if expected else fix) if fix else diagnostic.help
+    return replace(diagnostic, notes=tuple(notes), help=help_)
 
 
 def explanations_dict(found: tuple[Explanation, ...]) -> dict[str, Any]:

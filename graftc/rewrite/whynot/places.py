@@ -9,6 +9,9 @@ from functools import cached_property
 from graftc.program.analysis import Analysis, Site
 from graftc.program.flat import Op
 from graftc.program.roles import Refusal
+from graftc.rewrite.whynot.change import source_line
+
+_TRIED = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +43,11 @@ class Places:
         ops = self.analysis.flat.ops[first : last + 1]
         return [o for o in ops if o.kind == "op" and (o.path == path or o.path.startswith(inside))]
 
-    def first_op(self, path: str) -> Op | None:
+    def line(self, path: str) -> str | None:
+        """The model's own line that runs first in a module, where capture kept one."""
         known = self.ops_below.get(path)
-        return self.analysis.flat.ops[known[0]] if known else None
+        ops = self.analysis.flat.ops[known[0] : known[1] + 1] if known else []
+        return next((line for o in ops[:_TRIED] if (line := source_line(o)) is not None), None)
 
     def refusal(self, role: str, path: str) -> Refusal | None:
         """Why the ops of this module that look like the role are none."""

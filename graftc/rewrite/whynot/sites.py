@@ -9,7 +9,7 @@ from graftc.language.rules import GroupMatch, Rule, SiteMatch
 from graftc.program.analysis import Site
 from graftc.rewrite.globs import path_matches
 from graftc.rewrite.whynot.blocks import Chosen, chosen
-from graftc.rewrite.whynot.change import Change, Miss, source_line
+from graftc.rewrite.whynot.change import Change, Miss
 from graftc.rewrite.whynot.guards import guard_changes
 from graftc.rewrite.whynot.paths import near_class, near_path
 from graftc.rewrite.whynot.places import Places
@@ -92,7 +92,7 @@ def site_miss(
     if not changes:
         return None
     line = next((c.source for c in changes if c.source), None)
-    return Miss(site.path, tuple(changes), line or source_line(places.first_op(site.path)))
+    return Miss(site.path, tuple(changes), line or places.line(site.path))
 
 
 def _kind_changes(pattern: SiteMatch, site: Site, places: Places) -> list[Change]:
@@ -178,7 +178,7 @@ def group_misses(rule: Rule, pattern: GroupMatch, places: Places) -> Iterator[Mi
             sites = _bound(pattern, group, block_set, places)
             changes += guard_changes(rule.where, sites)
             if changes:
-                line = source_line(places.first_op(paths[group[0]]))
+                line = places.line(paths[group[0]])
                 yield Miss(place, tuple(changes), line)
         for index in block_set.inside[whole:]:
             said = f"left over: {len(block_set.inside)} blocks do not divide into {what.removeprefix('a ')}s"

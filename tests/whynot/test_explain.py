@@ -1,0 +1,102 @@
+"""`graftc explain` as its user meets it, and the same notes where `expect` is not met."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import graftc
+from graftc.cli.main import main
+from graftc.diagnostics import GraftError
+from graftc.language.check import check
+from graftc.program.analysis import Analysis
+from graftc.rewrite.match import match
+
+ROOT = Path(__file__).parents[2]
+MODEL = f"{ROOT}/examples/digits/model.py:teacher"
+TEXT = """rule few {
+    match   a = self_attention in blocks 1..5
+    where   heads(a) == 8
+    replace a with hyena_x(kernel = 4)
+}
+rule fine {
+    match   m = mlp in blocks odd
+    replace m with mlp(ratio = 3)
+}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a.graft"
+    path.write_text(TEXT)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+def test_every_rule_is_explained(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    code, out, _ = run(capsys, "explain", str(file), "-m", MODEL)
+    assert code == 0
+    few, _, fine = out.partition("rule `fine`")
+    assert "heads(a) is 4, wanted == 8" in few
+    assert f"{file}:3:13" in few, "the place in the rule"
+    assert "examples/digits/model.py:" in few, "the model's own line"
+    assert few.count("help: ") == 1
+    assert "write `heads(a) == 4`" in few
+    assert "selects 4 places: blocks.1.mlp" in fine
+    assert "help" not in fine, "a rule that does what it says needs no advice"
+
+
+def test_at_one_place(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    code, out, _ = run(capsys, "explain", str(file), "-m", MODEL, "few", "--at", "blocks.0.mlp")
+    assert code == 0
+    assert "does not select blocks.0.mlp" in out
+    assert "is mlp, wanted self_attention" in out
+    assert "block 0 is not in the set" in out
+    _, out, _ = run(capsys, "explain", str(file), "-m", MODEL, "fine", "--at", "blocks.1.mlp")
+    assert "selects 1 place: blocks.1.mlp" in out
+
+
+def test_names_that_are_not_there(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    code, _, err = run(capsys, "explain", str(file), "-m", MODEL, "fiew")
+    assert code == 1
+    assert "write `few`" in err
+    code, _, err = run(capsys, "explain", str(file), "-m", MODEL, "--at", "blocks.1.mpl")
+    assert code == 1
+    assert '"blocks.1.mlp"' in err
+
+
+def test_as_data(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    code, out, _ = run(capsys, "explain", str(file), "-m", MODEL, "--format", "json")
+    assert code == 0
+    few, fine = json.loads(out)["rules"]
+    assert few["misses"][0]["place"] == "blocks.1.attn"
+    assert few["misses"][0]["changes"][0]["kind"] == "guard"
+    assert few["misses"][0]["changes"][0]["span"]["line"] == 3
+    assert [p["code"] for p in few["problems"]] == ["G332"]
+    assert len(fine["selected"]) == 4
+
+
+def test_the_same_notes_where_expect_is_not_met(digits: Analysis) -> None:
+    (rule, _) = check(TEXT).rules
+    (explained, _) = graftc.explain(TEXT, MODEL)
+    with pytest.raises(GraftError) as caught:
+        match(rule, digits)
+    (found,) = caught.value.diagnostics
+    assert found.notes[0].message.split(": ")[1] == explained.misses[0].text.split(": ")[1]
+    assert found.help == explained.help
+
+
+def test_nearest_first(digits: Analysis) -> None:
+    (few, _) = graftc.explain(TEXT, MODEL)
+    inside = [m.cost for m in few.misses if not m.aside]
+    assert inside == sorted(inside)
+    del digits
