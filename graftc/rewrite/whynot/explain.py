@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail, nearest, to_json
-from graftc.language.rules import GroupMatch, Rule, Rules, SiteMatch
+from graftc.language.rules import DataflowMatch, GroupMatch, Rule, Rules, SiteMatch
 from graftc.program.analysis import Analysis
 from graftc.rewrite.whynot.change import Change, Miss, ranked
+from graftc.rewrite.whynot.dataflow import dataflow_misses
 from graftc.rewrite.whynot.places import Places
 from graftc.rewrite.whynot.sites import group_misses, site_miss, site_misses
 
@@ -94,6 +95,9 @@ def near_misses(rule: Rule, places: Places) -> tuple[Miss, ...]:
 
 
 def _misses(rule: Rule, places: Places) -> Iterator[Miss]:
+    if any(isinstance(p, DataflowMatch) for p in rule.matches):
+        yield from dataflow_misses(rule, places.view)
+        return
     for pattern in rule.matches:
         if isinstance(pattern, GroupMatch):
             yield from group_misses(rule, pattern, places)
@@ -106,6 +110,10 @@ def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:
     from graftc.rewrite.whynot.blocks import chosen
 
     site = places.analysis.by_path[at]
+    if any(isinstance(p, DataflowMatch) for p in rule.matches):
+        found = dataflow_misses(rule, places.view)
+        yield from (m for m in found if f"{m.place}.".startswith((f"{at}.", f"{at}:")))
+        return
     for pattern in rule.matches:
         if isinstance(pattern, GroupMatch):
             yield from (

@@ -8,7 +8,8 @@ from functools import cached_property
 
 from graftc.program.analysis import Analysis, Site
 from graftc.program.flat import Op
-from graftc.program.roles import Refusal
+from graftc.program.refusals import Refusal
+from graftc.rewrite.dataflow.view import ProgramView, program_view
 from graftc.rewrite.whynot.change import source_line
 
 _TRIED = 8
@@ -48,6 +49,11 @@ class Places:
         known = self.ops_below.get(path)
         ops = self.analysis.flat.ops[known[0] : known[1] + 1] if known else []
         return next((line for o in ops[:_TRIED] if (line := source_line(o)) is not None), None)
+
+    @cached_property
+    def view(self) -> ProgramView:
+        """The ops as dataflow patterns see them."""
+        return program_view(self.analysis.flat)
 
     def refusal(self, role: str, path: str) -> Refusal | None:
         """Why the ops of this module that look like the role are none."""

@@ -6,7 +6,9 @@ from graftc.diagnostics import Span
 from graftc.language.vocabulary import ATTENTION
 from graftc.program.analysis import ATTENTION_ROLES, Site
 from graftc.program.flat import Op
-from graftc.program.roles import MOVEMENTS, is_linear, op_name
+from graftc.program.ops import MOVEMENTS
+from graftc.program.refusals import op_name
+from graftc.program.roles import is_linear
 from graftc.rewrite.whynot.change import Change, source_line
 from graftc.rewrite.whynot.places import Places
 
