@@ -9,6 +9,8 @@ from pathlib import Path
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail
 from graftc.language import syntax as s
+from graftc.language.conflicts import conflicts
+from graftc.language.contradictions import contradictions
 from graftc.language.load import Loader
 from graftc.language.parameters import check_parameters, given, settings_of
 from graftc.language.resolve_operator import check_operator, check_test
@@ -72,6 +74,9 @@ def resolve(
         found = dict.fromkeys(e for e in errors if e not in earlier)
         raise GraftError(*_first(*earlier, *sorted(found, key=_place)))
     resolved = tuple(r.rule for r in module.rules if r.rule is not None)
+    said = [d for r in resolved for d in contradictions(r)] + list(conflicts(resolved))
+    if any(d.severity == "error" for d in said):
+        raise GraftError(*_first(*sorted((d for d in said if d.severity == "error"), key=_place)))
     sources = (document.source, *state.loader.sources.values())
     return Rules(
         rules=resolved,
@@ -83,7 +88,7 @@ def resolve(
         digest=hashlib.sha256(
             "\0".join(x.text for x in sources).encode("utf-8", "replace")
         ).hexdigest(),
-        notes=(*(d for d in log.diagnostics if d.severity != "error"), *_notes(resolved)),
+        notes=(*(d for d in log.diagnostics if d.severity != "error"), *said, *_notes(resolved)),
     )
 
 

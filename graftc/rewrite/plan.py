@@ -13,17 +13,22 @@ from graftc.rewrite.claims import check_claims
 from graftc.rewrite.edits import Edit, edits_of
 from graftc.rewrite.match import Matches, match
 from graftc.rewrite.price import Step, price
+from graftc.rewrite.selections import selection_notes
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that `apply` and distillation need to know, and what a person wants to read."""
+    """Everything that `apply` and distillation need to know, and what a person wants to read.
+
+    `notes`: warnings and notes of the file and of what its rules select; they stop nothing.
+    """
 
     steps: tuple[Step, ...]
     selections: tuple[Matches, ...]
     finetune: Finetune | None
     parameters: tuple[int, int]
     flops: tuple[int, int]
+    notes: tuple[Diagnostic, ...] = ()
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -45,11 +50,13 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     selections: list[Matches] = []
     edits: list[Edit] = []
     problems: list[Diagnostic] = []
+    notes = list(rules.notes)
     taken = {path for path, _ in analysis.program.root.named_modules(remove_duplicate=False)}
     for rule in rules.rules:
         try:
             matches = match(rule, analysis)
             edits += edits_of(rule, matches.found, analysis, taken)
+            notes += selection_notes(matches)
             selections.append(matches)
         except GraftError as error:
             problems += error.diagnostics
@@ -66,4 +73,5 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
         rules.finetune,
         (analysis.parameters, parameter_count(student)),
         (flops, flops + sum(s.after.flops - s.before.flops for s in steps)),
+        tuple(notes),
     )

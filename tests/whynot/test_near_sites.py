@@ -9,19 +9,12 @@ import pytest
 import yaml
 
 from graftc.language.check import check
-from graftc.program.analysis import Analysis, analyse
-from graftc.program.capture import capture
+from graftc.program.analysis import Analysis
 from graftc.rewrite.whynot import explain
-from tests.whynot.models import odd
 
 CASES: list[dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("near_sites.yaml").read_text(encoding="utf-8")
 )
-
-
-@pytest.fixture(scope="session")
-def models(digits: Analysis, dit: Analysis, pixart: Analysis) -> dict[str, Analysis]:
-    return {"digits": digits, "dit": dit, "pixart": pixart, "odd": analyse(capture(odd()))}
 
 
 def text_of(case: dict[str, Any]) -> str:

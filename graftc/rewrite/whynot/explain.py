@@ -52,7 +52,7 @@ def explain(
         known = [r.name for r in rules.rules]
         near = nearest(name or "", known)
         fail(
-            "G400",
+            "G418",
             f"the file has no rule `{name}`",
             site=rules.files[0] if rules.files else None,
             wanted=", ".join(known) or "a rule",
@@ -62,7 +62,7 @@ def explain(
     if at is not None and at not in analysis.by_path:
         near = nearest(at, analysis.by_path)
         fail(
-            "G401",
+            "G419",
             f'the model has no module "{at}" that is called',
             site="--at",
             help=f'a near path is "{near}"' if near else "`graftc inspect` lists the paths",

@@ -1,0 +1,170 @@
+"""Rules that cannot live together: one repeats another, or takes sites that another takes already.
+
+Told from the text alone, so only what holds for every model: where a guard or a measure decides, `plan` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any, Literal
+
+from graftc.diagnostics import Diagnostic, GraftError, Note, Span
+from graftc.language.blocks import select
+from graftc.language.rules import (
+    Blocks,
+    DataflowMatch,
+    GroupMatch,
+    Parallel,
+    Ref,
+    Remove,
+    Replace,
+    Rewrite,
+    Rule,
+    SiteMatch,
+    Skip,
+    SpreadTerm,
+)
+from graftc.language.vocabulary import covers
+
+_LENGTHS = (2, 3, 6, 8, 12, 16, 24, 28, 32, 40, 48, 64, 96)
+_TAKES = (Replace, Remove, Skip)
+_EVERY = ("*", "**", "**.*", "*.**")
+
+
+def conflicts(rules: Sequence[Rule]) -> Iterator[Diagnostic]:
+    """An error for each rule that repeats another or shares its sites; a warning for a glob of all modules."""
+    for rule in rules:
+        yield from _too_wide(rule)
+    told: set[str] = set()
+    for first, second in combinations(rules, 2):
+        if second.name in told:
+            continue
+        how = _shared(first, second)
+        if how is None:
+            continue
+        told.add(second.name)
+        yield _diagnostic(first, second, how)
+
+
+Sharing = Literal["same", "part", "some"]
+
+
+def _diagnostic(first: Rule, second: Rule, how: Sharing) -> Diagnostic:
+    notes = (Note(f"rule `{first.name}` is here", first.span),)
+    if how == "same" and _plain(first.edit) == _plain(second.edit):
+        return Diagnostic(
+            "G410",
+            f"rule `{second.name}` repeats rule `{first.name}`",
+            span=second.span,
+            notes=notes,
+            help="leave one of them out",
+        )
+    what = {
+        "same": f"takes the same places as rule `{first.name}`",
+        "part": f"takes places that are all rule `{first.name}`'s already",
+        "some": f"takes some of the places that rule `{first.name}` takes",
+    }[how]
+    return Diagnostic(
+        "G411",
+        f"rule `{second.name}` {what}",
+        span=second.span,
+        wanted="one edit of a place",
+        notes=notes,
+        help="narrow one of the two, for example with `except {…}`",
+    )
+
+
+def _shared(first: Rule, second: Rule) -> Sharing | None:
+    """What places two rules share in every model, None where that cannot be told or is nothing."""
+    if first.where is not None or second.where is not None or first.guards or second.guards:
+        return None
+    if len(first.matches) != 1 or len(second.matches) != 1:
+        return None
+    one, other = first.matches[0], second.matches[0]
+    if isinstance(one, DataflowMatch) and isinstance(other, DataflowMatch):
+        both = isinstance(first.edit, Rewrite) and isinstance(second.edit, Rewrite)
+        return "same" if both and _plain(one.statements) == _plain(other.statements) else None
+    if isinstance(one, GroupMatch) and isinstance(other, GroupMatch):
+        both = isinstance(first.edit, Parallel) and isinstance(second.edit, Parallel)
+        return _of_blocks(one.blocks, other.blocks) if both else None
+    if not isinstance(one, SiteMatch) or not isinstance(other, SiteMatch):
+        return None
+    if not isinstance(first.edit, _TAKES) or not isinstance(second.edit, _TAKES):
+        return None
+    return _of_sites(one, other)
+
+
+def _of_sites(one: SiteMatch, other: SiteMatch) -> Sharing | None:
+    if one.path is not None or other.path is not None or one.class_name or other.class_name:
+        kind = (one.path, one.class_name) == (other.path, other.class_name)
+        return _of_blocks(one.blocks, other.blocks) if kind and one.within == other.within else None
+    assert one.role is not None
+    assert other.role is not None
+    if one.within != other.within:
+        return None
+    blocks = _of_blocks(one.blocks, other.blocks)
+    if one.role == other.role:
+        return blocks
+    if "block" in (one.role, other.role):  # a site of a block that goes, or is replaced
+        inner = other if one.role == "block" else one
+        return "some" if blocks and inner.blocks is not None else None
+    if covers(one.role, other.role):
+        return "part" if blocks in ("same", "part") else blocks
+    return "some" if blocks and covers(other.role, one.role) else None
+
+
+def _of_blocks(one: Blocks | None, other: Blocks | None) -> Sharing | None:
+    """What two block sets share, whatever the chain's length."""
+    if one is None or other is None:
+        return "same" if one is other else "part" if one is None else "some"
+    if one.chain != other.chain:
+        return None
+    found: set[Sharing | None] = set()
+    needed = max((r.last for b in (one, other) for r in (*b.ranges, *b.excluded)), default=0) + 1
+    for length in {*(n for n in _LENGTHS if n >= needed), needed, needed + 1}:
+        try:
+            a, b = (set(select(s, length, "")) for s in (one, other))
+        except GraftError:
+            continue
+        found.add("same" if a == b else "part" if b < a else "some" if a & b else None)
+    if not found or None in found:
+        return None
+    return found.pop() if len(found) == 1 else "some"
+
+
+def _plain(value: Any, names: dict[str, str] | None = None) -> Any:
+    """A value without its places in the text, its names numbered in the order that they come."""
+    names = {} if names is None else names
+    if isinstance(value, Span):
+        return None
+    if isinstance(value, (Ref, SpreadTerm)):
+        return type(value).__name__, names.setdefault(value.name, str(len(names)))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [
+            names.setdefault(str(x), str(len(names))) if f.name == "binding" else _plain(x, names)
+            for f in dataclasses.fields(value)
+            if not isinstance(x := getattr(value, f.name), Span)
+        ]
+        return type(value).__name__, tuple(fields)
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(v, names) for v in value)  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, dict):
+        pairs = ((str(k), _plain(v, names)) for k, v in value.items())  # pyright: ignore[reportUnknownVariableType]
+        return tuple(sorted(pairs, key=lambda p: p[0]))
+    return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+
+
+def _too_wide(rule: Rule) -> Iterator[Diagnostic]:
+    for match in rule.matches:
+        if isinstance(match, SiteMatch) and match.path in _EVERY and match.blocks is None:
+            yield Diagnostic(
+                "G416",
+                f'`module "{match.path}"` is every module'
+                + (" of the outermost level" if match.path == "*" else ""),
+                span=match.span,
+                wanted='the modules that are meant, such as `module "blocks.*.mlp"`',
+                help="name the modules, or a role",
+                severity="warning",
+            )
