@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graftc import __version__
-from graftc.diagnostics import fail
+from graftc.diagnostics import fail, render
 from graftc.distillation.targets import Targets, to_dict
 from graftc.emit.build import Build, write_build
 from graftc.emit.files import file_hash
@@ -171,6 +171,7 @@ def compile_build(
             "data": _named(data, "DATA"),
             "task": _task_entry(task, loaded.task),
             "checks": list(compiled.checks),
+            "notes": [render(n) for n in compiled.plan.notes],
             "forms": forms(compiled.plan, compiled.analysis, student, loaded),
         },
         copy_teacher=copy_teacher or not isinstance(model, str),

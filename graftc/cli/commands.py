@@ -172,11 +172,17 @@ def plan(
     """Show what a file does to a model; nothing is changed."""
     from graftc import verbs
     from graftc.cli.render import show_plan
+    from graftc.diagnostics import render, to_json
     from graftc.rewrite.plan_text import plan_dict
 
     _format(format)
     made = verbs.plan(file, model, data=data, overrides=_overrides(set_), output=output)
-    _json(plan_dict(made)) if format == "json" else show_plan(made)
+    if format == "json":
+        _json({**plan_dict(made), "notes": [to_json(n) for n in made.notes]})
+        return
+    show_plan(made)
+    for note in made.notes:
+        print(render(note), file=sys.stderr)
 
 
 @app.command()

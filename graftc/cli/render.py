@@ -208,6 +208,8 @@ def show_build(build: Build) -> None:
     pending = sum(bool(s["pending"]) for s in sites)
     for line in build.manifest.get("checks", []):
         console.print(f"  {line}")
+    for note in build.manifest.get("notes", []):
+        console.print(note)
     if sites:
         console.print(
             f"  {len(sites)} sites to distil"

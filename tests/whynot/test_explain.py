@@ -100,3 +100,17 @@ def test_nearest_first(digits: Analysis) -> None:
     inside = [m.cost for m in few.misses if not m.aside]
     assert inside == sorted(inside)
     del digits
+
+
+def test_warnings_are_printed_at_check_and_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.graft"
+    file.write_text(TEXT.replace("heads(a) == 8", "heads(a) >= 1"))
+    code, _, err = run(capsys, "check", str(file))
+    assert code == 0
+    assert "warning[G413]" in err
+    code, _, err = run(capsys, "plan", str(file), "-m", MODEL)
+    assert code == 0
+    assert "warning[G413]" in err
+    assert f"{file}:3:13" in err

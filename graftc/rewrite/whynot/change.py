@@ -72,7 +72,7 @@ def ranked(misses: Iterable[Miss]) -> tuple[Miss, ...]:
     by_script: dict[tuple[str, ...], list[Miss]] = {}
     for miss in misses:
         by_script.setdefault(tuple(_anywhere(c.text) for c in miss.changes), []).append(miss)
-    found = [_with(group[0], len(group) - 1) for group in by_script.values()]
+    found = [_with(g[0], sum(m.alike + 1 for m in g) - 1) for g in by_script.values()]
     return tuple(sorted(found, key=lambda m: (m.aside, round(m.cost, 3))))
 
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail, nearest, to_json
-from graftc.language.rules import DataflowMatch, GroupMatch, Rule, Rules, SiteMatch
+from graftc.language.rules import (
+    DataflowMatch,
+    GroupMatch,
+    Rule,
+    Rules,
+    SequenceMatch,
+    SiteMatch,
+)
 from graftc.program.analysis import Analysis
 from graftc.rewrite.whynot.change import Change, Miss, ranked
 from graftc.rewrite.whynot.dataflow import dataflow_misses
@@ -103,6 +110,16 @@ def _misses(rule: Rule, places: Places) -> Iterator[Miss]:
             yield from group_misses(rule, pattern, places)
         elif isinstance(pattern, SiteMatch):
             yield from site_misses(rule, pattern, places, ())
+        elif isinstance(pattern, SequenceMatch):
+            alone = replace(rule, where=None)  # a guard is on sites that follow each other
+            for one in _members(pattern):
+                yield from site_misses(alone, one, places, ())
+
+
+def _members(pattern: SequenceMatch) -> Iterator[SiteMatch]:
+    """The sites of a sequence, each as a pattern of its own."""
+    for name, role in zip(pattern.bindings, pattern.roles, strict=True):
+        yield SiteMatch(name, pattern.span, role=role, within=pattern.within, blocks=pattern.blocks)
 
 
 def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:

@@ -75,6 +75,10 @@ def constant(
     op = op_word(name)
     span = operand.span or node.op_span
     found, want = value_word(actual), value_word(operand.value)
+    if kind == "word":
+        found, want = (
+            f'"{v}"' if isinstance(v, str) else value_word(v) for v in (actual, operand.value)
+        )
     word = OPS.get(name)
     parameter = word.parameters[at].name if word is not None and at < len(word.parameters) else ""
     fix = f"write `{found.strip('`')}` for `{span.text}`" if operand.span else None
