@@ -22,6 +22,7 @@ from graftc.program.dtypes import follow_weights
 from graftc.program.export import export
 from graftc.program.model import USER_MODULE, Model
 from graftc.program.normalise import normalise
+from graftc.program.outline import outline
 from graftc.program.program import Facts, Outputs, Port, Program, size_hint, value
 
 
@@ -64,7 +65,7 @@ def capture(model: Model) -> Program:
         ),
         classes={path: _class_name(type(m)) for path, m in model.module.named_modules()},
     )
-    return follow_weights(replace(program, root=normalise(program.root)))
+    return outline(follow_weights(replace(program, root=normalise(program.root))))
 
 
 def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[str]]:

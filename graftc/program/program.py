@@ -50,7 +50,8 @@ class Program:
     `root` is a tree of `fx.GraphModule`s: root's graph calls its blocks by `call_module`, and so on
     down to leaves of single ops; parameters keep their qualified names. Passes never edit a Program
     in place: they build another (`graftc.rewrite.apply`). `classes` maps a module path to the name
-    of its original class.
+    of its original class. `moved`: path of a module or parameter that an outlined region took in → its
+    path in the model.
     """
 
     root: fx.GraphModule
@@ -58,6 +59,7 @@ class Program:
     outputs: Outputs
     facts: Facts
     classes: Mapping[str, str]
+    moved: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def graphs(self) -> Iterator[tuple[str, fx.GraphModule]]:
         """Every graph of the tree with its path ('' is root), parents first, a shared module once."""

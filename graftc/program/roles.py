@@ -448,18 +448,31 @@ def mlps(flat: Flat, refused: Refused | None = None) -> list[Mlp]:
 
 def _mlp_before(flat: Flat, down: Op) -> Mlp | None:
     after = strip(linear_input(down))
-    if after.tensor is None or after.tensor.ndim < 3 or after.kind != "op":
+    if after.tensor is None or after.kind != "op":
         return None
     up, gate, activation, name = _plain_branch(after) or _gated(after) or (None, None, None, "")
     if up is None or activation is None:
         return None
-    if _features(linear_input(up)) != _features(down):
+    if _features(linear_input(up)) != _features(down) or not _is_stream(after, up):
         return None
     firsts = [up] if gate is None else [up, gate]
     path = flat.called(common_path([*firsts, down, activation]))
     if not _is_just(flat, path, firsts, (down,)):
         path = ""
     return Mlp(path, up, gate, down, activation, name)
+
+
+def _is_stream(after: Op, up: Op) -> bool:
+    """Whether an MLP works on tokens: in three dimensions, or on a stream whose tokens were put into the batch."""
+    if after.tensor.ndim >= 3:
+        return True
+    op = linear_input(up)
+    while op.kind == "op" and (op.target in MOVEMENTS or op.target in NORMS):
+        source = op.args[0]
+        if source.tensor is not None and source.tensor.ndim > op.tensor.ndim:
+            return _features(source) == _features(op)
+        op = source
+    return False
 
 
 def _plain_branch(after: Op) -> tuple[Op, None, Op, str] | None:

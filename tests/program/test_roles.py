@@ -154,12 +154,16 @@ MASKED = Model(
 
 
 def test_a_residual_or_norm_is_never_part_of_a_site() -> None:
+    """The projection stands with the residual: it is taken out, and the two are one module of their own."""
     analysis = analyse(capture(MASKED))
-    assert roles(analysis, "self_attention") == [f"layers.{i}.inner" for i in range(3)]
-    assert "out" not in {
-        k for k, v in part_refs(analysis, "layers.0.inner").items() if isinstance(v, PartRef)
-    }
-    assert "mask" in analysis.by_path["layers.0.inner"].has
+    assert roles(analysis, "self_attention") == [f"layers.{i}.self_attention" for i in range(3)]
+    site = analysis.by_path["layers.0.self_attention"]
+    assert set(part_refs(analysis, site.path)) == {"q", "k", "v", "out"}
+    assert "mask" in site.has
+    assert site.kept["mask"].form == "additive"
+    left = [n.target for n in analysis.program.module("layers.0").graph.nodes]  # type: ignore[union-attr]
+    assert "norm" in left
+    assert torch.ops.aten.add.Tensor in left
 
 
 class WrittenOut(nn.Module):
