@@ -123,8 +123,8 @@ def _graph_of(
         copies[node].meta = dict(node.meta)
     for node in chosen:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-    returned = tuple(copies[e] for e in exits)
-    graph.output(returned if len(returned) > 1 else returned[0])
+    returned: list[fx.Node] = [copies[e] for e in exits]
+    graph.output(tuple(returned) if len(returned) > 1 else returned[0])
     return graph, copies
 
 
