@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 EXTRAS := cpu,train,diffusers,transformers,report,lsp,examples,serve,dev
 SOURCES := graftc tests examples benchmarks
 
-.PHONY: demo test lint format table slow bench clean
+.PHONY: demo test lint format table slow bench matrix clean
 
 # torch first, and exactly: another specifier may bring gigabytes of CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,6 +41,10 @@ slow: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
+
+# docs/models.md, about an hour on two cores; models that have a result in out/models/ are not run again.
+matrix: $(VENV)/.installed
+	$(BIN)/python -m tests.models.matrix
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

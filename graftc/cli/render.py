@@ -180,7 +180,8 @@ def show_plan(plan: Plan) -> None:
 def _after(step: Step) -> str:
     from graftc.rewrite.plan_text import after_text
 
-    return after_text(step.edit)
+    every = f", in all {step.runs} runs" if step.runs > 1 else ""
+    return after_text(step.edit) + every
 
 
 def _weights(step: Step) -> str:

@@ -36,11 +36,11 @@ class Kept:
     `arguments` are positions among the site's call arguments: one for a mask, cos and sin for
     rotary. `form` says what they mean. A mask is `additive` (added to the scores) or `boolean`
     (True where a token is seen); rotary is `half` (x · cos + rotate_half(x) · sin, as in Llama) or
-    `interleaved` (neighbouring features are a pair).
+    `interleaved` (neighbouring features are a pair). The context of a cross-attention is a `stream`.
     """
 
     arguments: tuple[int, ...]
-    form: Literal["additive", "boolean", "half", "interleaved"]
+    form: Literal["additive", "boolean", "half", "interleaved", "stream"]
 
 
 def _nothing_kept() -> Mapping[str, Kept]:
@@ -101,6 +101,12 @@ class Analysis:
         """id(module) → how often a forward pass runs it, under whatever name."""
         return Counter(id(self.program.module(c.path)) for c in self.flat.calls)
 
+    @cached_property
+    def caller_counts(self) -> Counter[int]:
+        """id(module) → how many calls in the graphs name it: one where it runs several times with its block."""
+        nodes = {(id(self.program.module(c.path)), c.node) for c in self.flat.calls}
+        return Counter(module for module, _ in nodes)
+
     @property
     def parameters(self) -> int:
         return parameter_count(self.program)
@@ -147,7 +153,7 @@ def analyse(program: Program) -> Analysis:
         return None
 
     sites: list[Site] = []
-    for call in sorted(calls.values(), key=lambda c: _order(c)):
+    for call in sorted(_of_distinct_modules(program, calls), key=_order):
         role, stream, facts, has = "unknown", 0, {}, frozenset[str]()
         kept: Mapping[str, Kept] = {}
         if call.path in blocks:
@@ -186,18 +192,32 @@ def analyse(program: Program) -> Analysis:
     return Analysis(program, flat, tuple(sites), found, flops, outside, mlp, tuple(refused))
 
 
+def _of_distinct_modules(program: Program, calls: Mapping[str, Call]) -> Iterator[Call]:
+    """One call of each module: what stands in the tree under several paths is one site."""
+    seen: set[int] = set()
+    for call in calls.values():
+        module = program.module(call.path)
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield call
+
+
 def _held(path: str, others: Mapping[str, Any]) -> str | None:
     """The first of `others` at or inside a path."""
     return next((p for p in others if p == path or p.startswith(path + ".")), None)
 
 
 def _kept(a: Attention, call: Call) -> dict[str, Kept]:
-    """The mask and the rotary tables that are whole inputs of the call."""
+    """The mask, the rotary tables and the context that are whole inputs of the call."""
     found: dict[str, Kept] = {}
     if len(a.masks) == 1 and a.masks[0].form != "hidden":
         index = _given(call, a.masks[0].mask)
         if index is not None:
             found["mask"] = Kept((index,), a.masks[0].form)
+    if a.kind == "cross_attention":
+        places = {_given(call, linear_input(o)) for o in (*a.k, *a.v)}
+        if len(places) == 1 and (index := places.pop()) is not None:
+            found["context"] = Kept((index,), "stream")
     if a.tables is not None:
         q, k = a.tables
         places = [_given(call, t) for t in (q.cos, q.sin, k.cos, k.sin)]
@@ -284,6 +304,8 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
         "kind": a.kind.removesuffix("_attention"),
         "form": a.form,
     }
+    if a.kind == "cross_attention":
+        facts["context_dim"] = size_hint(linear_input(a.k[0]).tensor.shape[-1])
     has = {
         name
         for name, there in [

@@ -23,7 +23,7 @@ from graftc.program.export import export
 from graftc.program.model import USER_MODULE, Model
 from graftc.program.normalise import normalise
 from graftc.program.outline import outline
-from graftc.program.program import Facts, Outputs, Port, Program, size_hint, value
+from graftc.program.program import Facts, Outputs, Port, Program, size_hint, structure_hash, value
 
 
 def capture(model: Model) -> Program:
@@ -65,7 +65,9 @@ def capture(model: Model) -> Program:
         ),
         classes={path: _class_name(type(m)) for path, m in model.module.named_modules()},
     )
-    return outline(follow_weights(replace(program, root=normalise(program.root))))
+    root = normalise(program.root)
+    _share(root, model.module)
+    return outline(follow_weights(replace(program, root=root)))
 
 
 def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[str]]:
@@ -151,6 +153,22 @@ def _bind(root: nn.Module, original: nn.Module) -> None:
         for name in list(module._buffers):
             if name in source._buffers:
                 module._buffers[name] = source._buffers[name]
+
+
+def _share(root: fx.GraphModule, original: nn.Module) -> None:
+    """A module that the original holds under several names is one module of the tree, if it was traced alike."""
+    first: dict[int, str] = {}
+    memo: dict[int, str] = {}
+    ours = dict(root.named_modules(remove_duplicate=False))
+    for path, module in original.named_modules(remove_duplicate=False):
+        known = first.setdefault(id(module), path)
+        if known == path or path not in ours or known not in ours:
+            continue
+        if next(module.parameters(), None) is not None and structure_hash(
+            ours[known], memo
+        ) == structure_hash(ours[path], memo):
+            parent, _, name = path.rpartition(".")
+            root.get_submodule(parent)._modules[name] = root.get_submodule(known)
 
 
 def _drop_constant_inputs(root: fx.GraphModule) -> list[str]:

@@ -20,6 +20,7 @@ class Chain:
 
     `name`: the container they share; `paths`: the blocks; `graph`: the path of the graph that calls them;
     `nodes`: names of their calls in it; `stream`: which argument of a block is the residual stream.
+    A block that runs several times stands once, where it runs first.
     """
 
     name: str
@@ -67,12 +68,16 @@ def _chains_of(path: str, module: fx.GraphModule, memo: dict[int, str]) -> list[
     found: list[Chain] = []
     for component in nx.weakly_connected_components(links):
         run = list(nx.dag_longest_path(links.subgraph(component)))
+        distinct = list(
+            {id(module.get_submodule(str(n.target))): n for n in reversed(run)}.values()
+        )
+        distinct.reverse()
         found.append(
             Chain(
-                _name([str(n.target) for n in run], path),
+                _name([str(n.target) for n in distinct], path),
                 path,
-                tuple(join(path, str(n.target)) for n in run),
-                tuple(n.name for n in run),
+                tuple(join(path, str(n.target)) for n in distinct),
+                tuple(n.name for n in distinct),
                 _stream_index(run),
             )
         )

@@ -158,15 +158,15 @@ def edits_of(
 
 
 def _check_called_once(edit: Edit, site: Site, analysis: Analysis) -> None:
-    """A module that runs several times has one set of weights: an edit of one call would edit all."""
-    calls = analysis.call_counts[id(analysis.program.module(site.path))]
+    """An edit changes one call. A module that runs several times, each time by that call, changes in all of them."""
+    calls = analysis.caller_counts[id(analysis.program.module(site.path))]
     if calls > 1:
         fail(
             "G361",
-            f"{site.path} is shared: it is called {calls} times",
+            f"{site.path} is shared: {calls} calls in the model run it",
             span=edit.rule.edit.span,
             site=site.path,
-            help="edits of modules that run several times are not supported yet",
+            help="edit a site inside it: that changes it in all its runs",
         )
 
 

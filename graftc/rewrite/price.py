@@ -29,7 +29,8 @@ class Candidate:
 class Step:
     """One edit with its price: parameters and FLOPs of a forward pass of one sample, and its weights' origins.
 
-    `candidates`: of `one of`, all of them, the student's first.
+    `candidates`: of `one of`, all of them, the student's first. `runs`: how often a forward pass runs the
+    site, in a block that several calls share; FLOPs are of all runs.
     """
 
     edit: Edit
@@ -38,6 +39,7 @@ class Step:
     origins: tuple[Origin, ...]
     dropped: tuple[str, ...]
     candidates: tuple[Candidate, ...] = ()
+    runs: int = 1
 
 
 def price(edit: Edit, analysis: Analysis, student: Program) -> Step:
@@ -52,11 +54,15 @@ def price(edit: Edit, analysis: Analysis, student: Program) -> Step:
     if edit.kind in ("parallel", "insert", "together"):  # what is there stays
         return Step(edit, Cost(0, 0, 0), new, tuple(origins), ())
     (site,) = edit.sites
-    before = Cost(_int(site, "params"), _int(site, "flops"), 0)
+    runs = analysis.call_counts[id(analysis.program.module(site.path))]
+    counted = len(analysis.flat.calls_by_path[site.path])  # the site's own FLOPs are of these
+    before = Cost(_int(site, "params"), _int(site, "flops") * runs // counted, 0)
+    new = Cost(new.params, new.operator_flops * runs, new.featuriser_flops * runs)
     candidates = tuple(_candidate(edit, c, before, analysis) for c in edit.candidates)
     if candidates and edit.candidates[0] is None:  # the student keeps the site
-        return Step(edit, before, before, (), (), candidates)
-    return Step(edit, before, new, tuple(origins), _dropped(site, analysis, student), candidates)
+        return Step(edit, before, before, (), (), candidates, runs)
+    dropped = _dropped(site, analysis, student)
+    return Step(edit, before, new, tuple(origins), dropped, candidates, runs)
 
 
 def _cost(module: NewModule) -> Cost:
