@@ -234,13 +234,13 @@ def _edits(
     def widen() -> str:
         if not list(analysis.of_role("mlp")):
             raise Nothing("no MLP")
-        text = rule("m = mlp", "replace m with mlp(ratio = 3)")
+        text = rule("m = mlp", f"replace m with mlp(ratio = {ratio + 1})")
         compiled = compile_model(check(text), model)
         said = within(
             difference(run(compiled.student, inputs), teacher)
         )  # new neurons start at zero
         state.setdefault("swap", text)
-        return f"ratio 3 at {len(compiled.plan.steps)}, {said} at start"
+        return f"ratio {ratio + 1:g} at {len(compiled.plan.steps)}, {said} at start"
 
     def structure() -> str:
         chain = max(analysis.chains, key=len, default=None)
