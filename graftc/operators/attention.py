@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import check_rotary, head_sizes, rotate
+from graftc.operators.heads import check_rotary, head_sizes, of_heads, rotate
 
 
 class Attention(nn.Module):
@@ -66,6 +66,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        mask = of_heads(mask)
         if mask is not None and self.causal:
             mask = _and_causal(mask, tokens)
         y = F.scaled_dot_product_attention(
@@ -127,7 +128,7 @@ class CrossAttention(nn.Module):
         k = k.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
         v = v.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=of_heads(mask)
         )
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
 
@@ -179,6 +180,7 @@ class LatentAttention(nn.Module):
         k, v = self.kv_up(self.kv_down(x)).chunk(2, dim=-1)
         q = rotate(self.q_proj(x).reshape(shape), cos, sin, self.rotary)
         k, v = rotate(k.reshape(shape), cos, sin, self.rotary), v.reshape(shape)
+        mask = of_heads(mask)
         if mask is not None and self.causal:
             mask = _and_causal(mask, tokens)
         y = F.scaled_dot_product_attention(

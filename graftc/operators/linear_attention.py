@@ -74,6 +74,7 @@ def weigh_keys(k: Tensor, mask: Tensor | None, operator: str) -> Tensor:
             f"{operator}: the mask {list(mask.shape)} differs from query to query;"
             " linear attention takes a mask of keys, [batch, 1, 1, tokens]"
         )
+    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)
     through = mask.to(k.dtype) if mask.dtype == torch.bool else mask.to(k.dtype).exp()

@@ -14,6 +14,7 @@ from torch import fx
 from graftc.program.chains import Chain, chains
 from graftc.program.cost import flops_by_path, parameter_count
 from graftc.program.flat import Call, Flat, Op, flatten
+from graftc.program.masks import is_whole
 from graftc.program.ops import CONVS, LINEARS, MOVEMENTS, NORM_PARTS, NORMS
 from graftc.program.program import ATEN, Program, size_hint, tensor_of
 from graftc.program.refusals import Refusal
@@ -35,7 +36,7 @@ class Kept:
 
     `arguments` are positions among the site's call arguments: one for a mask, cos and sin for
     rotary. `form` says what they mean. A mask is `additive` (added to the scores) or `boolean`
-    (True where a token is seen); rotary is `half` (x · cos + rotate_half(x) · sin, as in Llama) or
+    (True where a token is seen), of [batch, heads, queries, keys] or [batch, queries, keys]; rotary is `half` (x · cos + rotate_half(x) · sin, as in Llama) or
     `interleaved` (neighbouring features are a pair). The context of a cross-attention is a `stream`.
     """
 
@@ -212,7 +213,7 @@ def _kept(a: Attention, call: Call) -> dict[str, Kept]:
     found: dict[str, Kept] = {}
     if len(a.masks) == 1 and a.masks[0].form != "hidden":
         index = _given(call, a.masks[0].mask)
-        if index is not None:
+        if index is not None and is_whole(call.args[index], a.masks[0].mask):
             found["mask"] = Kept((index,), a.masks[0].form)
     if a.kind == "cross_attention":
         places = {_given(call, linear_input(o)) for o in (*a.k, *a.v)}

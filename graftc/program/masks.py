@@ -62,6 +62,25 @@ def form_of(mask: Op) -> Form:
     return "boolean" if mask.tensor is not None and mask.tensor.dtype == torch.bool else "additive"
 
 
+def is_whole(given: Op, mask: Op) -> bool:
+    """Whether a mask of the scores is an input as it came: [batch, heads, n, m], or [batch, n, m] for all heads.
+
+    Told by moving the numbers of the input's elements: a mask cut or folded on the way is another.
+    """
+    if given.tensor is None or mask.tensor is None or mask.tensor.ndim not in (2, 4):
+        return False
+    shape = [size_hint(s) for s in given.tensor.shape]
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    try:
+        found = evaluate(mask, {given.index: numbers.double()})
+    except CannotEvaluateError:
+        return False
+    wanted = numbers.unsqueeze(1) if numbers.ndim == 3 else numbers
+    return wanted.ndim == mask.tensor.ndim and torch.equal(
+        found.double(), wanted.double().expand_as(found)
+    )
+
+
 def read(masking: Masking, parameters: Parameters | None, memo: dict[int, Reading]) -> Reading:
     """What a mask hides, with every token there (an input of ones); by its values at two lengths.
 

@@ -211,9 +211,13 @@ def _between(start: Op, end: Op) -> set[int]:
 
     def reaches(op: Op) -> bool:
         if op.index not in memo:
-            memo[op.index] = op.index > start.index and any(
-                reaches(o) for o in op.operands if op.target is not ATEN.sym_size.int
-            )
+            # Every operand is looked at: `memo` is the answer, not this one value.
+            ways = [
+                op.index > start.index and reaches(o)
+                for o in op.operands
+                if op.target is not ATEN.sym_size.int
+            ]
+            memo[op.index] = any(ways)
         return memo[op.index]
 
     reaches(end)

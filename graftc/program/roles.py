@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from graftc.program.activations import activation_of, pointwise_source
 from graftc.program.evaluate import Parameters
 from graftc.program.flat import Flat, Op, backward, common_path, strip
@@ -326,9 +328,14 @@ def _kind(q: tuple[Op, ...], k: tuple[Op, ...], v: tuple[Op, ...], inside: str) 
     ]
     if len(sources[0]) > 1 and sources[0] == sources[1]:
         return "joint_attention"
-    if sources[0] == sources[1] == sources[2]:
-        return "self_attention"
+    reads = [{_elements(linear_input(o)) for o in part} for part in (q, k)]
+    if sources[0] == sources[1] == sources[2] and reads[0] == reads[1]:
+        return "self_attention"  # a pooling reads the stream with one of its tokens
     return "cross_attention"
+
+
+def _elements(op: Op) -> int:
+    return torch.Size(size_hint(s) for s in op.tensor.shape).numel()
 
 
 def _streams(op: Op, inside: str) -> list[Op]:

@@ -69,8 +69,14 @@ def _is_table(op: Op) -> bool:
 
 
 def rotary_of(query: Op, linears: tuple[Op, ...]) -> Rotary | None:
-    """The tables and the form, where q is x · cos + rotated(x) · sin as a whole; else None."""
+    """The tables and the form, where q is x · cos + rotated(x) · sin; else None.
+
+    Of the whole x, or of its first features with the rest as they are (GPT-NeoX).
+    """
     total = strip(query)
+    rest: Op | None = None
+    if total.target is ATEN.cat.default and len(total.operands) == 2:
+        total, rest = strip(total.operands[0]), total.operands[1]
     if total.target is not ATEN.add.Tensor:
         return None
     products = {p.index: (ours, table) for p, ours, table in _products(query, linears)}
@@ -82,9 +88,21 @@ def rotary_of(query: Op, linears: tuple[Op, ...]) -> Rotary | None:
         return None
     for (x, cos), (turned, sin) in ((first, second), (second, first)):
         form = _turn(x, turned)
-        if form is not None:
+        if form is not None and (rest is None or _follows(x, rest)):
             return Rotary(cos, sin, form)
     return None
+
+
+def _follows(x: Op, rest: Op) -> bool:
+    """Whether `x` is the first features of a tensor, and `rest` those after them."""
+    if x.target is not ATEN.slice.Tensor or rest.target is not ATEN.slice.Tensor:
+        return False
+    if x.args[0] is not rest.args[0] or x.tensor is None or rest.tensor is None:
+        return False
+    width, after = size_hint(x.tensor.shape[-1]), size_hint(rest.tensor.shape[-1])
+    start = x.argument(2, "start")
+    whole = size_hint(x.args[0].tensor.shape[-1])
+    return start in (0, None) and rest.argument(2, "start") == width and width + after == whole
 
 
 def _turn(x: Op, turned: Op) -> Literal["half", "interleaved"] | None:

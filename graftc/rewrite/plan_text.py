@@ -35,6 +35,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "contract": edit.rule.contract,
         "edit": edit.kind,
         "before": " + ".join(f"{s.role}" for s in edit.sites),
+        "runs": step.runs,
         "after": after_text(edit),
         "parameters": {"before": step.before.params, "after": step.after.params},
         "flops": {

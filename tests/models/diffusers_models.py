@@ -300,7 +300,7 @@ CASES = (
     Case("diffusers SD3", sd3, chains=(3,), joint_attention=3, mlp=5),
     Case("diffusers Flux", flux, chains=(2, 2), joint_attention=2, self_attention=2, mlp=4, has={"rotary", "qk_norm"}),
     Case("diffusers Sana", sana, chains=(3,), self_attention=3, cross_attention=3),
-    Case("diffusers HunyuanDiT", hunyuan_dit, chains=(4,), self_attention=4, cross_attention=4, mlp=4, has={"rotary", "qk_norm"}),
+    Case("diffusers HunyuanDiT", hunyuan_dit, chains=(4,), self_attention=4, cross_attention=5, mlp=4, has={"rotary", "qk_norm"}),
     Case("diffusers AuraFlow", auraflow, chains=(2, 2), joint_attention=2, self_attention=2, mlp=6, gated=6, has={"qk_norm"}),
     Case("diffusers Lumina2", lumina2, chains=(2, 2, 3), self_attention=7, mlp=7, gated=7, has={"rotary", "groups", "qk_norm"}),
     Case("diffusers CogVideoX", cogvideox, chains=(3,), joint_attention=3, mlp=3, has={"qk_norm"}),

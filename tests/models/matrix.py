@@ -192,8 +192,11 @@ def _edits(
         return f"{counts} blocks" + (f"; {has}" if has else "")
 
     def self_graft(role: str, text: str) -> str:
-        if not list(analysis.of_role(role)):
+        sites = list(analysis.of_role(role))
+        if not sites:
             raise Nothing(f"no {role}")
+        if any(s.facts.get("form") == "linear" for s in sites):
+            raise Nothing(f"{role} without softmax, which no operator of graftc is")
         compiled = compile_model(check(text), model)
         said = within(difference(run(compiled.student, inputs), teacher))
         state.setdefault("exact", compiled)
@@ -207,6 +210,10 @@ def _edits(
         ]
         if not roles:
             raise Nothing("no attention")
+        if len(roles) > 1:  # linear attention has no like among the operators
+            roles = [
+                r for r in roles if all(s.facts["form"] != "linear" for s in analysis.of_role(r))
+            ]
         said = [
             f"{r.partition('_')[0]} "
             + self_graft(r, rule(f"a = {r}", "replace a with attention()"))
