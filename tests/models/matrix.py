@@ -253,14 +253,14 @@ def _edits(
         chain = max(analysis.chains, key=len, default=None)
         if chain is None:
             raise Nothing("no chain of blocks")
-        name = f" of {chain.name}" if len(analysis.chains) > 1 else ""
+        name = f'of "{chain.name}" ' if len(analysis.chains) > 1 else ""
         texts = [
             rule(
-                "a, b = each pair of blocks {0, 1}" + name,
+                f"a, b = each pair of blocks {name}{{0, 1}}",
                 "replace with parallel(a, b, merge = linear)",
             ),
-            rule("b = block in blocks {1}" + name, "skip b"),
-            rule("m = mlp in blocks {0}" + name, "remove m"),
+            rule(f"b = block in blocks {name}{{1}}", "skip b"),
+            rule(f"m = mlp in blocks {name}{{0}}", "remove m"),
         ]
         text, compiled = first_that_applies(model, texts)
         _is_finite(run(compiled.student, inputs))
