@@ -40,6 +40,7 @@ from graftc.operators.spec import SITE, Apply, Const, InitSource, OfSite, Part  
 from graftc.operators.specs import SPECS  # noqa: E402
 from graftc.program.analysis import Analysis, analyse  # noqa: E402
 from graftc.program.capture import capture  # noqa: E402
+from graftc.rewrite.inputs import own_facts  # noqa: E402
 from graftc.weights.alternating import solve_alternating  # noqa: E402
 from graftc.weights.initialise import initialise  # noqa: E402
 from graftc.weights.parts import Heads  # noqa: E402
@@ -215,17 +216,18 @@ def start(case: Case) -> dict[int, nn.Module]:
     made: dict[int, nn.Module] = {}
     for i in SITES:
         site = next(s for s in analysis().sites if s.path == f"blocks.{i}.{kind}")
+        facts = own_facts(site, ())
         arguments = {
             a.name: case.arguments.get(
                 a.name,
-                site.facts.get(a.default.fact) if isinstance(a.default, OfSite) else a.default,
+                facts.get(a.default.fact) if isinstance(a.default, OfSite) else a.default,
             )
             for a in spec.args
         }
         torch.manual_seed(i)
         operator = build(spec, arguments).eval()
-        facts = [site.facts.get(n) for n in ("heads", "kv_heads", "head_dim")]
-        heads = {SITE: Heads(*facts)} if all(isinstance(f, int) for f in facts) else {}  # type: ignore[arg-type]
+        sizes = [facts.get(n) for n in ("heads", "kv_heads", "head_dim")]
+        heads = {SITE: Heads(*sizes)} if all(isinstance(f, int) for f in sizes) else {}  # type: ignore[arg-type]
         origins = initialise(
             operator, spec, arguments, site.role, case.clauses, {SITE: site_parts(analysis(), site)},
             site.path, heads=heads,

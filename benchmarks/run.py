@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 
 import matching
+import operators
 import stage1
 import student
 import torch
@@ -21,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     words = parser.parse_args()
-    reports = [student.measure(), matching.measure(), stage1.measure()]
+    reports = [student.measure(), matching.measure(), stage1.measure(), operators.measure()]
     head = (
         "# Benchmarks\n\n`python benchmarks/run.py` wrote this file. "
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "

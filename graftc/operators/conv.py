@@ -27,6 +27,19 @@ def check_form(
     return height, width
 
 
+def conv_form(operator: str, form: str, dims: int) -> str:
+    """`conv` or `shifts`; ValueError for another, or for shifts on a grid.
+
+    >>> conv_form("hyena_x", "auto", 1)
+    'conv'
+    """
+    if form not in ("auto", "conv", "shifts"):
+        raise ValueError(f"{operator}: unknown form {form!r}, wanted auto, conv or shifts")
+    if form == "shifts" and dims == 2:
+        raise ValueError(f"{operator}: form = shifts is along the tokens; with dims = 2 use conv")
+    return "conv" if form == "auto" else form
+
+
 def depthwise(channels: int, kernel: int, dims: int) -> nn.Conv1d | nn.Conv2d:
     """One filter a channel, of `kernel` taps, or `kernel` by `kernel`."""
     if dims == 2:
@@ -35,16 +48,27 @@ def depthwise(channels: int, kernel: int, dims: int) -> nn.Conv1d | nn.Conv2d:
 
 
 def along_tokens(
-    x: Tensor, filter: nn.Conv1d | nn.Conv2d, causal: bool, grid: tuple[int, int] | None
+    x: Tensor,
+    filter: nn.Conv1d | nn.Conv2d,
+    causal: bool,
+    grid: tuple[int, int] | None,
+    form: str = "conv",
 ) -> Tensor:
     """One filter a channel along the tokens, or over the grid; x: [batch, tokens, channels].
 
     Causal: the last tap is the token itself. Else the taps are centred, an even kernel having
-    one more on the right (and below).
+    one more on the right (and below). `form`: by `conv`, or as the same sum of `shifts` of x, each
+    times its tap, which a compiler fuses with what follows.
     """
     taps = filter.kernel_size[0]
     left = taps - 1 if causal else (taps - 1) // 2
     right = taps - 1 - left
+    if form == "shifts" and grid is None:
+        padded = F.pad(x, (0, 0, left, right))
+        y = padded[:, : x.shape[1]] * filter.weight[:, 0, 0]
+        for tap in range(1, taps):
+            y = y + padded[:, tap : tap + x.shape[1]] * filter.weight[:, 0, tap]
+        return y if filter.bias is None else y + filter.bias
     u = x.transpose(1, 2)
     if grid is None:
         return filter(F.pad(u, (left, right))).transpose(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from graftc.operators.conv import along_tokens, check_form, depthwise
+from graftc.operators.conv import along_tokens, check_form, conv_form, depthwise
 
 
 class HyenaX(nn.Module):
@@ -30,19 +30,21 @@ class HyenaX(nn.Module):
         dims: int = 1,
         height: int | None = None,
         width: int | None = None,
+        form: str = "auto",
     ) -> None:
         super().__init__()
         _check_order("hyena_x", order)
         self.causal = causal
         self.order = order
         self.grid = check_form("hyena_x", kernel, causal, dims, height, width)
+        self.form = conv_form("hyena_x", form, dims)
         total = (order + 1) * dim
         self.in_proj = nn.Linear(dim, total)
         self.short_filter = depthwise(total, kernel, dims)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid)
+        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid, self.form)
         *gates, y = u.chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
             y = gate * y
@@ -71,12 +73,14 @@ class HyenaY(nn.Module):
         dims: int = 1,
         height: int | None = None,
         width: int | None = None,
+        form: str = "auto",
     ) -> None:
         super().__init__()
         _check_order("hyena_y", order)
         self.causal = causal
         self.order = order
         self.grid = check_form("hyena_y", kernel, causal, dims, height, width)
+        self.form = conv_form("hyena_y", form, dims)
         self.in_proj = nn.Linear(dim, (order + 1) * dim)
         self.inner_filter = depthwise(dim, kernel, dims)
         self.out_proj = nn.Linear(dim, dim)
@@ -84,7 +88,7 @@ class HyenaY(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, *gates, y = self.in_proj(x).chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
-            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid)
+            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid, self.form)
         return self.out_proj(q * y)
 
 
@@ -110,12 +114,14 @@ class HyenaSE(nn.Module):
         dims: int = 1,
         height: int | None = None,
         width: int | None = None,
+        form: str = "auto",
     ) -> None:
         super().__init__()
         _check_order("hyena_se", order)
         self.causal = causal
         self.order = order
         self.grid = check_form("hyena_se", kernel, causal, dims, height, width)
+        self.form = conv_form("hyena_se", form, dims)
         total = (order + 1) * dim
         self.in_proj = nn.Linear(dim, total)
         self.short_filter = depthwise(total, kernel, dims)
@@ -123,10 +129,10 @@ class HyenaSE(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid)
+        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid, self.form)
         q, *gates, y = u.chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
-            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid)
+            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid, self.form)
         return self.out_proj(q * y)
 
 

@@ -14,7 +14,8 @@ class SlidingWindow(nn.Module):
     y_i = out(Σ_j softmax_j(q_i · k_j / √d) v_j) over |i − j| ≤ window, or 0 ≤ i − j ≤ window
     where `causal`. `in_proj` holds the rows of q, k and v in this order; fewer `kv_heads` are
     shared by groups of query heads. The tokens are cut into blocks, and a block of queries sees
-    its own keys and `window` of each neighbour's: the cost grows linearly with the tokens. A mask
+    its own keys and `window` of each neighbour's: the cost grows linearly with the tokens. `form =
+    dense` computes the same from all pairs, which is faster where there are few tokens. A mask
     is added to the scores, or hides where it is False; cos and sin turn q and k where `rotary`
     says how.
 
@@ -31,8 +32,12 @@ class SlidingWindow(nn.Module):
         head_dim: int | None = None,
         causal: bool = False,
         rotary: str = "none",
+        form: str = "auto",
     ) -> None:
         super().__init__()
+        if form not in ("auto", "blocks", "dense"):
+            raise ValueError(f"sliding_window: unknown form {form!r}, wanted auto, blocks or dense")
+        self.form = "blocks" if form == "auto" else form
         if window < 1:
             raise ValueError(f"sliding_window: window is {window}, wanted at least 1")
         kv_heads, head_dim = head_sizes("sliding_window", dim, heads, kv_heads, head_dim)
@@ -61,6 +66,8 @@ class SlidingWindow(nn.Module):
         k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
         v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
 
+        if self.form == "dense":
+            return self.out_proj(self._dense(q, k, v, mask).reshape(batch, tokens, inner))
         # Row r of what follows is one block of one head of one sample. Blocks are cut by index:
         # no shape then depends on a remainder, and torch.export takes any batch and length.
         blocks = (tokens + self.block - 1) // self.block
@@ -93,3 +100,17 @@ class SlidingWindow(nn.Module):
         first = first.reshape(batch, 1, self.heads)
         y = y[first + token // self.block, token % self.block]
         return self.out_proj(y.reshape(batch, tokens, inner))
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """All pairs, those outside the window hidden; q (scaled), k, v: [batch, tokens, heads, head_dim]."""
+        batch, tokens, heads, _ = q.shape
+        k = k.repeat_interleave(heads // self.kv_heads, dim=2)
+        v = v.repeat_interleave(heads // self.kv_heads, dim=2)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        if mask is not None:
+            scores = hide(scores, broadcast_mask(mask, batch, heads, tokens))
+        at = torch.arange(tokens, device=q.device)
+        distance = at.unsqueeze(0) - at.unsqueeze(1)
+        seen = (distance >= -self.window) & (distance <= (0 if self.causal else self.window))
+        scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min)
+        return (scores.softmax(dim=-1) @ v.transpose(1, 2)).transpose(1, 2)

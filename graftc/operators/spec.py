@@ -158,6 +158,8 @@ class OperatorSpec:
     `variants`: role → the spec that takes this one's place there (another module, other slots).
     `linear`: rows in which the operator is linear while all else stands still, row c of each feeding
     channel c alone of what the last map reads: what alternating least squares fits, in this order.
+    `form`: of several forms of the same function the one for these arguments and this many tokens
+    (None: not known); it fills an argument `form` that is `auto`.
     """
 
     name: str
@@ -176,6 +178,7 @@ class OperatorSpec:
     variants: Mapping[str, OperatorSpec] = field(default_factory=_no_variants)
     islands: tuple[str, ...] = ()
     linear: tuple[Slot, ...] = ()
+    form: Callable[[Arguments, int | None], str] | None = None
 
     def arg(self, name: str) -> Arg | None:
         return next((a for a in self.args if a.name == name), None)

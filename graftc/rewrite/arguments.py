@@ -54,6 +54,9 @@ def resolve_arguments(
             resolved[arg.name] = _checked(arg, fact, call.spec, call.span, site)
         else:
             resolved[arg.name] = arg.default
+    if call.spec.form is not None and resolved.get("form") == "auto":
+        tokens = site.facts.get("tokens")
+        resolved["form"] = call.spec.form(resolved, tokens if isinstance(tokens, int) else None)
     return resolved
 
 

@@ -231,6 +231,6 @@ def test_a_build_holds_the_other_candidates_with_their_first_weights(tmp_path: P
     with torch.no_grad():
         torch.testing.assert_close(loaded(X), attention(X))
     other = build.targets["sites"][0]["candidates"][2]
-    assert other["pending"] == [
-        {"module": "operator", "linear": "out_proj", "policy": "least_squares"}
-    ]
+    (waits,) = other["pending"]
+    assert (waits["module"], waits["linear"]) == ("operator", "out_proj")
+    assert waits["policy"] == "alternating"

@@ -42,6 +42,17 @@ QK_NORM = Arg(
 )
 
 
+def form_arg(*forms: str) -> Arg:
+    """The argument that forces one of several forms of the same function."""
+    return Arg(
+        "form",
+        "symbol",
+        "auto",
+        choices=("auto", *forms),
+        doc="how it is computed; auto: the one that was measured to be faster at this length",
+    )
+
+
 def grid_args() -> tuple[Arg, ...]:
     """The arguments of an operator that has a form on a grid of tokens."""
     return (
