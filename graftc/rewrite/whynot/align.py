@@ -157,8 +157,9 @@ class Aligner:
         for child in self.children[index]:
             if name in self.ops[child]:
                 below = self.step(child, value)
-                if below.way == "same" and below.cost + MISSING <= MOST:
-                    return Step(below.cost + MISSING, "missing", child=child)
+                cost = below.cost + self.without(index, child)
+                if below.way == "same" and cost <= MOST:
+                    return Step(cost, "missing", child=child)
         if len(self.children[index]) != 1:
             return _NOT
         child = self.children[index][0]
@@ -167,6 +168,11 @@ class Aligner:
             if below.cost + MISSING <= MOST:
                 return Step(below.cost + MISSING, "missing", child=child)
         return _NOT
+
+    def without(self, index: int, child: int) -> float:
+        """The cost of a node that is missing: what else stands below it goes too."""
+        lost = sum(self.sizes[c] for c in self.children[index] if c != child)
+        return MISSING + LOST * lost
 
     def bare(self, index: int, value: Any) -> float:
         """The cost of a node that is missing with nothing of the pattern below it: a value from outside stands there."""

@@ -55,11 +55,15 @@ def _matched(pattern: Pattern, view: ProgramView, sites: Sites) -> Iterator[int]
 
 @dataclass
 class _Laid:
-    """A pattern laid onto ops: what each node and name stands for, and what had to change."""
+    """A pattern laid onto ops: what each node and name stands for, and what had to change.
+
+    `passed`: ops that were passed over; `over`: those of them by the node that they stand above.
+    """
 
     nodes: dict[int, Op] = field(default_factory=dict[int, Op])
     names: dict[str, object] = field(default_factory=dict[str, object])
     passed: set[int] = field(default_factory=set[int])
+    over: dict[int, set[int]] = field(default_factory=dict[int, "set[int]"])
     changes: list[Change] = field(default_factory=list[Change])
     equal: int = 0
 
@@ -123,11 +127,13 @@ def _lay(aligner: Aligner, node: Node, value: Op, laid: _Laid) -> None:
     step = aligner.step(node.index, value)
     if step.way == "extra" and step.via is not None:
         laid.passed.add(value.index)
+        laid.over.setdefault(node.index, set()).add(value.index)
         laid.changes.append(words.extra(node, value, aligner.names[value.index], EXTRA))
         _lay(aligner, node, aligner.view.flat.ops[step.child], laid)
         return
     if step.way == "missing":
-        laid.changes.append(words.missing(node, value, MISSING))
+        cost = aligner.without(node.index, step.child)
+        laid.changes.append(words.missing(node, value, cost))
         _lay(aligner, aligner.pattern.nodes[step.child], value, laid)
         return
     known = laid.nodes.get(node.index)
@@ -165,7 +171,7 @@ def _operand(
             return
         known = laid.nodes.get(operand.index)
         if known is not None:
-            if known is not actual:
+            if known is not actual and actual.index not in laid.over.get(operand.index, ()):
                 said = words.two_values(_called(child), operand.span, known, actual, value)
                 laid.changes.append(said)
             return
@@ -221,7 +227,12 @@ def _lay_other(aligner: Aligner, root: Node, laid: _Laid) -> None:
         if step.cost > MOST or step.way == "extra":
             continue
         tried = _Laid(
-            dict(laid.nodes), dict(laid.names), set(laid.passed), list(laid.changes), laid.equal
+            dict(laid.nodes),
+            dict(laid.names),
+            set(laid.passed),
+            dict(laid.over),
+            list(laid.changes),
+            laid.equal,
         )
         _lay(aligner, root, value, tried)
         if best is None or tried.cost < best[0]:
@@ -230,7 +241,8 @@ def _lay_other(aligner: Aligner, root: Node, laid: _Laid) -> None:
         laid.changes.append(words.missing(root, next(iter(laid.nodes.values())), MISSING))
         return
     other = best[1]
-    laid.nodes, laid.names, laid.passed = other.nodes, other.names, other.passed
+    laid.nodes, laid.names = other.nodes, other.names
+    laid.passed, laid.over = other.passed, other.over
     laid.changes, laid.equal = other.changes, other.equal
 
 
