@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -20,7 +21,7 @@ from graftc.deploy.graph import Graph, build_graph, describe_graph
 from graftc.deploy.precision import Choice, choose_islands, lower
 from graftc.deploy.regions import WHOLE, Region, movements, regions_of
 from graftc.deploy.request import Request
-from graftc.deploy.runtimes import TOLERANCE
+from graftc.deploy.runtimes import TOLERANCE, Opset
 from graftc.deploy.shapes import Proof, prove
 from graftc.deploy.tensorrt import check_operators, write_tensorrt
 from graftc.deploy.triton import write_triton
@@ -33,6 +34,8 @@ from graftc.emit.package import stored_state, versions
 FORMAT = 1
 _EMBEDDED_LIMIT = 1_800_000_000
 _STILL = 0.01
+_MOVES_LIMIT = 200_000_000
+"""Parameters above which only edited regions are tried for what they move: each trial is a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,16 @@ def export_module(
     check_forms(traced[0], config.get("provenance", {}))
     usual = {r.name: max(2, r.usual) for r in request.ranges}
     sample = given.draw(usual, 0)
-    moves = movements(model, regions, sample)
+    total = sum(p.numel() for p in model.parameters())
+    moved = regions if total <= _MOVES_LIMIT else [r for r in regions if r.rule]
+    moves = movements(model, moved, sample)
     choice = choose_islands(model, request.precision, regions, sample, _declared(regions))
     with torch.no_grad():
         names = _output_names(config, len(tensors_of(model(**sample))))
     with files.whole_directory(output, ours=is_export) as partial:
         # Golden outputs are the float32 student's, whatever the precision; so they come first.
         cases = write_golden(partial / "golden", model, request, config, regions, names, given)
+        outside = _outside(model, config, request, proofs, given)
         lower(model, request.precision, list(choice.islands))
         free = [r for r in request.ranges if r.low != r.high]
         places = {p.asked.name: p.places for p in proofs}
@@ -136,6 +142,11 @@ def export_module(
             model, config, regions, sample, places, dims, request.opset.version,
             traced if request.precision == "fp32" else None,
         )  # fmt: skip
+        odd = _odd_heads(graph.model)
+        if odd is not None and request.precision == "fp16" and request.opset.chosen:
+            why = f"fp16, heads of {odd}: fused attention takes multiples of 8"
+            request = replace(request, opset=Opset(20, why, chosen=True))
+            graph = build_graph(model, config, regions, sample, places, dims, 20)
         describe_graph(graph, config, facts or {})
         support = check_operators(graph.model, request)
         _save(graph, partial)
@@ -145,7 +156,7 @@ def export_module(
             **_described(config, request, graph, regions, proofs, moves, choice, cases, given),
             "tensorrt": support,
         }
-        _write_index(partial, config, request, graph, regions, cases, proofs, names)
+        _write_index(partial, request, graph, regions, cases, names, outside)
         shutil.copyfile(Path(scripts.__file__).with_name("verify.py"), partial / "verify.py")
         if request.to == "tensorrt":
             write_tensorrt(partial, config, request, cases)
@@ -154,6 +165,19 @@ def export_module(
             partial / "manifest.yaml", manifest
         )  # last: its presence says that all is there
     return Export.open(output)
+
+
+def _odd_heads(model: ir.Model) -> int | None:
+    """A head size of an Attention node that is no multiple of 8; None where all are."""
+    for node in model.graph:
+        shape = (
+            node.inputs[0].shape
+            if node.op_type == "Attention" and node.inputs[0] is not None
+            else None
+        )
+        if shape is not None and isinstance(shape[-1], int) and shape[-1] % 8:
+            return shape[-1]
+    return None
 
 
 def _output_shapes(graph: Graph) -> list[tuple[str, list[int | str]]]:
@@ -186,8 +210,6 @@ def _output_names(config: Mapping[str, Any], count: int) -> list[str]:
 
 
 def _save(graph: Graph, folder: Path) -> None:
-    import onnx_ir as ir
-
     size = sum(
         v.const_value.nbytes
         for v in graph.model.graph.initializers.values()
@@ -266,13 +288,12 @@ def _weight_text(entry: Mapping[str, Any]) -> str:
 
 def _write_index(
     folder: Path,
-    config: Mapping[str, Any],
     request: Request,
     graph: Graph,
     regions: Sequence[Region],
     cases: Sequence[Case],
-    proofs: Sequence[Proof],
     names: Sequence[str],
+    outside: Mapping[str, Any] | None,
 ) -> None:
     """What `verify.py` needs, as JSON: Python reads it without a package."""
     named = {"model.onnx": folder / "model.onnx"}
@@ -288,7 +309,7 @@ def _write_index(
         "opset": request.opset.version,
         "parameters": sum(r.parameters for r in regions),
         "outputs": list(names),
-        "outside": _outside(config, proofs),
+        "outside": dict(outside) if outside else None,
         "cases": [c.to_dict() for c in cases],
         "regions": [
             {"path": r.path, "rule": r.rule, "values": list(graph.values.get(r.path, ()))}
@@ -307,12 +328,23 @@ def _in_order(regions: Sequence[Region], graph: Graph) -> list[Region]:
     )
 
 
-def _outside(config: Mapping[str, Any], proofs: Sequence[Proof]) -> dict[str, Any] | None:
-    """One shape that must be refused: beyond a proved end, or another size where one is fixed."""
+def _outside(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    request: Request,
+    proofs: Sequence[Proof],
+    given: Source,
+) -> dict[str, Any] | None:
+    """One shape that must be refused: beyond an end that the model has itself, or another size where one is fixed."""
+    usual = {r.name: r.usual for r in request.ranges}
     for proof in proofs:
         if proof.high is not None and proof.places:
             name, axis = proof.places[0]
-            return {"input": name, "axis": axis, "size": proof.high + 1}
+            try:
+                with torch.no_grad():
+                    model(**given.draw({**usual, proof.asked.name: proof.high + 1}, 0))
+            except (RuntimeError, IndexError, ValueError):
+                return {"input": name, "axis": axis, "size": proof.high + 1}
     for port in config["inputs"]:
         for axis in reversed(range(len(port["shape"]))):
             if not isinstance(port["shape"][axis], str):

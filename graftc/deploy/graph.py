@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graftc.deploy.regions import WHOLE, Region, Traced, region_of, site_of, trace
 from graftc.deploy.repair import repair
 from graftc.deploy.shapes import dynamic_shapes
+from graftc.deploy.translations import translations
 from graftc.emit.onnx import output_names, quiet, refused
 
 _MARK = "graftc-region:"
@@ -63,6 +64,7 @@ def build_graph(
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=opset, verbose=False, dynamic_shapes=shapes,
                 input_names=list(inputs), output_names=_names(names, exported, counts),
+                custom_translation_table=translations(),
             )  # fmt: skip
     except Exception as error:
         raise refused(error, model, dict(inputs), shapes) from error

@@ -50,10 +50,11 @@ RUNTIMES: Mapping[str, Runtime] = {
 
 @dataclass(frozen=True)
 class Opset:
-    """The chosen opset, and the sentence that says why."""
+    """The opset, and the sentence that says why; `chosen` here, or asked for."""
 
     version: int
     why: str
+    chosen: bool = True
 
 
 def runtime(name: str | None) -> Runtime | None:
@@ -94,7 +95,7 @@ def choose_opset(requested: str, precision: Precision, target: Runtime | None, t
         if precision == "bf16" and version < 22:
             fail("G662", "bfloat16 convolutions and attention need opset 22 or above", site="--opset", found=requested,
                  help="--opset auto")  # fmt: skip
-        return Opset(version, "asked for")
+        return Opset(version, "asked for", chosen=False)
     if precision == "fp32":
         return Opset(20, "the oldest with Gelu: every runtime since ONNX Runtime 1.17 takes it")
     if target is None or target.attention:

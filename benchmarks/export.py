@@ -1,0 +1,178 @@
+"""Exported students against the original exported the same way, and what exporting DiT-XL/2 costs.
+
+    python benchmarks/export.py                # ratios at 64 to 4,096 tokens
+    python benchmarks/export.py --xl /tmp/xl   # time and peak memory of one export of DiT-XL/2 (6 GB of disk)
+
+Both files run in ONNX Runtime on two threads, in turns; beside them torch eager and torch.compile on two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Report
+
+import graftc
+import graftc.verbs as verbs
+from graftc.deploy.directory import Export, export_module
+from graftc.deploy.profile import bench
+from graftc.deploy.request import read_request
+from graftc.emit.build import Build
+from graftc.emit.package import load_package
+from graftc.program.model import Reference
+
+ROOT = Path(__file__).parents[1]
+RULE = "rule hyena {\n match a = self_attention in blocks odd\n replace a with hyena_x(kernel = 4)\n distill l1\n}\n"
+SIDES = {64: 8, 256: 16, 1024: 32, 4096: 64}
+THREADS, ROUNDS = 2, 7
+
+
+def original(side: int) -> graftc.Model:
+    """The digits' DiT at another size: 4 blocks, width 128, one token a pixel."""
+    dit = Reference(f"{ROOT}/examples/digits/model.py:DiT").resolve()
+    torch.manual_seed(0)
+    module = dit(size=side, dim=128, depth=4, num_heads=4).eval()
+    for (
+        parameter
+    ) in module.parameters():  # a fresh adaLN-zero block is the identity: nothing to compare
+        torch.nn.init.normal_(parameter, std=0.05)
+    inputs = {
+        "x": torch.randn(2, 1, side, side),
+        "t": torch.tensor([5, 800]),
+        "y": torch.tensor([1, 2]),
+    }
+    return graftc.Model(module, inputs)
+
+
+def row(tokens: int, folder: Path) -> tuple[str, ...]:
+    """One line of the table; every figure from the same minutes."""
+    model = original(SIDES[tokens])
+    rule = folder / "hyena.graft"
+    rule.write_text(RULE)
+    build = verbs.compile(rule, model, folder / f"build-{tokens}", copy_teacher=True)
+    exports = [_export(build, part, folder / f"{part}-{tokens}") for part in ("student", "teacher")]
+    found = bench(*exports, regions=True, threads=THREADS)
+    torch.set_num_threads(THREADS)
+    student, teacher = build.student(), build.teacher()
+    inputs = dict(model.inputs)
+    eager = _ratio(lambda: student(**inputs), lambda: teacher(**inputs))
+    quick = [torch.compile(m, dynamic=False) for m in (student, teacher)]
+    compiled = _ratio(lambda: quick[0](**inputs), lambda: quick[1](**inputs))
+    shares = min(found.ours.attributed, found.other.attributed)
+    return (f"{tokens:,}", f"{found.other.milliseconds:.1f} ms", f"{found.ours.milliseconds:.1f} ms", f"{found.ratio:.3f}",
+            f"{eager:.3f}", f"{compiled:.3f}", f"{100 * shares:.1f} %")  # fmt: skip
+
+
+def _export(build: Build, part: str, output: Path) -> Export:
+    config = build.config(part)
+    request = read_request(config, dynamic="batch=2")
+    return export_module(load_package(build.path / part), config, output, request)
+
+
+def _ratio(ours: Callable[[], Any], other: Callable[[], Any]) -> float:
+    """Fastest against fastest, in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for i in range(ROUNDS + 2):
+            for call, kept in zip((ours, other), times, strict=True):
+                start = time.perf_counter()
+                call()
+                if i >= 2:
+                    kept.append(time.perf_counter() - start)
+    return min(times[0]) / min(times[1])
+
+
+def measure(sizes: Sequence[int] = tuple(SIDES)) -> Report:
+    """The table of ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = tuple(row(tokens, Path(folder)) for tokens in sizes)
+    mean = statistics.geometric_mean(float(r[3]) for r in rows)
+    return Report(
+        "Exported student against the exported original",
+        ("tokens", "original, ONNX Runtime", "student, ONNX Runtime", "ratio", "ratio, torch eager", "ratio, torch.compile",
+         "time attributed to regions"),
+        rows,
+        (f"Hyena-X in every other attention of 4 blocks, width 128, batch 2, float32, {THREADS} threads; the fastest of 20 "
+         f"calls, in turns. Geometric mean of the ratios {mean:.3f}. `python benchmarks/export.py`",),
+    )  # fmt: skip
+
+
+def export_xl(folder: Path) -> dict[str, Any]:
+    """Write DiT-XL/2 as a package in one process, export it in another, and read that one's peak memory."""
+    package = folder / "package"
+    code = (
+        "import sys; from graftc.program.capture import capture; from graftc.program.model import load_model;"
+        "from graftc.emit.package import write_package; import torch; m = load_model(sys.argv[1]);"
+        "[torch.nn.init.normal_(p, std=0.02) for p in m.module.parameters()];"
+        "write_package(capture(m), sys.argv[2])"
+    )
+    if not (package / "config.yaml").is_file():
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                f"{ROOT}/examples/diffusers/models.py:dit_xl2",
+                str(package),
+            ],
+            check=True,
+        )
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", str(folder)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def child(folder: Path) -> None:
+    """The export itself: seconds, and the most memory that the process held."""
+    import graftc.emit.files as files
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start = time.perf_counter()
+    config = files.read_yaml(folder / "package" / "config.yaml")
+    model = load_package(folder / "package")
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    export_module(
+        model, config, folder / "out", read_request(config, to="tensorrt", dynamic="batch=1:2:2")
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    said = {"seconds": time.perf_counter() - start, "weights": weights, "peak": peak, "before": before,
+            "share": (peak - before) / weights}  # fmt: skip
+    print(json.dumps(said))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--xl", type=Path, metavar="FOLDER")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", choices=sorted(SIDES), help="some sizes only"
+    )
+    words = parser.parse_args()
+    if words.child:
+        child(words.child)
+    elif words.xl:
+        words.xl.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(export_xl(words.xl), indent=2))
+    else:
+        print(measure(words.tokens or tuple(SIDES)).markdown())
+
+
+if __name__ == "__main__":
+    main()
