@@ -160,6 +160,8 @@ class OperatorSpec:
     channel c alone of what the last map reads: what alternating least squares fits, in this order.
     `form`: of several forms of the same function the one for these arguments and this many tokens
     (None: not known); it fills an argument `form` that is `auto`.
+    `fitted`: from the arguments and the site's facts, slots that least squares fits after their
+    default where the rule has no `init`: those of an operator that is exact at some sites only.
     """
 
     name: str
@@ -179,6 +181,7 @@ class OperatorSpec:
     islands: tuple[str, ...] = ()
     linear: tuple[Slot, ...] = ()
     form: Callable[[Arguments, int | None], str] | None = None
+    fitted: Callable[[Arguments, Mapping[str, object]], tuple[str, ...]] | None = None
 
     def arg(self, name: str) -> Arg | None:
         return next((a for a in self.args if a.name == name), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from graftc.diagnostics import Span
 from graftc.language.evaluate import settled
-from graftc.operators.spec import Cost, InitSource
+from graftc.operators.spec import Apply, Cost, InitSource
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import part_refs
 from graftc.program.program import Program
@@ -138,6 +138,9 @@ def init_clause(edit: Edit, module: NewModule) -> InitClause:
         (i.slot, settled(i.source, lambda f: site_fact(bound[f.binding], f.name, f.span)))
         for i in edit.rule.inits
     )
+    if not sources and module.spec.fitted is not None:
+        slots = module.spec.fitted(module.arguments, module.site.facts)
+        sources = tuple((slot, Apply("least_squares")) for slot in slots)
     return InitClause(sources, {i.slot: i.span for i in edit.rule.inits}, name)
 
 

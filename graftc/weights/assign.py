@@ -76,6 +76,11 @@ def assign(
             if name not in by_name:
                 continue  # a default of a slot that these arguments leave out
             slot = by_name[name]
+            at = next((i for i, a in enumerate(plan) if a.whole and a.slot is slot), None)
+            if at is not None and slot.last and _is_fit(source) and source.options == {}:  # pyright: ignore[reportAttributeAccessIssue]
+                # What fills the whole operator is where the fit begins.
+                plan[at] = replace(plan[at], fit=Fit("least_squares", slot.module))
+                continue
             if isinstance(source, Apply) and source.policy == "least_squares":
                 source = _fitted(slot, source, defaults, by_name, replace(context, span=span))
             fit = Fit("least_squares", slot.module) if pending(source) else None

@@ -33,3 +33,13 @@ def test_it_starts_at_error_0_and_stage_1_is_skipped(name: str, tmp_path: Path) 
         assert site.error_end == site.error_start
         assert site.steps == 0
     assert run.steps == 0
+
+
+def test_a_narrower_mlp_waits_for_data_and_a_wider_one_does_not(tmp_path: Path) -> None:
+    for ratio, waits in ((3, ["fc2"]), (6, [])):
+        file = tmp_path / "thin.graft"
+        file.write_text(
+            f"rule thin {{\n match a = mlp in blocks {{1}}\n replace a with mlp(ratio = {ratio})\n distill l2\n}}\n"
+        )
+        build = verbs.compile(file, MODEL, tmp_path / f"build{ratio}")
+        assert [p["linear"] for s in build.targets["sites"] for p in s["pending"]] == waits

@@ -414,3 +414,15 @@ def test_a_refusal_points_at_its_clause():
             spans={"in_porj": span},
         )
     assert caught.value.diagnostics[0].span == span
+
+
+def test_a_fit_of_a_slot_starts_from_what_fills_the_whole():
+    """A narrower MLP: the neurons that stay are the default's, and the last map waits for data."""
+    parts = _mlp()
+    module, origins = _init("mlp", parts, "mlp", [("down", Apply("least_squares"))], ratio=1)
+    plain, _ = _init("mlp", parts, "mlp", ratio=1)
+    assert torch.equal(module.fc2.weight, plain.fc2.weight)
+    fit = origins["fc2.weight", "down"].fit
+    assert fit is not None
+    assert (fit.policy, fit.linear) == ("least_squares", "fc2")
+    assert not origins["fc1.weight", "up"].pending

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from graftc.operators.spec import (
     SITE,
     WHOLE,
@@ -47,6 +49,17 @@ def _hyena_cost(arguments: Arguments, tokens: int) -> Cost:
     return Cost(params, 2 * tokens * hidden, featuriser)
 
 
+def _fitted(arguments: Arguments, facts: Mapping[str, object]) -> tuple[str, ...]:
+    """The last map of a narrower MLP makes up for the neurons that are gone (docs/first-weights.md).
+
+    >>> _fitted({"dim": 8, "ratio": 3}, {"hidden": 32}), _fitted({"dim": 8, "ratio": 6}, {"hidden": 32})
+    (('down',), ())
+    """
+    hidden = facts.get("hidden")
+    kept = hidden_width(integer(arguments, "dim"), number(arguments, "ratio"))
+    return ("down",) if isinstance(hidden, int) and kept < hidden else ()
+
+
 SPECS = (
     OperatorSpec(
         name="mlp",
@@ -68,6 +81,7 @@ SPECS = (
         inits={
             MLP: {WHOLE: Apply("resize", (Part(SITE),), {"by": Const("magnitude")})},
         },
+        fitted=_fitted,
         cost=_cost,
         source="Grafting (arXiv 2506.05340), table 3; gated: arXiv 2002.05202",
     ),
