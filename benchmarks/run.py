@@ -23,7 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     words = parser.parse_args()
-    reports = [student.measure(), matching.measure(), whynot.measure(), stage1.measure(), operators.measure()]
+    reports = [
+        student.measure(),
+        matching.measure(),
+        whynot.measure(),
+        stage1.measure(),
+        operators.measure(),
+    ]
     head = (
         "# Benchmarks\n\n`python benchmarks/run.py` wrote this file. "
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
