@@ -19,6 +19,7 @@ from graftc.language.resolve_training import finetune_of
 from graftc.language.rule_names import check_after, check_rule_names, check_used_names, unknown_rule
 from graftc.language.rules import Finetune, Rule, Rules, Unapplied
 from graftc.language.scope import DefinedOperator, Log, Scope, Setting, already
+from graftc.language.written_spec import spec_of
 from graftc.operators.spec import OperatorSpec
 
 _DEEPEST_USE = 20
@@ -175,8 +176,6 @@ class _State:
                 module.rules.append(_Ruled(item, rule_of(scope, item)))
             elif isinstance(item, s.TestItem) and not users:
                 module.tests.append((item.rule, item))
-            elif isinstance(item, s.OperatorItem):
-                check_operator(item, log)
         _finetune(document, module, scope)
         for name, setting in own.items():
             if setting.used and name in inherited:
@@ -216,6 +215,8 @@ class _State:
                 module.defined[f"{short}.{name}"] = defined
                 if name not in self.operators:
                     module.defined.setdefault(name, defined)
+            else:
+                module.defined.setdefault(name, defined)
         if used.finetune is not None:
             if module.finetune is not None and not any(
                 isinstance(i, s.FinetuneItem) for i in document.items
@@ -239,7 +240,13 @@ def _define(document: s.Document, module: _Module, log: Log) -> None:
             )
             continue
         own[name] = item
-        module.defined[name] = DefinedOperator(item, Path(document.source.name).stem)
+        before = len(log.errors)
+        check_operator(item, log)
+        spec: OperatorSpec | None = None
+        if len(log.errors) == before:
+            with log.attempt():
+                spec = spec_of(item, str(item.name.span))
+        module.defined[name] = DefinedOperator(item, Path(document.source.name).stem, spec)
 
 
 def _finetune(document: s.Document, module: _Module, scope: Scope) -> None:

@@ -69,8 +69,10 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
             )
         return scope.operators[name]
     if name in scope.defined:
-        _check_defined(scope, node, name)
-        raise NotYet(f"the operator `{name}`, which is written in the language", head.span)
+        spec = scope.defined[name].spec
+        if spec is not None:
+            return spec
+        raise NotYet(f"the operator `{name}`, which has mistakes", head.span)
     if name == "python":
         _check_python(node)
         raise NotYet("an operator of a Python file", head.span)
@@ -87,29 +89,6 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
         if near
         else f"define it: `operator {name}(…)`, or bring it in with `use`",
     )
-
-
-def _check_values(scope: Scope, node: s.Call) -> None:
-    """The arguments of an operator that has no spec: names and types inside them are still checked."""
-    for argument in node.named:
-        if not isinstance(argument.value, (s.Braces, s.ListOf)):
-            with scope.log.attempt():
-                typed(scope, argument.value, "any")
-
-
-def _check_defined(scope: Scope, node: s.Call, name: str) -> None:
-    _check_values(scope, node)
-    parameters = {p.name.text: p for p in scope.defined[name].item.parameters}
-    for argument in node.named:
-        if argument.name.text not in parameters:
-            with scope.log.attempt():
-                fail(
-                    "G103",
-                    f"`{name}` has no argument `{argument.name.text}`",
-                    span=argument.name.span,
-                    wanted=listed(parameters) or "no arguments",
-                    help=suggest(argument.name.text, parameters),
-                )
 
 
 def _check_python(node: s.Call) -> None:

@@ -106,6 +106,8 @@ def _values(node: s.Expr) -> list[s.Name]:
     if isinstance(node, s.Call):
         inner = [a for a in node.arguments if not isinstance(a, (s.Named, s.Spread))]
         return [n for a in inner for n in _values(a)]
+    if isinstance(node, s.Binary) and node.op in ("==", "!="):
+        return _values(node.left)  # `feature == relu`: a word
     if isinstance(node, s.Binary):
         return [*_values(node.left), *_values(node.right)]
     if isinstance(node, s.Unary):

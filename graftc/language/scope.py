@@ -70,10 +70,14 @@ class Binding:
 
 @dataclass(frozen=True)
 class DefinedOperator:
-    """An `operator` of a `.graft` file; `module` is the file's short name, for `std.name`."""
+    """An `operator` of a `.graft` file; `module` is the file's short name, for `std.name`.
+
+    `spec` None: the operator has mistakes, which are told where it stands.
+    """
 
     item: s.OperatorItem
     module: str
+    spec: OperatorSpec | None = None
 
 
 @dataclass

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import TYPE_CHECKING, Literal, Union
+
+if TYPE_CHECKING:
+    from graftc.operators.written import Written
 
 Kind = Literal["int", "float", "bool", "symbol", "groups"]
 Value = Union[int, float, bool, str, None]
@@ -155,6 +158,7 @@ class OperatorSpec:
     precision; what a `forward` casts to float32 itself need not stand here.
     `length`: 'fixed' if the module takes only the token count that it was built for, or the
     condition under which it does.
+    `written`: the ops of an operator that is written in the language, which has no `module`.
     `variants`: role → the spec that takes this one's place there (another module, other slots).
     `linear`: rows in which the operator is linear while all else stands still, row c of each feeding
     channel c alone of what the last map reads: what alternating least squares fits, in this order.
@@ -177,6 +181,7 @@ class OperatorSpec:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=_no_groups)
     source: str = ""
     length: str = "free"
+    written: Written | None = None
     variants: Mapping[str, OperatorSpec] = field(default_factory=_no_variants)
     islands: tuple[str, ...] = ()
     linear: tuple[Slot, ...] = ()
@@ -199,4 +204,6 @@ class OperatorSpec:
 
     def is_causal(self, arguments: Arguments) -> bool:
         """Whether no output depends on a later token, so that a causal site may take it."""
+        if self.mixes == "tokens" and self.written is not None:
+            return self.written.is_causal(arguments)
         return self.mixes != "tokens" or arguments.get("causal") is True

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from graftc.program.program import Program, graphs, join
-from graftc.rewrite.apply_common import exists, parent_path
+from graftc.rewrite.apply_common import class_name, exists, parent_path
 from graftc.rewrite.apply_insert import insert_after
 from graftc.rewrite.apply_parallel import parallel_branches
 from graftc.rewrite.apply_sites import remove_site, replace_site, skip_block
@@ -89,14 +89,19 @@ def _refitted(edit: Edit) -> list[str]:
 
 
 def _classes(program: Program, edits: list[Edit]) -> dict[str, str]:
-    """Class names of the student's modules: a copy is of its source's classes."""
+    """Class names of the student's modules: a copy's are its source's, a written operator's its own."""
     found = dict(program.classes)
-    for new in (n for e in edits for n in e.new if n.copied is not None):
-        assert new.copied is not None
-        source = new.copied.source
-        for path, name in program.classes.items():
-            if path == source or path.startswith(source + "."):
-                found[new.path + path[len(source) :]] = name
+    for new in (n for e in edits for n in e.new):
+        below = [p for p in found if p == new.path or p.startswith(new.path + ".")]
+        if new.copied is not None:
+            source = new.copied.source
+            for path, name in program.classes.items():
+                if path == source or path.startswith(source + "."):
+                    found[new.path + path[len(source) :]] = name
+        elif new.spec.written is not None:
+            for path in below:
+                del found[path]
+            found[new.path] = class_name(new.spec.name)
     return found
 
 

@@ -16,6 +16,7 @@ from graftc.program.analysis import Site
 from graftc.program.program import Program, size_hint, value
 from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.tree import set_module
+from graftc.rewrite.values import record_values
 
 
 def build(new: NewModule, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
@@ -56,6 +57,8 @@ def place(root: fx.GraphModule, new: NewModule, source: Any, on_meta: bool) -> n
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
     device = torch.device("meta") if on_meta else device
     module = build(new, device, dtype)
+    if isinstance(module, fx.GraphModule) and isinstance(tensor, torch.Tensor) and not on_meta:
+        record_values(module, (tensor,))
     set_module(root, new.path, module)
     return module
 
@@ -144,6 +147,11 @@ def check_single_use(program: Program, path: str) -> None:
 def mark(node: fx.Node, edit: Edit, site: str) -> None:
     """Provenance: rule, span, site."""
     node.meta["graft"] = (edit.rule.name, edit.origin, site)
+
+
+def class_name(operator: str) -> str:
+    """`hyena_x` → `HyenaX`."""
+    return "".join(w[:1].upper() + w[1:] for w in operator.split("_"))
 
 
 STREAM = "graft_stream"

@@ -9,8 +9,9 @@ from torch import fx, nn
 
 from graftc.program.analysis import Site
 from graftc.program.program import Outputs, Port, Program, size_hint, value
-from graftc.rewrite.apply_common import build
+from graftc.rewrite.apply_common import build, class_name
 from graftc.rewrite.edits import Edit, NewModule
+from graftc.rewrite.values import record_values
 
 OPERATOR = "operator"
 """The path of the operator in its package's model."""
@@ -38,8 +39,10 @@ def _program(site: Site, new: NewModule, program: Program) -> Program:
     given = {"x": call.args[site.stream], **{n: call.args[i] for n, i in new.inputs.items()}}
     values = {n: value(a) for n, a in given.items() if isinstance(a, fx.Node)}
     device = next((p.device for p in program.root.parameters()), torch.device("cpu"))
-    root = nn.Module()
-    root.add_module(OPERATOR, build(new, device, values["x"].dtype))
+    root, operator = nn.Module(), build(new, device, values["x"].dtype)
+    if isinstance(operator, fx.GraphModule):
+        record_values(operator, (values["x"],))
+    root.add_module(OPERATOR, operator)
     graph = fx.Graph()
     inputs = {n: graph.placeholder(n) for n in values}
     made = graph.call_module(
@@ -49,7 +52,6 @@ def _program(site: Site, new: NewModule, program: Program) -> Program:
     for name, node in inputs.items():
         node.meta["val"] = values[name]
     made.meta["val"] = value(call)
-    class_name = "".join(w.capitalize() for w in new.spec.name.split("_")) + "Candidate"
     symbols = _symbols(program)
     ports = tuple(
         Port(
@@ -61,7 +63,13 @@ def _program(site: Site, new: NewModule, program: Program) -> Program:
         for name, val in values.items()
     )
     outputs = Outputs("tuple" if isinstance(value(call), (tuple, list)) else "tensor")
-    return Program(fx.GraphModule(root, graph), ports, outputs, program.facts, {"": class_name})
+    return Program(
+        fx.GraphModule(root, graph),
+        ports,
+        outputs,
+        program.facts,
+        {"": f"{class_name(new.spec.name)}Candidate", OPERATOR: class_name(new.spec.name)},
+    )
 
 
 def _symbols(program: Program) -> dict[str, str]:
