@@ -56,29 +56,30 @@ def _set(body: Body, node: s.Call, name: str, kind: str, default: Setting) -> Se
     return default if given is None else setting_of(body, given, kind)
 
 
+_PLAIN = {"linear": "proj", "depthwise_conv": "filter"}
+
+
 def _name(body: Body, node: s.Call) -> str:
-    """The name of an op's parameters, which init and checkpoints use."""
+    """The name of an op's parameters, which init and checkpoints use; `proj`, `filter` where none is said."""
     given = _option(node, "name")
-    op = node.head.span.text
-    if not isinstance(given, s.Path) or len(given.names) != 1:
-        fail(
-            "G462",
-            f"`{op}` has parameters, and needs a name for them",
-            span=node.span if given is None else given.span,
-            wanted="name = in_proj",
-            help=f"write `{op}(…, name = {'filter' if 'conv' in op else 'proj'})`",
-        )
-    name = given.text
+    plain = _PLAIN.get(node.head.span.text, "norm")
+    if given is None:
+        number = 1 + sum(n == plain or n.startswith(f"{plain}_") for n in body.names)
+        name, span = plain if number == 1 else f"{plain}_{number}", node.span
+    elif isinstance(given, s.Path) and len(given.names) == 1:
+        name, span = given.text, given.span
+    else:
+        fail("G462", "a name is one word", span=given.span, wanted="name = in_proj")
     if name in body.names or name in ("float32", "causal_sum", "training", "forward"):
         fail(
             "G462",
             f"`{name}` is the name of other parameters"
             if name in body.names
             else f"`{name}` cannot be a name here",
-            span=given.span,
+            span=span,
             help="give it another name",
         )
-    body.names[name] = given.span
+    body.names[name] = span
     init = _option(node, "init")
     if init is not None:
         body.inits[name] = _init(init)
