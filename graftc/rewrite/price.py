@@ -81,7 +81,7 @@ def _fold_origins(edit: Edit, fold: Fold) -> list[Origin]:
     """The linears that a norm's scale and shift move into."""
     norm = next((n for n in fold.second if n), "the norm").rpartition(".")[0]
     return [
-        Origin(name, "", f"itself, with the scale and shift of {norm}", False, "")
+        Origin(name, "", f"itself, with the scale and shift of {norm}", "")
         for weight, bias, _ in fold.weights
         for name in (weight, bias)
         if name is not None
@@ -96,7 +96,7 @@ def copy_origins(program: Program, new: NewModule) -> list[Origin]:
     for name, _ in program.module(new.copied.source).named_parameters():
         source = f"{new.copied.source}.{name}"
         text = "zero" if source in zero else f"copy({source})"
-        found.append(Origin(f"{new.path}.{name}", name, text, False, ""))
+        found.append(Origin(f"{new.path}.{name}", name, text, ""))
     return found
 
 
