@@ -66,7 +66,7 @@ def disc_attention(
     """
     height, width = grid
     queries, keys, seen = tiles(height, width, radius, q.device)
-    batch, heads, tokens, size = q.shape
+    tokens, size = q.shape[2:]
     q = q * size**-0.5
     near = k[:, :, keys], v[:, :, keys]  # [batch, heads, tiles, m, d]
     scores = q[:, :, queries] @ near[0].transpose(-1, -2)
@@ -85,7 +85,7 @@ def disc_attention(
     row, column = token // width, token % width
     place = (row // side * columns + column // side) * side * side
     place = place + row % side * side + column % side
-    return y.reshape(batch, heads, -1, size)[:, :, place]
+    return y.flatten(2, 3)[:, :, place]
 
 
 def check_grid(tokens: int, height: int, width: int) -> None:
@@ -236,9 +236,9 @@ class JointLocalAttention2d(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        shape = (x.shape[0], -1, self.heads, self.head_dim)
-        q1, k1, v1 = (t.reshape(shape) for t in self.in_proj(x).chunk(3, dim=-1))
-        q2, k2, v2 = (t.reshape(shape) for t in self.in_proj_2(context).chunk(3, dim=-1))
+        sizes = (3, self.heads, self.head_dim)
+        q1, k1, v1 = self.in_proj(x).unflatten(-1, sizes).unbind(2)
+        q2, k2, v2 = self.in_proj_2(context).unflatten(-1, sizes).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             q1, k1 = self.q_norm(q1), self.k_norm(k1)
         if self.q_norm_2 is not None and self.k_norm_2 is not None:
