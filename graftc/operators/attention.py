@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import check_rotary, head_sizes, of_heads, rotate
+from graftc.operators.heads import check_rotary, four_dimensions, head_sizes, rotate
 
 
 class Attention(nn.Module):
@@ -66,9 +66,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        mask = of_heads(mask)
-        if mask is not None and self.causal:
-            mask = _and_causal(mask, tokens)
+        if mask is not None:
+            mask = _also_causal(four_dimensions(mask), tokens, self.causal)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -79,8 +78,10 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, inner))
 
 
-def _and_causal(mask: Tensor, tokens: int) -> Tensor:
-    """`mask`, and no later token."""
+def _also_causal(mask: Tensor, tokens: int, causal: bool) -> Tensor:
+    """`mask`, and where `causal` no later token."""
+    if not causal:
+        return mask
     step = torch.arange(tokens, device=mask.device)
     seen = step.unsqueeze(1) >= step
     if mask.dtype == torch.bool:
@@ -127,8 +128,10 @@ class CrossAttention(nn.Module):
         groups = self.heads // self.kv_heads
         k = k.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
         v = v.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
+        if mask is not None:
+            mask = four_dimensions(mask)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=of_heads(mask)
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
         )
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
 
@@ -180,9 +183,8 @@ class LatentAttention(nn.Module):
         k, v = self.kv_up(self.kv_down(x)).chunk(2, dim=-1)
         q = rotate(self.q_proj(x).reshape(shape), cos, sin, self.rotary)
         k, v = rotate(k.reshape(shape), cos, sin, self.rotary), v.reshape(shape)
-        mask = of_heads(mask)
-        if mask is not None and self.causal:
-            mask = _and_causal(mask, tokens)
+        if mask is not None:
+            mask = _also_causal(four_dimensions(mask), tokens, self.causal)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

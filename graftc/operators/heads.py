@@ -70,14 +70,17 @@ def hide(scores: Tensor, mask: Tensor | None) -> Tensor:
     return (scores + mask).clamp(min=torch.finfo(scores.dtype).min)
 
 
-def of_heads(mask: Tensor | None) -> Tensor | None:
-    """A mask [batch, queries, keys] as [batch, 1, queries, keys]; others as they are."""
-    return mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
+def four_dimensions(mask: Tensor) -> Tensor:
+    """A mask as [batch, heads, queries, keys]: of three it is of all heads, of two of all samples.
+
+    >>> four_dimensions(torch.zeros(2, 1, 5)).shape
+    torch.Size([2, 1, 1, 5])
+    """
+    if mask.ndim == 3:
+        return mask.unsqueeze(1)
+    return mask.unsqueeze(0).unsqueeze(0) if mask.ndim == 2 else mask
 
 
 def broadcast_mask(mask: Tensor, batch: int, heads: int, tokens: int) -> Tensor:
-    """A mask of fewer dimensions or of size 1 in some, as [batch, heads, queries, keys]."""
-    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    while mask.ndim < 4:
-        mask = mask.unsqueeze(0)
-    return mask.expand(batch, heads, tokens, tokens)
+    """A mask that is of size 1 in some dimensions as [batch, heads, queries, keys]."""
+    return four_dimensions(mask).expand(batch, heads, tokens, tokens)

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import broadcast_mask, check_rotary, head_sizes, hide, rotate
+from graftc.operators.heads import (
+    broadcast_mask,
+    check_rotary,
+    four_dimensions,
+    head_sizes,
+    hide,
+    rotate,
+)
 
 
 class FeatureMap(nn.Module):
@@ -74,9 +81,7 @@ def weigh_keys(k: Tensor, mask: Tensor | None, operator: str) -> Tensor:
             f"{operator}: the mask {list(mask.shape)} differs from query to query;"
             " linear attention takes a mask of keys, [batch, 1, 1, tokens]"
         )
-    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    while mask.ndim < 4:
-        mask = mask.unsqueeze(0)
+    mask = four_dimensions(mask)
     through = mask.to(k.dtype) if mask.dtype == torch.bool else mask.to(k.dtype).exp()
     return k * through.permute(0, 3, 1, 2)
 

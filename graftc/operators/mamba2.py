@@ -60,8 +60,9 @@ def ssd(x: Tensor, decay: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
     # One row for each chunk that carries in: as a table of three dimensions, the strides of which
     # torch.export compares, it would bound the length.
     row = torch.arange(batch * heads * chunks, device=x.device)
-    later = torch.arange(chunks, device=x.device) >= (row % chunks).unsqueeze(1)
-    carried = F.pad(ends, (1, -1)).reshape(-1, 1) - ends[row // chunks]
+    sequence = row // chunks
+    later = torch.arange(chunks, device=x.device) >= (row - sequence * chunks).unsqueeze(1)
+    carried = F.pad(ends, (1, -1)).reshape(-1, 1) - ends[sequence]
     carried = carried.masked_fill(later, -math.inf).exp().reshape(batch * heads, chunks, chunks)
     state = carried.bmm(state.reshape(batch * heads, chunks, size * width))
     state = state.reshape(batch, groups, each, chunks, size, width).movedim(3, 1)

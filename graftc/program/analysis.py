@@ -32,12 +32,13 @@ ATTENTION_ROLES = ("self_attention", "cross_attention", "joint_attention")
 
 @dataclass(frozen=True)
 class Kept:
-    """An input of a site that its replacement can take over: a mask, or rotary positions.
+    """An input of a site that its replacement can take over: a context, a mask, rotary positions.
 
-    `arguments` are positions among the site's call arguments: one for a mask, cos and sin for
-    rotary. `form` says what they mean. A mask is `additive` (added to the scores) or `boolean`
-    (True where a token is seen), of [batch, heads, queries, keys] or [batch, queries, keys]; rotary is `half` (x · cos + rotate_half(x) · sin, as in Llama) or
-    `interleaved` (neighbouring features are a pair). The context of a cross-attention is a `stream`.
+    `arguments` are positions among the site's call arguments: one for a mask or a context (the second
+    token stream, form `stream`), cos and sin for rotary. `form` says what they mean. A mask is
+    `additive` (added to the scores) or `boolean` (True where a token is seen), of [batch, heads,
+    queries, keys] or [batch, queries, keys]; rotary is `half` (x · cos + rotate_half(x) · sin, as in
+    Llama) or `interleaved` (neighbouring features are a pair).
     """
 
     arguments: tuple[int, ...]
@@ -180,6 +181,7 @@ def analyse(program: Program) -> Analysis:
                 stream=stream,
                 facts={
                     **_stream_facts(stream_op),
+                    **_context_facts(kept, call),
                     **facts,
                     "params": parameter_count(program, call.path),
                     "flops": flops.get(call.path, 0),
@@ -278,6 +280,15 @@ def _stream_facts(op: Any) -> dict[str, Fact]:
     if len(shape) >= 3:
         facts["tokens"] = prod(shape[1:-1])
     return facts
+
+
+def _context_facts(kept: Mapping[str, Kept], call: Call) -> dict[str, Fact]:
+    """Width and tokens of the second stream, where the site has one."""
+    context = kept.get("context")
+    if context is None:
+        return {}
+    facts = _stream_facts(call.args[context.arguments[0]])
+    return {f"context_{name}": value for name, value in facts.items()}
 
 
 def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozenset[str]]:

@@ -17,6 +17,7 @@ from graftc.rewrite.apply_common import (
     shape_of,
 )
 from graftc.rewrite.edits import Edit
+from graftc.rewrite.inputs import check_mask
 
 
 def replace_site(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bool) -> None:
@@ -29,6 +30,9 @@ def replace_site(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bo
     module = place(root, new, node.args[site.stream], on_meta)
     node.args, node.kwargs = call_arguments(new, node)
     node.meta[STREAM] = 0
+    if "mask" in node.kwargs:
+        mask, stream = (value(n).shape for n in (node.kwargs["mask"], node.args[0]))
+        check_mask(new.path, tuple(mask), tuple(stream), edit.rule.edit.span)
     mark(node, edit, site.path)
     check_shape(module, node, new)
     del graph

@@ -97,3 +97,17 @@ def _check_rotary(
             found=f"rotary = {form}",
             help="leave the argument out: the operator then takes the site's own",
         )
+
+
+def check_mask(new: str, mask: tuple[object, ...], stream: tuple[object, ...], span: Span) -> None:
+    """A mask of three dimensions must be one of each sample: of each head it would be read wrongly."""
+    if len(mask) > 4 or (len(mask) == 3 and mask[0] not in (1, stream[0])):
+        fail(
+            "G483",
+            f"the mask of {new} is not one that an operator can take",
+            span=span,
+            site=new,
+            wanted="[batch, heads, queries, keys], or [batch, queries, keys]",
+            found=f"[{', '.join(map(str, mask))}]",
+            help="write `drop mask` in the rule if that is meant",
+        )

@@ -92,7 +92,7 @@ def added_mask(x: Tensor) -> dict[str, Tensor]:
     """A bias that differs from query to query and from head to head."""
     n = torch.arange(x.shape[1], dtype=torch.float64)
     slopes = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).reshape(HEADS, 1, 1)
-    return {"mask": (-slopes * (n.unsqueeze(1) - n).abs()).to(x.dtype)}
+    return {"mask": (-slopes * (n.unsqueeze(1) - n).abs()).to(x.dtype).unsqueeze(0)}
 
 
 def weight_of(scores: Tensor, inputs: dict[str, Tensor]) -> Tensor:
