@@ -12,6 +12,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from graftc.diagnostics import fail, nearest
@@ -58,7 +59,7 @@ def extract(module: nn.Module, cut: Cut) -> nn.Module:
     output = _call(graph, cut.graph, cut.output)
     inside = _between(inputs, output, cut)
     calls_once = inside == [output] and list(output.args) == inputs and not output.kwargs
-    if calls_once:
+    if calls_once and not _returns_several(output):
         return _submodule(module, cut.output)
     region = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -66,8 +67,23 @@ def extract(module: nn.Module, cut: Cut) -> nn.Module:
         copied[node] = region.placeholder(given.name)
     for node in inside:
         copied[node] = region.node_copy(node, copied.__getitem__)
-    region.output(copied[output])
+    result = copied[output]
+    if _returns_several(output):
+        result = region.call_function(side_by_side, (result,))
+    region.output(result)
     return _graph_module(owner, region, "Region")
+
+
+def side_by_side(value: Any) -> Any:
+    """The tensors that a region returns (the two streams of a joint attention) as one, [batch, …]."""
+    if not isinstance(value, (tuple, list)):
+        return value
+    return torch.cat([part.flatten(1) for part in value], dim=1)
+
+
+def _returns_several(call: fx.Node) -> bool:
+    """Whether the parts of what a call returns are taken apart."""
+    return any(user.target is operator.getitem for user in call.users)
 
 
 def _between(inputs: list[fx.Node], output: fx.Node, cut: Cut) -> list[fx.Node]:
@@ -122,7 +138,11 @@ def _level(
         if cut.graph == path:
             inputs = [_argument(graph, module, path, given) for given in cut.inputs]
             output = _call(graph, path, cut.output)
-            values[cut] = [*inputs, result.get(output, output)]
+            last = result.get(output, output)
+            if _returns_several(last):
+                with graph.inserting_after(last):
+                    last = graph.call_function(side_by_side, (last,))
+            values[cut] = [*inputs, last]
 
     end = next(node for node in reversed(graph.nodes) if node.op == "output")
     if nested:

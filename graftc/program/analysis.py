@@ -14,6 +14,7 @@ from torch import fx
 from graftc.program.chains import Chain, chains
 from graftc.program.cost import flops_by_path, parameter_count
 from graftc.program.flat import Call, Flat, Op, flatten
+from graftc.program.joint import first_tokens, names_of, qk_norm, streams_of
 from graftc.program.masks import is_whole
 from graftc.program.ops import CONVS, LINEARS, MOVEMENTS, NORM_PARTS, NORMS
 from graftc.program.program import ATEN, Program, size_hint, tensor_of
@@ -165,6 +166,8 @@ def analyse(program: Program) -> Analysis:
             role, stream = a.kind, _argument_index(call, [linear_input(o) for o in a.q])
             facts, has = _attention_facts(a, batch)
             kept = _kept(a, call)
+            if a.kind == "joint_attention":
+                stream, facts, kept = _joint(a, call, program, stream, facts, kept)
         elif call.path in mlp:
             m = mlp[call.path]
             role, stream = "mlp", _argument_index(call, [linear_input(m.up)])
@@ -182,6 +185,7 @@ def analyse(program: Program) -> Analysis:
                 facts={
                     **_stream_facts(stream_op),
                     **_context_facts(kept, call),
+                    **_grid_facts(stream_op, program),
                     **facts,
                     "params": parameter_count(program, call.path),
                     "flops": flops.get(call.path, 0),
@@ -280,6 +284,37 @@ def _stream_facts(op: Any) -> dict[str, Fact]:
     if len(shape) >= 3:
         facts["tokens"] = prod(shape[1:-1])
     return facts
+
+
+def _joint(
+    a: Attention,
+    call: Call,
+    program: Program,
+    stream: int,
+    facts: dict[str, Fact],
+    kept: Mapping[str, Kept],
+) -> tuple[int, dict[str, Fact], Mapping[str, Kept]]:
+    """The stream that is returned first, what is known of both, and the other one as context."""
+    found = streams_of(a, call)
+    if isinstance(found, str):
+        return stream, {**facts, "joint": found}, kept
+    one, two = found
+    names = names_of(found, program.facts.streams)
+    first = first_tokens(a)
+    known: dict[str, Fact] = {"both": two.out is not None, "qk_norm": qk_norm(found)}
+    if names is not None:
+        known["streams"] = ", ".join(names)
+        known["first_stream"] = names[0] if first == one.tokens else names[1]
+    context = Kept((two.argument,), "stream")
+    return one.argument, {**facts, **known}, {**kept, "context": context}
+
+
+def _grid_facts(op: Any, program: Program) -> dict[str, Fact]:
+    """The token grid, where the stream has a token for each place (with a second stream: or none has)."""
+    grid = program.facts.grid
+    if grid is None or not isinstance(op, Op) or op.tensor is None or op.tensor.ndim != 3:
+        return {}
+    return {"grid_height": grid[0], "grid_width": grid[1]}
 
 
 def _context_facts(kept: Mapping[str, Kept], call: Call) -> dict[str, Fact]:

@@ -62,6 +62,8 @@ def capture(model: Model) -> Program:
             absent=tuple(dict.fromkeys(_absent(model) + dropped)),
             constants={k: v for k, v in inputs.items() if isinstance(v, (bool, int, float, str))},
             notes=tuple(notes),
+            grid=model.grid,
+            streams=model.stream_tokens,
         ),
         classes={path: _class_name(type(m)) for path, m in model.module.named_modules()},
     )

@@ -63,7 +63,7 @@ def first_tokens(a: Attention) -> int | None:
     """How many tokens the stream has that comes first where q is put together."""
     for op in _on_way(a.query, a.q):
         if op.target is ATEN.cat.default and len(op.args[0]) == 2:
-            ends = [[o for o in backward(part, lambda p: p in a.q)] or [part] for part in op.args[0]]
+            ends = [list(backward(part, lambda p: p in a.q)) or [part] for part in op.args[0]]
             if all(len(e) == 1 for e in ends) and {e[0] for e in ends} == set(a.q):
                 return size_hint(ends[0][0].tensor.shape[-2])
     return None
@@ -106,3 +106,19 @@ def names_of(streams: tuple[Stream, Stream], named: Mapping[str, int]) -> tuple[
     by_count = {count: name for name, count in named.items()}
     found = [by_count.get(s.tokens) for s in streams]
     return (found[0], found[1]) if found[0] and found[1] else None
+
+
+def qk_norm(streams: tuple[Stream, Stream]) -> str:
+    """`rms_norm` where each stream normalises q and k so, `none` where none does, else `other`."""
+    norms = [n for s in streams for n in s.norms]
+    if all(n is None for n in norms):
+        return "none"
+    if all(n is not None and not _has_bias(n) for n in norms):
+        return "rms_norm"
+    return "other"
+
+
+def _has_bias(weight: Op) -> bool:
+    """A layer norm has a mean to subtract, and its op is the one that reads the weight."""
+    readers = [u.target for u in weight.users]
+    return any(t is ATEN.layer_norm.default for t in readers)

@@ -48,7 +48,10 @@ class Model:
     `inputs`: example inputs by the name of forward's parameter. `dynamic`: input → {dimension: name};
     absent, dimension 0 of every tensor input is `batch` where they agree. `meanings`: input → what it is
     (one of `MEANINGS`). `task`: what it is trained for, an object with `prepare`, `loss`, `sample`, `metrics`,
-    or the name of one that ships.
+    or the name of one that ships. `grid`: rows and columns of the image tokens, which lie row after row.
+    `streams`: the name of each token stream of a joint attention → the input that it is made of
+    (`{"image": "hidden_states", "text": "encoder_hidden_states"}`), [batch, tokens, width] or, of the
+    stream on the grid, an image; they are told apart by their token counts in the example.
 
     >>> m = Model(nn.Linear(2, 2), {"input": torch.zeros(3, 2)})
     >>> m.meanings
@@ -60,9 +63,12 @@ class Model:
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     meanings: Mapping[str, str] = field(default_factory=dict)
     task: Any = None
+    grid: tuple[int, int] | None = None
+    streams: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_dynamic()
+        self._check_tokens()
         for name, meaning in self.meanings.items():
             if name not in self.inputs:
                 fail(
@@ -82,6 +88,52 @@ class Model:
                     found=meaning,
                     help=f"write `{near}`" if near else "write `other`",
                 )
+
+    def _check_tokens(self) -> None:
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+            fail(
+                "G487",
+                f"`grid` is {self.grid}",
+                site="graftc.Model",
+                wanted="(rows, columns) of the image tokens",
+            )
+        for name, given in self.streams.items():
+            if not isinstance(self.inputs.get(given), torch.Tensor):
+                fail(
+                    "G487",
+                    f"stream `{name}` names `{given}`, which is no tensor input",
+                    site="graftc.Model",
+                    wanted=", ".join(self.inputs),
+                    found=given,
+                )
+        if len(set(self.stream_tokens.values())) != len(self.streams):
+            fail(
+                "G487",
+                "the streams have the same number of tokens, and are told apart by it",
+                site="graftc.Model",
+                found=", ".join(f"{n}: {t}" for n, t in self.stream_tokens.items()),
+                help="give example inputs with another number in one of them",
+            )
+
+    @property
+    def stream_tokens(self) -> dict[str, int]:
+        """Stream → its tokens in the example."""
+        tokens: dict[str, int] = {}
+        for name, given in self.streams.items():
+            shape = self.inputs[given].shape
+            if len(shape) == 3:
+                tokens[name] = int(shape[1])
+            elif self.grid is not None:
+                tokens[name] = self.grid[0] * self.grid[1]
+            else:
+                fail(
+                    "G487",
+                    f"stream `{name}` is made of an image, and the token grid is not known",
+                    site="graftc.Model",
+                    wanted="grid = (rows, columns)",
+                    found=f"{given} {list(shape)}",
+                )
+        return tokens
 
     def _check_dynamic(self) -> None:
         for name, dims in self.dynamic.items():

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from graftc.diagnostics import fail
 from graftc.program.analysis import Analysis
 from graftc.program.flat import Op
+from graftc.program.joint import streams_of
 from graftc.program.ops import MOVEMENTS
 from graftc.program.program import ATEN, Program, size_hint
 from graftc.program.roles import Attention
@@ -77,7 +78,7 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
             )
         else:
             found["out"] = _columns_of(a, a.out)
-        return found
+        return {**found, **_of_streams(analysis, path)}
     if path in analysis.mlps:
         m = analysis.mlps[path]
         found = {"up": _rows_of(m.up, m.activation), "down": _whole(m.down)}
@@ -88,6 +89,9 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
             found["gate"] = _rows_of(m.gate, m.activation)
             found["up"] = _rows_of(m.up, other)
         return found
+    site = analysis.by_path.get(path)
+    if site is not None and site.role == "norm":
+        return {"norm": _leaf(analysis, path)}
     return _of_linear(analysis, path)
 
 
@@ -100,6 +104,37 @@ def _of_linear(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
     transposed = any(n.target is ATEN.addmm.default for n in graph.graph.nodes)
     names = {p.ndim: f"{path}.{n}" for n, p in graph.named_parameters()}
     return {"map": PartRef(names[2], names.get(1), transposed=transposed)}
+
+
+def _leaf(analysis: Analysis, path: str) -> PartRef | str:
+    """The weight (and bias) of a norm, a vector each."""
+    names = dict(analysis.program.module(path).named_parameters(recurse=False))
+    if "weight" not in names:
+        return "it has no weight of its own"
+    bias = f"{path}.bias" if "bias" in names else None
+    return PartRef(f"{path}.weight", bias)
+
+
+def _of_streams(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
+    """The parts of each stream of a joint attention: `q_1`, `q_2`, …, `out_1`, `q_norm_1`, …"""
+    a, call = analysis.attentions[path], analysis.flat.first_calls[path]
+    streams = streams_of(a, call) if a.kind == "joint_attention" else "one stream"
+    if isinstance(streams, str):
+        return {}
+    found: dict[str, PartRef | str] = {}
+    for i, stream in enumerate(streams, 1):
+        for name, linear, end in (
+            ("q", stream.q, a.query),
+            ("k", stream.k, a.key),
+            ("v", stream.v, a.value),
+        ):
+            found[f"{name}_{i}"] = _rows_of(linear, end)
+        if stream.out is not None:
+            found[f"out_{i}"] = _columns_of(a, stream.out)
+        for name, weight in zip(("q_norm", "k_norm"), stream.norms, strict=True):
+            if weight is not None:
+                found[f"{name}_{i}"] = PartRef(weight.fqn, None)
+    return found
 
 
 def _scale_factor(a: Attention) -> float:

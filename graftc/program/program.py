@@ -33,7 +33,11 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Facts:
-    """What capture fixed. `dynamic`: name of a dynamic dimension → the example's size; `notes`: sentences."""
+    """What capture fixed, and what the model's maker says of its tokens.
+
+    `dynamic`: name of a dynamic dimension → the example's size; `notes`: sentences; `grid`: rows and
+    columns of the image tokens; `streams`: name of a token stream → its tokens in the example.
+    """
 
     mode: str
     dtype: str
@@ -41,6 +45,8 @@ class Facts:
     absent: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
+    streams: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
