@@ -26,13 +26,14 @@ from graftc.program.capture import capture
 from graftc.program.model import Model, Reference, as_model, load_model, model_reference, source_of
 from graftc.program.parts import PartRef, part_refs
 from graftc.program.program import Program
-from graftc.rewrite.apply import Patch, apply
+from graftc.rewrite.apply import Patch, apply, undo
 from graftc.rewrite.candidates import OPERATOR, candidate_path, candidate_programs
 from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.exact import check_exact
 from graftc.rewrite.plan import Plan, make_plan
 from graftc.rewrite.plan_text import plan_dict
 from graftc.rewrite.price import init_clause
+from graftc.rewrite.repeat import Round, round_texts, run_repeated, undo_rounds
 from graftc.targets import make_targets
 from graftc.weights.initialise import initialise
 from graftc.weights.parts import Affine, Heads
@@ -57,6 +58,7 @@ class Compiled:
     patch: Patch
     targets: Targets
     checks: tuple[str, ...]
+    rounds: tuple[Round, ...] = ()
 
     @property
     def teacher(self) -> Program:
@@ -70,7 +72,15 @@ def compile_model(rules: Rules, model: Model, seed: int = 0) -> Compiled:
     student, patch = apply(analysis.program, plan.edits)
     initialise_new(plan, analysis, student, seed)
     checks = check_exact(plan, analysis, model, lambda p, s: initialise_new(p, analysis, s, seed))
-    return Compiled(analysis, plan, student, patch, make_targets(plan, analysis.program), checks)
+    student, rounds = run_repeated([r for r in rules.rules if r.repeat is not None], student)
+    targets = make_targets(plan, analysis.program)
+    checks = (*checks, *round_texts(rounds))
+    return Compiled(analysis, plan, student, patch, targets, checks, rounds)
+
+
+def undone(compiled: Compiled) -> Program:
+    """The original, bit for bit, made from the student by undoing every edit."""
+    return undo(undo_rounds(compiled.student, compiled.rounds), compiled.patch)
 
 
 def initialise_new(plan: Plan, analysis: Analysis, student: Program, seed: int) -> None:

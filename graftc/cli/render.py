@@ -167,6 +167,8 @@ def show_plan(plan: Plan) -> None:
     for matches in plan.selections:
         for f in matches.filtered:
             console.print(f"rule `{matches.rule.name}` left {f.path}: {f.reason}")
+    for line in plan.checks:
+        console.print(line)
     dropped = sum(len(s.dropped) for s in plan.steps)
     if dropped:
         console.print(f"\n{dropped} teacher parameters are dropped; `--format json` lists them")

@@ -260,9 +260,8 @@ select(x, dim: dim, index: number)
     select.int self dim index
 slice(x, dim: dim = 0, start: number = none, end: number = none, step: number = 1)
     slice.Tensor self dim start end step
-chunk(x, chunks: number, dim: dim = 0)
+split(x, parts: list, dim: dim = -1)
     chunk.default self chunks dim
-split(x, sizes: list, dim: dim = 0)
     split.Tensor self split_size dim
     split_with_sizes.default self split_sizes dim
     split.sizes self split_size dim
@@ -304,6 +303,7 @@ ones_like(x)
 
 ALIASES: Mapping[str, str] = {
     "view": "reshape",
+    "chunk": "split",
     "concat": "cat",
     "concatenate": "cat",
     "swish": "silu",

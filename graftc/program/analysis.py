@@ -128,7 +128,7 @@ def analyse(program: Program) -> Analysis:
     """
     flat = flatten(program)
     found = chains(program)
-    batch = _batch(program)
+    batch = batch_size(program)
     flops = flops_by_path(flat, batch)
     calls = flat.first_calls
     attention: dict[str, Attention] = {}
@@ -255,7 +255,7 @@ def _order(call: Call) -> int:
     return result.index if isinstance(result, Op) else 0
 
 
-def _batch(program: Program) -> int:
+def batch_size(program: Program) -> int:
     """The example's batch size: dimension 0 of the first input that has one."""
     first = next((p.shape[0] for p in program.inputs if p.shape), 1)
     return program.facts.dynamic[first] if isinstance(first, str) else first

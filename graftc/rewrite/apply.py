@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graftc.program.program import Program, graphs, join
 from graftc.rewrite.apply_common import class_name, exists, parent_path
@@ -14,8 +14,11 @@ from graftc.rewrite.apply_parallel import parallel_branches
 from graftc.rewrite.apply_sites import remove_site, replace_site, skip_block
 from graftc.rewrite.apply_together import run_together
 from graftc.rewrite.claims import inner_first
+from graftc.rewrite.dataflow.rewriting import Opening, rewrite_region
 from graftc.rewrite.edits import Edit
 from graftc.rewrite.tree import copy_graph, prune, set_module, with_own_paths
+
+Tensors = tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +26,15 @@ class Patch:
     """What `apply` took out: the graphs it changed and the modules it replaced or removed.
 
     `added`: paths that the original has not; `order`: the names of the children of each module that
-    lost or gained one, so that undoing gives a state dict in the original's order.
+    lost or gained one, so that undoing gives a state dict in the original's order. `parameters`: the parameters
+    and buffers, as they were, of graphs in which ops were rewritten.
     """
 
     graphs: Mapping[str, fx.Graph]
     taken: Mapping[str, nn.Module]
     added: tuple[str, ...]
     order: Mapping[str, tuple[str, ...]]
+    parameters: Mapping[str, Tensors] = field(default_factory=dict[str, "Tensors"])
 
 
 def apply(
@@ -49,7 +54,13 @@ def apply(
     root = with_own_paths(program.root, existing)
     before = {p: m.graph for p, m in graphs(program.root) if p in {e.graph for e in chosen}}
     for edit in chosen:
-        APPLY[edit.kind](root, program, edit, on_meta)
+        if edit.ops is None:
+            APPLY[edit.kind](root, program, edit, on_meta)
+    # Ops after sites: opening a module moves nodes, which an edit of sites finds by name.
+    opening = Opening(root)
+    for edit in sorted(chosen, key=lambda e: -e.graph.count(".")):
+        if edit.ops is not None:
+            rewrite_region(opening, edit.rule, edit.ops, edit.origin, on_meta)
     for path in before:
         module = root.get_submodule(path)
         assert isinstance(module, fx.GraphModule)
@@ -57,8 +68,9 @@ def apply(
         module.graph.lint()
         module.recompile()
     prune(root, program.root)
+    parameters = _swap_parameters(root, program.root, {e.graph for e in chosen if e.ops})
     student = replace(program, root=root, classes=_classes(program, chosen))
-    return student, _patch(program, student, before, chosen)
+    return student, _patch(program, student, before, chosen, parameters)
 
 
 def undo(student: Program, patch: Patch) -> Program:
@@ -77,6 +89,9 @@ def undo(student: Program, patch: Patch) -> Program:
         module = root.get_submodule(path)
         assert isinstance(module, fx.GraphModule)
         module.graph = copy_graph(graph)
+    for path, (parameters, buffers) in patch.parameters.items():
+        module = root.get_submodule(path)
+        module._parameters, module._buffers = dict(parameters), dict(buffers)  # type: ignore[assignment]
     for path, names in patch.order.items():
         parent = root.get_submodule(path)
         parent._modules = {n: parent._modules[n] for n in names}
@@ -105,13 +120,47 @@ def _classes(program: Program, edits: list[Edit]) -> dict[str, str]:
     return found
 
 
+def _swap_parameters(
+    root: fx.GraphModule, original: fx.GraphModule, paths: set[str]
+) -> dict[str, Tensors]:
+    """Takes out what rewritten graphs read and now do not; the parameters and buffers that they had."""
+    had: dict[str, Tensors] = {}
+    for path in paths:
+        module, source = root.get_submodule(path), original.get_submodule(path)
+        assert isinstance(module, fx.GraphModule)
+        assert isinstance(source, fx.GraphModule)
+        had[path] = (dict(source._parameters), dict(source._buffers))
+        read, was_read = _read(module), _read(source)
+        for tensors in (module._parameters, module._buffers):
+            for name in [n for n in tensors if n in was_read and n not in read]:
+                del tensors[name]
+    return had
+
+
+def _read(module: fx.GraphModule) -> set[str]:
+    return {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+
+
+def _is_opened(before: nn.Module, after: nn.Module) -> bool:
+    """A graph whose ops now stand in its caller's is left as the mere holder of its parameters."""
+    return isinstance(before, fx.GraphModule) and not isinstance(after, fx.GraphModule)
+
+
 def _patch(
-    program: Program, student: Program, before: Mapping[str, fx.Graph], edits: list[Edit]
+    program: Program,
+    student: Program,
+    before: Mapping[str, fx.Graph],
+    edits: list[Edit],
+    parameters: Mapping[str, Tensors],
 ) -> Patch:
     old = dict(program.root.named_modules(remove_duplicate=False))
     new = dict(student.root.named_modules(remove_duplicate=False))
     replaced = {n.path for e in edits for n in e.new} | {p for e in edits for p in _refitted(e)}
-    gone = [p for p in old if p and (p not in new or p in replaced)]
+    gone = [
+        p
+        for p, module in old.items()
+        if p and (p not in new or p in replaced or _is_opened(module, new[p]))
+    ]
     top_gone = [p for p in gone if not any(p.startswith(g + ".") for g in gone)]
     added = [
         p
@@ -121,7 +170,7 @@ def _patch(
     top_added = [p for p in added if not any(p.startswith(a + ".") for a in added)]
     parents = {parent_path(p) for p in (*top_gone, *top_added)}
     order = {p: tuple(old[p]._modules) for p in parents if p in old}
-    return Patch(before, {p: old[p] for p in top_gone}, tuple(top_added), order)
+    return Patch(before, {p: old[p] for p in top_gone}, tuple(top_added), order, parameters)
 
 
 APPLY: Mapping[str, Callable[[fx.GraphModule, Program, Edit, bool], None]] = {

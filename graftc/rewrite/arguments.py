@@ -10,8 +10,9 @@ from graftc.language.evaluate import evaluate
 from graftc.language.rules import OperatorCall
 from graftc.operators.spec import Arg, OfSite, OperatorSpec, Value, holds
 from graftc.program.analysis import Site
+from graftc.rewrite.facts import site_fact
 from graftc.rewrite.inputs import own_facts
-from graftc.rewrite.match import Match, site_fact
+from graftc.rewrite.match import Match
 
 
 def resolve_arguments(

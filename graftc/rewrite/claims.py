@@ -14,7 +14,8 @@ class Claim:
     """The calls that an edit rewires, by module path; `inside`: it also takes what lies below them.
 
     `replace a` claims site a and all below it; `parallel(a, b)` the call edges of a and b only. `kind`
-    is the edit's; `after` names the rules whose edits it may touch, as they are made before it.
+    is the edit's; `after` names the rules whose edits it may touch, as they are made before it. A dataflow
+    rule claims `nodes` (a graph's path and a node of it) and the modules that it opens, which are then no calls.
     """
 
     rule: str
@@ -23,6 +24,8 @@ class Claim:
     inside: bool
     kind: str = ""
     after: tuple[str, ...] = ()
+    nodes: frozenset[tuple[str, str]] = frozenset()
+    opened: tuple[str, ...] = ()
 
 
 _FOLLOWS = frozenset(
@@ -83,6 +86,16 @@ def _one_per_pair(problems: list[Diagnostic]) -> list[Diagnostic]:
 
 
 def _conflict(a: Claim, b: Claim) -> str | None:
+    shared = a.nodes & b.nodes
+    if shared and (a.opened or b.opened or not (a.paths and b.paths)):
+        graph, node = min(shared)
+        return f"`{node}` in {graph or 'the root'}"
+    for one, other in ((a, b), (b, a)):
+        for x in one.paths:
+            inside = [g for g, _ in other.nodes if one.inside and _is_in(g, x)]
+            opened = [o for o in other.opened if _is_in(x, o)]
+            if not other.paths and (inside or opened):
+                return x
     for x in a.paths:
         for y in b.paths:
             if x == y:
@@ -90,6 +103,10 @@ def _conflict(a: Claim, b: Claim) -> str | None:
             if (a.inside and y.startswith(x + ".")) or (b.inside and x.startswith(y + ".")):
                 return y if y.startswith(x + ".") else x
     return None
+
+
+def _is_in(path: str, holder: str) -> bool:
+    return path == holder or path.startswith(holder + ".")
 
 
 def inner_first(claims: list[Claim]) -> list[int]:

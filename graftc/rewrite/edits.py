@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from graftc.diagnostics import fail
-from graftc.language.rules import OperatorCall, Remove, Replace, Rewrite, Rule, Skip, Unapplied
+from graftc.language.rules import OperatorCall, Remove, Replace, Rule, Skip, Unapplied
 from graftc.operators.spec import OperatorSpec, Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import PartRef
 from graftc.rewrite.arguments import check_fits, check_role, resolve_arguments
 from graftc.rewrite.claims import Claim
+from graftc.rewrite.dataflow.region import Region
 from graftc.rewrite.inputs import kept_inputs
 from graftc.rewrite.match import Match
 
-Kind = Literal["replace", "parallel", "together", "insert", "remove", "skip"]
+Kind = Literal["replace", "parallel", "together", "insert", "remove", "skip", "rewrite"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,8 @@ class Edit:
     `branches`: for 'parallel', in order, a site's path or the path of a new module. `merge`: its merge.
     `fold`: for 'together', what moves into the linears of the second site. `region`: for 'together',
     the block that holds them: what is distilled. `candidates`: for `one of`, what the site can become,
-    each built beside the student (None: it stays); the first is the student's.
+    each built beside the student (None: it stays); the first is the student's. `ops`: for 'rewrite', the
+    ops of the graph that it rewrites.
     """
 
     kind: Kind
@@ -87,12 +89,15 @@ class Edit:
     fold: Fold | None = None
     region: Site | None = None
     candidates: tuple[NewModule | None, ...] = ()
+    ops: Region | None = None
 
     @property
     def name(self) -> str:
         """What plans and targets call it; an inserted module by its own path."""
         if self.kind == "insert":
             return self.new[0].path
+        if self.ops is not None:
+            return self.ops.name
         return "+".join(s.path for s in self.sites)
 
     @property
@@ -110,6 +115,9 @@ class Edit:
             inside=self.kind in ("replace", "remove", "skip", "together"),
             kind=self.kind,
             after=self.rule.after,
+            nodes=frozenset((s.graph, s.node) for s in self.sites)
+            | frozenset((p.graph, p.node) for p in (self.ops.gone if self.ops else ())),
+            opened=self.ops.opened if self.ops else (),
         )
 
 
@@ -147,8 +155,6 @@ def edits_of(
     edit = rule.edit
     if isinstance(edit, Unapplied):
         fail("G300", f"this version of graftc cannot apply {edit.what} yet", span=edit.span)
-    if isinstance(edit, Rewrite):
-        fail("G300", "this version of graftc cannot apply `rewrite` yet", span=edit.span)
     make: Callable[[Place, Any], Edit] = EDITS[type(edit)]
     edits = [make(Place(rule, m, i, analysis, taken), edit) for i, m in enumerate(matches)]
     for made in edits:

@@ -13,9 +13,8 @@ from graftc.program.analysis import Analysis
 from graftc.program.model import Model
 from graftc.program.program import Program
 from graftc.rewrite.apply import apply
+from graftc.rewrite.dataflow.proof import TOLERANCE, proof_text, prove
 from graftc.rewrite.plan import Plan
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def check_exact(
@@ -49,6 +48,11 @@ def check_exact(
         said.append(
             f"rule `{rule.name}` is exact: relative difference {error:.2g}, limit {limit:g}"
         )
+        proofs = [
+            prove(rule, e.ops, analysis.program) for e in alone.edits if e.ops is not None
+        ]  # with the model's own weights, at every place
+        if proofs:
+            said.append(proof_text(rule, proofs))
     return tuple(said)
 
 

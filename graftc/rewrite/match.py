@@ -15,6 +15,7 @@ from graftc.language.rules import (
     Fact,
     GroupMatch,
     PythonMatch,
+    Rewrite,
     Rule,
     SequenceMatch,
     SiteMatch,
@@ -23,16 +24,25 @@ from graftc.language.rules import (
 from graftc.operators.spec import Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.chains import Chain
+from graftc.program.flat import Op
+from graftc.rewrite.dataflow.matcher import Occurrence, SiteValue
+from graftc.rewrite.dataflow.select import rule_patterns, select_occurrences
+from graftc.rewrite.dataflow.view import ProgramView, program_view
+from graftc.rewrite.facts import site_fact
 from graftc.rewrite.globs import path_matches
 from graftc.rewrite.sequence import sequences
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """One place where a rule applies: its names and the sites they are bound to."""
+    """One place where a rule applies: its names and the sites they are bound to.
+
+    `occurrence`: the ops, values and sites that a dataflow pattern is bound to.
+    """
 
     rule: Rule
     bindings: Mapping[str, Site]
+    occurrence: Occurrence | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -56,22 +66,28 @@ class Matches:
     filtered: tuple[Filtered, ...]
 
 
-def match(rule: Rule, analysis: Analysis) -> Matches:
+def match(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -> Matches:
     """All places of the original Program where `rule` applies.
 
     Raises GraftError where a block chain is unknown, a selected block has no such site, a group is not
-    of neighbours, or `expect` is not met; the near misses are in its notes.
+    of neighbours, or `expect` is not met; the near misses are in its notes. `view` is shared by all dataflow
+    rules of a plan.
     """
     try:
-        return selection(rule, analysis)
+        return selection(rule, analysis, view)
     except GraftError as error:
         from graftc.rewrite.whynot import with_near_misses
 
         raise with_near_misses(error, rule, analysis) from None
 
 
-def selection(rule: Rule, analysis: Analysis) -> Matches:
+def selection(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -> Matches:
     """As `match`; what it raises names no near misses."""
+    if any(isinstance(m, DataflowMatch) for m in rule.matches):
+        made = find_matches(rule, analysis, view or program_view(analysis.flat))
+        turned = [Match(rule, {}) for _ in made.filtered]
+        _check_expectation(rule, list(made.found), list(made.filtered), [*made.found, *turned])
+        return made
     candidates = _candidates(rule, analysis)
     found: list[Match] = []
     filtered: list[Filtered] = []
@@ -88,6 +104,67 @@ def selection(rule: Rule, analysis: Analysis) -> Matches:
     return Matches(rule, tuple(found), tuple(filtered))
 
 
+def find_matches(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
+    """The matches of a rule with a dataflow pattern, be there any or none; names may be bound to sites too."""
+    for pattern in rule.matches:
+        if isinstance(pattern, (Unapplied, GroupMatch, PythonMatch)):
+            what = (
+                pattern.what if isinstance(pattern, Unapplied) else "this beside a dataflow pattern"
+            )
+            fail("G300", f"this version of graftc cannot apply {what} yet", span=pattern.span)
+    patterns = rule_patterns(rule)
+    clauses = [m for m in rule.matches if isinstance(m, SiteMatch)]
+    sites = {c.binding: _calls(_sites(c, analysis), analysis) for c in clauses}
+    found, turned = select_occurrences(rule, patterns, view, sites)
+    matches = [Match(rule, o.sites, o) for o in found]
+    if not isinstance(
+        rule.edit, Rewrite
+    ):  # one edit for each site, however often the pattern is there
+        once = {tuple(s.path for s in m.sites): m for m in reversed(matches)}
+        matches = list(reversed(once.values()))
+    filtered = [Filtered(t.path, t.reason) for t in turned]
+    if not isinstance(rule.expect, int):
+        for clause in clauses:
+            _check_every_site(rule, clause, sites[clause.binding], matches, filtered)
+    return Matches(rule, tuple(matches), tuple(filtered))
+
+
+def _calls(sites: list[Site], analysis: Analysis) -> dict[Op, SiteValue]:
+    """The results of sites' calls, with what they are given: the token stream first."""
+    found: dict[Op, SiteValue] = {}
+    for site in sites:
+        call = analysis.flat.first_calls[site.path]
+        if isinstance(call.result, Op):
+            others = [a for i, a in enumerate(call.args) if i != site.stream]
+            found[call.result] = SiteValue((call.args[site.stream], *others), site)
+    return found
+
+
+def _check_every_site(
+    rule: Rule,
+    clause: SiteMatch,
+    sites: Mapping[Op, SiteValue],
+    matches: list[Match],
+    filtered: list[Filtered],
+) -> None:
+    """A selected site without the pattern is an error, as a selected block without the site is."""
+    if clause.blocks is None:
+        return
+    matched = {m.bindings[clause.binding].path for m in matches if clause.binding in m.bindings}
+    missing = [v.site.path for v in sites.values() if v.site.path not in matched]
+    judged = [p for p in missing if any(p in f.path for f in filtered)]
+    missing = [p for p in missing if p not in judged]
+    if missing:
+        fail(
+            "G381",
+            f"the pattern of rule `{rule.name}` is not at {missing[0]}",
+            span=clause.span,
+            site=missing[0],
+            notes=[Note(f"nor at {p}") for p in missing[1:6]],
+            help="narrow the block set, or say how many matches there are: `expect N`",
+        )
+
+
 def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
     patterns = list(rule.matches)
     for pattern in patterns:
@@ -95,12 +172,6 @@ def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
             fail(
                 "G300", f"this version of graftc cannot apply {pattern.what} yet", span=pattern.span
             )
-    if any(isinstance(p, (DataflowMatch, PythonMatch)) for p in patterns):
-        fail(
-            "G300",
-            "this version of graftc cannot apply a dataflow pattern yet",
-            span=patterns[0].span,
-        )
     if len(patterns) != 1:
         fail(
             "G300",
@@ -289,20 +360,6 @@ def _fact(fact: Fact, candidate: Match) -> Value:
             found=fact.binding,
         )
     return site_fact(site, fact.name, fact.span)
-
-
-def site_fact(site: Site, name: str, span: Span | None) -> Value:
-    """A fact of a site; an error that says which facts it has where it lacks this one."""
-    if name not in site.facts:
-        fail(
-            "G321",
-            f"{site.path} ({site.role}) has no `{name}`",
-            span=span,
-            site=site.path,
-            wanted=", ".join(sorted(site.facts)),
-            found=name,
-        )
-    return site.facts[name]
 
 
 def _check_expectation(

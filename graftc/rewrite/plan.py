@@ -10,9 +10,12 @@ from graftc.program.analysis import Analysis
 from graftc.program.cost import parameter_count
 from graftc.rewrite.apply import apply
 from graftc.rewrite.claims import check_claims
+from graftc.rewrite.dataflow.proof import proof_text, prove, signature
+from graftc.rewrite.dataflow.view import program_view
 from graftc.rewrite.edits import Edit, edits_of
 from graftc.rewrite.match import Matches, match
 from graftc.rewrite.price import Step, price
+from graftc.rewrite.repeat import Round, round_texts, run_repeated
 from graftc.rewrite.selections import selection_notes
 
 
@@ -29,6 +32,8 @@ class Plan:
     parameters: tuple[int, int]
     flops: tuple[int, int]
     notes: tuple[Diagnostic, ...] = ()
+    checks: tuple[str, ...] = ()
+    rounds: tuple[Round, ...] = ()
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -52,9 +57,12 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     problems: list[Diagnostic] = []
     notes = list(rules.notes)
     taken = {path for path, _ in analysis.program.root.named_modules(remove_duplicate=False)}
+    view = program_view(analysis.flat)
     for rule in rules.rules:
+        if rule.repeat is not None:
+            continue  # it runs on what the others made
         try:
-            matches = match(rule, analysis)
+            matches = match(rule, analysis, view)
             edits += edits_of(rule, matches.found, analysis, taken)
             notes += selection_notes(matches)
             selections.append(matches)
@@ -66,12 +74,30 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     # Applied without weights: what cannot be applied is said now, and parameters are counted, not added up.
     student, _ = apply(analysis.program, edits, on_meta=True)
     steps = tuple(price(e, analysis, student) for e in edits)
+    checks = _proved(selections, edits, analysis)
     flops = analysis.flops.get("", 0)
+    after = flops + sum(s.after.flops - s.before.flops for s in steps)
+    repeated = [r for r in rules.rules if r.repeat is not None]
+    student, rounds = run_repeated(repeated, student, on_meta=True)
+    after += sum(r.flops for r in rounds)
     return Plan(
         steps,
         tuple(selections),
         rules.finetune,
         (analysis.parameters, parameter_count(student)),
-        (flops, flops + sum(s.after.flops - s.before.flops for s in steps)),
+        (flops, after),
         tuple(notes),
+        (*checks, *round_texts(rounds)),
+        rounds,
     )
+
+
+def _proved(selections: list[Matches], edits: list[Edit], analysis: Analysis) -> tuple[str, ...]:
+    """A line for each exact rule that rewrites ops: regions of one form are run once, on random weights."""
+    said: list[str] = []
+    for rule in (s.rule for s in selections if s.rule.contract == "exact"):
+        regions = {signature(e.ops): e.ops for e in edits if e.rule is rule and e.ops is not None}
+        proofs = [prove(rule, region, analysis.program) for region in regions.values()]
+        if proofs:
+            said.append(proof_text(rule, proofs))
+    return tuple(said)

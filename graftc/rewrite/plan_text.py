@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from graftc.language.rules import Rewrite
 from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.plan import Plan
 from graftc.rewrite.price import Candidate, Step
@@ -19,6 +20,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             for m in plan.selections
             for f in m.filtered
         ],
+        "checks": list(plan.checks),
         "totals": {
             "parameters": {"before": plan.parameters[0], "after": plan.parameters[1]},
             "flops": {"before": plan.flops[0], "after": plan.flops[1]},
@@ -34,7 +36,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "origin": edit.origin,
         "contract": edit.rule.contract,
         "edit": edit.kind,
-        "before": " + ".join(f"{s.role}" for s in edit.sites),
+        "before": before_text(edit),
         "runs": step.runs,
         "after": after_text(edit),
         "parameters": {"before": step.before.params, "after": step.after.params},
@@ -66,8 +68,17 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def before_text(edit: Edit) -> str:
+    """What is edited: sites by their roles, ops by their names."""
+    if edit.ops is not None:
+        return " ".join(p.node for p in edit.ops.gone)
+    return " + ".join(s.role for s in edit.sites)
+
+
 def after_text(edit: Edit) -> str:
     """What a site becomes, in a few words: `hyena_x(kernel=4, causal=True)`."""
+    if isinstance(edit.rule.edit, Rewrite):
+        return "; ".join(s.span.text for s in edit.rule.edit.statements)
     if edit.kind == "remove":
         return "nothing (contributes zero)"
     if edit.kind == "skip":

@@ -11,8 +11,9 @@ from graftc.operators.spec import Apply, Cost, InitSource
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import part_refs
 from graftc.program.program import Program
+from graftc.rewrite.edit_rewrite import rewrite_price
 from graftc.rewrite.edits import Edit, Fold, NewModule
-from graftc.rewrite.match import site_fact
+from graftc.rewrite.facts import site_fact
 from graftc.weights.initialise import Origin, plan_init
 
 
@@ -53,6 +54,8 @@ def price(edit: Edit, analysis: Analysis, student: Program) -> Step:
         origins += _fold_origins(edit, edit.fold)
     if edit.kind in ("parallel", "insert", "together"):  # what is there stays
         return Step(edit, Cost(0, 0, 0), new, tuple(origins), ())
+    if edit.ops is not None:
+        return Step(edit, *rewrite_price(edit, edit.ops, analysis, student))
     (site,) = edit.sites
     runs = analysis.call_counts[id(analysis.program.module(site.path))]
     counted = len(analysis.flat.calls_by_path[site.path])  # the site's own FLOPs are of these

@@ -102,6 +102,10 @@ def prune(root: fx.GraphModule, original: fx.GraphModule) -> None:
                 holder._parameters = {
                     n: p for n, p in child._parameters.items() if join(where, n) in used
                 }
+                holder._buffers = {
+                    n: b for n, b in child._buffers.items() if join(where, n) in used
+                }
+                holder._non_persistent_buffers_set = set(child._non_persistent_buffers_set)
                 module._modules[name] = holder
                 visit(holder, where)
             elif where in before or _any_under(before, where):

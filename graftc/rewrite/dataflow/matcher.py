@@ -8,8 +8,8 @@ monomorphism); different names of values from outside may be the same value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from graftc.language.dataflow_ops import OPS, Kind
@@ -47,12 +47,16 @@ Sites = Mapping[str, Mapping[Any, SiteValue]]
 
 @dataclass(frozen=True, eq=False)
 class Occurrence:
-    """One way to lay a pattern onto a graph: a value for each node, and what the names outside stand for."""
+    """One way to lay a pattern onto a graph: a value for each node, and what the names outside stand for.
+
+    `sizes`: what the names in shape guards stand for.
+    """
 
     pattern: Pattern
     values: tuple[Any, ...]
     names: Mapping[str, Any]
     sites: Mapping[str, Any]
+    sizes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def value(self, name: str) -> Any:
         """What a name of the pattern stands for."""
@@ -64,9 +68,17 @@ class Occurrence:
         return self.names[name]
 
 
-def occurrences(pattern: Pattern, view: View, sites: Sites | None = None) -> Iterator[Occurrence]:
-    """All occurrences of a pattern, in the order of its rarest op's values."""
-    search = _Search(pattern, view, sites or {})
+def occurrences(
+    pattern: Pattern,
+    view: View,
+    sites: Sites | None = None,
+    claimed: Collection[int] = (),
+) -> Iterator[Occurrence]:
+    """All occurrences of a pattern, in the order of its rarest op's values.
+
+    `claimed`: ids of values that no inner or written node may be; the caller may add to it between two.
+    """
+    search = _Search(pattern, view, sites or {}, claimed)
     anchor = min(pattern.nodes, key=lambda n: len(search.candidates(n)))
     for value in search.candidates(anchor):
         yield from search.start(anchor, value)
@@ -89,8 +101,11 @@ _Goals = tuple[_Goal, Any] | None
 class _Search:
     """The state of one search: what is assigned, undone from `trail` on the way back."""
 
-    def __init__(self, pattern: Pattern, view: View, sites: Sites) -> None:
-        self.pattern, self.view, self.sites = pattern, view, sites
+    def __init__(
+        self, pattern: Pattern, view: View, sites: Sites, claimed: Collection[int] = ()
+    ) -> None:
+        self.pattern, self.view, self.sites, self.claimed = pattern, view, sites, claimed
+        self.claims = pattern.inner | pattern.written
         self.assigned: list[Any] = [None] * len(pattern.nodes)
         self.taken: set[int] = set()
         self.names: dict[str, Any] = {}
@@ -176,6 +191,8 @@ class _Search:
         view, mark = self.view, len(self.trail)
         if id(value) in self.taken:
             return
+        if node.index in self.claims and id(value) in self.claimed:
+            return
         if node.site:
             call = self.sites.get(node.site, {}).get(value)
             if call is None:
@@ -187,7 +204,7 @@ class _Search:
                 pairs = zip(node.args, call.args, strict=False)
                 orders = [[_Goal(o, a, "value", None) for o, a in pairs]]
         else:
-            if view.op(value) not in node.ops:
+            if view.op(value) not in node.ops and view.raw(value)[0] not in node.ops:
                 return
             found = self.orders(node, value)
             if found is None:
@@ -215,8 +232,9 @@ class _Search:
             return None
         op = view.op(value)
         word = OPS.get(op)
-        if word is None:
-            return self.plain_orders(node, value, actual)
+        if word is None or op not in node.ops:
+            plain = view.raw(value)[1] if word is not None else actual
+            return self.plain_orders(node, value, plain)
         rank = self.rank_of(op, actual)
         goals: list[_Goal] = []
         for at, operand in enumerate(node.args):
@@ -254,7 +272,7 @@ class _Search:
         else:
             if len(actual) != len(args):
                 return None
-        keywords = self.view.keywords(value)
+        keywords = self.view.raw(value)[2]
         named = dict(node.named)
         if set(named) != set(keywords):
             return None

@@ -38,8 +38,8 @@ class View(Protocol):
         """The op's arguments in the order of its signature, None where it has one that no signature says."""
         ...
 
-    def keywords(self, value: Any) -> Mapping[str, Any]:
-        """The keyword arguments, of an op that has no name but ATen's."""
+    def raw(self, value: Any) -> tuple[str, tuple[Any, ...], Mapping[str, Any]]:
+        """The op by ATen's name (`aten.sin.default`), with its arguments as they stand."""
         ...
 
     def users(self, value: Any) -> Sequence[Any]: ...
@@ -131,8 +131,10 @@ class ProgramView:
             found = self.ordered[value.index] = _ordered(value)
         return found  # type: ignore[return-value]
 
-    def keywords(self, value: Op) -> Mapping[str, Any]:
-        return {} if value.target in forms() else value.kwargs
+    def raw(self, value: Op) -> tuple[str, tuple[Any, ...], Mapping[str, Any]]:
+        if value.kind != "op":
+            return "", (), {}
+        return str(value.target), tuple(_plain(a) for a in value.args), value.kwargs
 
     def users(self, value: Op) -> Sequence[Op]:
         return value.users
@@ -140,6 +142,12 @@ class ProgramView:
     def rank(self, value: Op) -> int | None:
         tensor = value.tensor
         return tensor.ndim if tensor is not None else None
+
+
+_WITH_DTYPE = frozenset(
+    n for n, w in OPS.items() if w.parameters[-1].name == "dtype" and not w.parameters[-1].required
+)
+"""Ops whose last parameter is a dtype; their input's own says nothing."""
 
 
 def _ordered(op: Op) -> tuple[Any, ...] | None:
@@ -159,7 +167,25 @@ def _ordered(op: Op) -> tuple[Any, ...] | None:
             continue
         index, name, default = place
         found.append(_plain(args[index] if index < count else kwargs.get(name, default)))
+    if form.name in _WITH_DTYPE and isinstance(found[0], Op) and found[0].tensor is not None:
+        own = str(found[0].tensor.dtype).removeprefix("torch.")
+        found = [*found[:-1], None if found[-1] == own else found[-1]]
+    if form.name == "split":
+        found[1] = _parts(op, *found)
     return tuple(found)
+
+
+def _parts(op: Op, x: Any, parts: Any, dim: Any) -> Any:
+    """A split into equal parts is their number, whichever of ATen's ways it was written."""
+    if op.target is ATEN.chunk.default:
+        return parts
+    if isinstance(parts, tuple):
+        return len(parts) if len(set(parts)) == 1 else parts  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    tensor = x.tensor if isinstance(x, Op) else None
+    size = tensor.shape[dim] if tensor is not None and isinstance(dim, int) else None
+    if isinstance(size, int) and isinstance(parts, int) and parts and size % parts == 0:
+        return size // parts
+    return (parts,)
 
 
 def _plain(value: Any) -> Any:
@@ -191,6 +217,25 @@ def program_view(flat: Flat) -> ProgramView:
             if name is not None:
                 by_name.setdefault(name, []).append(op)
     return ProgramView(flat, by_name, frozenset(o.index for o in flat.outputs))
+
+
+def ops_of(nodes: Sequence[fx.Node]) -> list[Op]:
+    """Nodes as ops, to count them; what they read is there with its shape only."""
+    env: dict[fx.Node, Op] = {}
+
+    def op(node: fx.Node) -> Op:
+        if node not in env:
+            env[node] = Op(len(env), "value", node.target, (), {}, "", node)
+        return env[node]
+
+    for node in nodes:
+        for source in node.all_input_nodes:
+            op(source)
+    return [
+        Op(i, "op", n.target, _with_ops(n.args, env), _with_ops(dict(n.kwargs), env), "", n)
+        for i, n in enumerate(nodes)
+        if n.op == "call_function"
+    ]
 
 
 def graph_ops(graph: fx.Graph) -> Flat:

@@ -1,0 +1,119 @@
+"""`repeat(measure)`: a rule that runs on the student of all other edits until it matches nowhere.
+
+Each round applies every match at once; the measure must be smaller after it than before, so that it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graftc.diagnostics import fail
+from graftc.language.rules import Measure, Rule
+from graftc.program.analysis import Analysis, analyse
+from graftc.program.cost import parameter_count
+from graftc.program.program import Program
+from graftc.rewrite.apply import Patch, apply, undo
+from graftc.rewrite.claims import check_claims
+from graftc.rewrite.dataflow.proof import Proof, proof_text, prove
+from graftc.rewrite.dataflow.view import program_view
+from graftc.rewrite.edits import Edit, edits_of
+from graftc.rewrite.match import find_matches, match
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One application of a repeated rule: its edits, the measure before and after, the way back.
+
+    `flops`: how many FLOPs of a sample came (or, negative, went).
+    """
+
+    rule: Rule
+    edits: tuple[Edit, ...]
+    before: int
+    after: int
+    patch: Patch
+    flops: int = 0
+    proofs: tuple[Proof, ...] = ()
+
+
+def run_repeated(
+    rules: Sequence[Rule], student: Program, *, on_meta: bool = False
+) -> tuple[Program, tuple[Round, ...]]:
+    """The student after all rounds of all repeated rules. Raises GraftError where a measure does not fall.
+
+    A rule must match at least once; the rounds after the first end when it matches nowhere.
+    """
+    rounds: list[Round] = []
+    for rule in rules:
+        if rule.repeat is None:
+            continue
+        number = 0
+        while True:
+            analysis = analyse(student)
+            view = program_view(analysis.flat)
+            found = (
+                match(rule, analysis, view) if not number else find_matches(rule, analysis, view)
+            )
+            if not found.found:
+                break
+            taken = {p for p, _ in student.root.named_modules(remove_duplicate=False)}
+            edits = edits_of(rule, found.found, analysis, taken)
+            check_claims([e.claim for e in edits])
+            proofs = (
+                tuple(prove(rule, e.ops, student) for e in edits if e.ops is not None)
+                if rule.contract == "exact"
+                else ()
+            )
+            before = measured(rule.repeat, analysis)
+            student, patch = apply(student, edits, on_meta=on_meta)
+            then = analyse(student)
+            after = measured(rule.repeat, then)
+            if after >= before:
+                fail(
+                    "G389",
+                    f"the measure of rule `{rule.name}` does not fall",
+                    span=rule.repeat.span,
+                    wanted=f"less than {before}",
+                    found=f"{after} after round {number + 1}, of {len(edits)} matches",
+                    help="choose a measure that each step makes smaller, or leave out `repeat`",
+                )
+            flops = then.flops.get("", 0) - analysis.flops.get("", 0)
+            rounds.append(Round(rule, tuple(edits), before, after, patch, flops, proofs))
+            number += 1
+    return student, tuple(rounds)
+
+
+def measured(measure: Measure, analysis: Analysis) -> int:
+    """A measure of a Program: ops, parameters, FLOPs of a sample, or the ops of one name."""
+    if measure.kind == "params":
+        return parameter_count(analysis.program)
+    if measure.kind == "flops":
+        return analysis.flops.get("", 0)
+    if measure.kind == "count":
+        return len(program_view(analysis.flat).named(measure.op))
+    return sum(o.kind in ("op", "module") for o in analysis.flat.ops)
+
+
+def undo_rounds(student: Program, rounds: Sequence[Round]) -> Program:
+    """The student before the rounds, bit for bit."""
+    for done in reversed(rounds):
+        student = undo(student, done.patch)
+    return student
+
+
+def round_texts(rounds: Sequence[Round]) -> tuple[str, ...]:
+    """A line for each repeated rule, and one for its proofs."""
+    said: list[str] = []
+    for rule in dict.fromkeys(r.rule.name for r in rounds):
+        mine = [r for r in rounds if r.rule.name == rule]
+        measure = mine[0].rule.repeat
+        assert measure is not None
+        falls = " → ".join(str(n) for n in (mine[0].before, *(r.after for r in mine)))
+        what = f"count({measure.op})" if measure.kind == "count" else measure.kind
+        count = sum(len(r.edits) for r in mine)
+        said.append(f"rule `{rule}` ran {len(mine)} times, {count} matches: {what} {falls}")
+        proofs = [p for r in mine for p in r.proofs]
+        if proofs:
+            said.append(proof_text(mine[0].rule, proofs))
+    return tuple(said)
