@@ -27,32 +27,46 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.heads, DIM // self.heads)).transpose(1, 2)
 
 
-class NormedAttention(Attention):
-    """A norm inside the module: replacing the module would lose it."""
+class KeylessAttention(Attention):
+    """Its keys are a table: no linear makes them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(DIM)
+        self.keys = nn.Parameter(torch.randn(1, TOKENS, DIM))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(self.norm(x))
+        keys = self.keys.expand(x.shape[0], -1, -1)
+        q, k, v = self.split(self.q(x)), self.split(keys), self.split(self.v(x))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    def __init__(self, ratio: int = 4, activation: str = "gelu") -> None:
+    def __init__(self, ratio: int = 4) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(DIM, ratio * DIM), nn.Linear(ratio * DIM, DIM)
-        self.activation = activation
+        self.up: nn.Module = nn.Linear(DIM, ratio * DIM)
+        self.down = nn.Linear(ratio * DIM, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(getattr(F, self.activation)(self.up(x)))
+        return self.down(F.gelu(self.up(x)))
 
 
-class ResidualMlp(Mlp):
-    """The residual stands inside the module."""
+class ConvMlp(Mlp):
+    """Its first map is a convolution, not a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Conv1d(DIM, 4 * DIM, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return self.down(F.gelu(self.up(x.transpose(1, 2)).transpose(1, 2)))
+
+
+class NormMlp(Mlp):
+    """Between its linears stands a norm, and no activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.layer_norm(self.up(x), (4 * DIM,)))
 
 
 class Block(nn.Module):
@@ -68,8 +82,8 @@ class Block(nn.Module):
 
 
 class Odd(nn.Module):
-    """`blocks`: 0 and 1 as usual; 2 has four heads; 3 a norm in its attention; 4 a residual in its MLP; 5 attends
-    to the context and has an activation of its own. `single`: three causal blocks."""
+    """`blocks`: 0 and 1 as usual; 2 has four heads; 3 no keys of its own; 4 a convolution in its MLP; 5 attends
+    to the context and has no activation. `single`: three causal blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,9 +92,9 @@ class Odd(nn.Module):
                 Block(Attention(), Mlp()),
                 Block(Attention(), Mlp()),
                 Block(Attention(heads=4), Mlp()),
-                Block(NormedAttention(), Mlp()),
-                Block(Attention(), ResidualMlp()),
-                Block(Attention(), Mlp(activation="softplus"), crosses=True),
+                Block(KeylessAttention(), Mlp()),
+                Block(Attention(), ConvMlp()),
+                Block(Attention(), NormMlp(), crosses=True),
             ]
         )
         self.between = nn.Linear(DIM, DIM)
