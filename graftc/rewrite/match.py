@@ -114,7 +114,7 @@ def find_matches(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
             fail("G300", f"this version of graftc cannot apply {what} yet", span=pattern.span)
     patterns = rule_patterns(rule)
     clauses = [m for m in rule.matches if isinstance(m, SiteMatch)]
-    sites = {c.binding: _calls(_sites(c, analysis), analysis) for c in clauses}
+    sites = {c.binding: site_calls(c, analysis) for c in clauses}
     found, turned = select_occurrences(rule, patterns, view, sites)
     matches = [Match(rule, o.sites, o) for o in found]
     if not isinstance(
@@ -127,6 +127,11 @@ def find_matches(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
         for clause in clauses:
             _check_every_site(rule, clause, sites[clause.binding], matches, filtered)
     return Matches(rule, tuple(matches), tuple(filtered))
+
+
+def site_calls(clause: SiteMatch, analysis: Analysis) -> dict[Op, SiteValue]:
+    """The sites that a clause beside a dataflow pattern selects, by the results of their calls."""
+    return _calls(_sites(clause, analysis), analysis)
 
 
 def _calls(sites: list[Site], analysis: Analysis) -> dict[Op, SiteValue]:

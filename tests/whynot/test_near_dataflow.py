@@ -104,3 +104,15 @@ def test_a_match_is_no_near_miss(name: str) -> None:
 
 def test_the_battery_is_large() -> None:
     assert len(CASES) >= 30
+
+
+def test_a_guard_that_turns_an_occurrence_down() -> None:
+    text = RULES["attention"]
+    (guarded,) = check(
+        f"rule r {{\n  match {{\n{text['match'].replace('0.5', 'c')}\n  }}\n  where c is tensor\n"
+        f"  rewrite {{ o = relu(q) }}\n}}"
+    ).rules
+    (miss,) = dataflow_misses(guarded, program_view(traced("attention", [text["good"]], False)))
+    assert "c is not a tensor" in miss.text
+    assert miss.note().span is not None
+    assert miss.note().span.text.startswith("c is tensor")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from graftc.diagnostics import Span
-from graftc.language.rules import DataflowMatch, Rewrite, Rule
+from graftc.language.rules import DataflowMatch, Rule
 from graftc.program.flat import Op, common_path
-from graftc.rewrite.dataflow.matcher import Sites, leak, occurrences, opened, same
+from graftc.rewrite.dataflow.matcher import Occurrence, Sites, opened, same
 from graftc.rewrite.dataflow.pattern import (
     Fixed,
     Items,
@@ -16,7 +16,12 @@ from graftc.rewrite.dataflow.pattern import (
     NodeRef,
     Pattern,
     ValueRef,
-    patterns_of,
+)
+from graftc.rewrite.dataflow.select import (
+    Turned,
+    claimed_nodes,
+    rule_patterns,
+    select_occurrences,
 )
 from graftc.rewrite.dataflow.view import ProgramView
 from graftc.rewrite.whynot import words
@@ -33,24 +38,34 @@ def dataflow_misses(rule: Rule, view: ProgramView, sites: Sites | None = None) -
     A place where half of the pattern's ops or more are there, and where the changes cost 3.5 at most. Places that
     are matched, or that share ops with a nearer one, are left out.
     """
-    clauses = [m for m in rule.matches if isinstance(m, DataflowMatch)]
-    if not clauses:
+    if not any(isinstance(m, DataflowMatch) for m in rule.matches):
         return ()
-    statements = tuple(s for c in clauses for s in c.statements)
-    rewrite = rule.edit if isinstance(rule.edit, Rewrite) else None
-    patterns = patterns_of(DataflowMatch(statements, clauses[0].span), rewrite)
+    patterns = rule_patterns(rule)
+    matched, turned = select_occurrences(rule, patterns, view, sites)
+    taken = {i for o in matched for i in _own(o)}
+    guarded = [t for t in turned if t.leak is None]
+    taken |= {i for t in guarded for i in _own(t.occurrence)}
     names = [view.op(o) if o.kind == "op" else "" for o in view.flat.ops]
-    taken = {i for p in patterns for i in _matched(p, view, sites or {})}
     found = [m for p in patterns for m in _nearest(p, view, names, sites or {}, taken)]
-    return ranked(_apart(found))
+    return ranked([*(_guarded(rule, t) for t in guarded), *_apart(found)])
 
 
-def _matched(pattern: Pattern, view: ProgramView, sites: Sites) -> Iterator[int]:
-    """The ops that a match takes."""
-    own = (pattern.inner | pattern.written) or frozenset(n.index for n in pattern.nodes)
-    for occurrence in occurrences(pattern, view, sites):
-        if leak(occurrence, view, view.returned) is None:
-            yield from (occurrence.values[i].index for i in own)
+def _own(occurrence: Occurrence) -> list[int]:
+    """The ops that a match takes: those that the rewrite makes go or new, or all."""
+    pattern = occurrence.pattern
+    own = claimed_nodes(pattern) or range(len(pattern.nodes))
+    return [occurrence.values[i].index for i in own]
+
+
+def _guarded(rule: Rule, turned: Turned) -> Miss:
+    """An occurrence with every op in its place, that a guard turns down."""
+    values: list[Op] = list(turned.occurrence.values)
+    where = rule.where.span if rule.where is not None else None
+    spans = [g.span for g in rule.guards if turned.reason.startswith((g.name, f"shape({g.name})"))]
+    change = Change("guard", 1.0, turned.reason, next(iter(spans), where))
+    path, root = common_path(values), values[-1]
+    place = f"{path}: `{root.node.name}`" if path else f"`{root.node.name}`"
+    return Miss(place, (change,), source_line(root))
 
 
 @dataclass

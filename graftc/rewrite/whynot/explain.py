@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,15 @@ from graftc.language.rules import (
     SiteMatch,
 )
 from graftc.program.analysis import Analysis
+from graftc.program.flat import Op
+from graftc.rewrite.dataflow.matcher import Sites, SiteValue
 from graftc.rewrite.whynot.change import Change, Miss, ranked
 from graftc.rewrite.whynot.dataflow import dataflow_misses
 from graftc.rewrite.whynot.places import Places
 from graftc.rewrite.whynot.sites import group_misses, site_miss, site_misses
 
 _MOST_NOTES = 6
-_NOT_MET = ("G310", "G331", "G332")
+_NOT_MET = ("G310", "G331", "G332", "G381")
 """A block without the site, `expect` not met, nothing matched: near misses belong to these."""
 
 
@@ -103,7 +105,9 @@ def near_misses(rule: Rule, places: Places) -> tuple[Miss, ...]:
 
 def _misses(rule: Rule, places: Places) -> Iterator[Miss]:
     if any(isinstance(p, DataflowMatch) for p in rule.matches):
-        yield from dataflow_misses(rule, places.view)
+        sites, missing = _bound_sites(rule, places)
+        yield from missing
+        yield from dataflow_misses(rule, places.view, sites)
         return
     for pattern in rule.matches:
         if isinstance(pattern, GroupMatch):
@@ -114,6 +118,21 @@ def _misses(rule: Rule, places: Places) -> Iterator[Miss]:
             alone = replace(rule, where=None)  # a guard is on sites that follow each other
             for one in _members(pattern):
                 yield from site_misses(alone, one, places, ())
+
+
+def _bound_sites(rule: Rule, places: Places) -> tuple[Sites, list[Miss]]:
+    """The sites that a dataflow rule names beside its ops, and the near misses where there are none."""
+    from graftc.rewrite.match import site_calls
+
+    found: dict[str, Mapping[Op, SiteValue]] = {}
+    missing: list[Miss] = []
+    for clause in (m for m in rule.matches if isinstance(m, SiteMatch)):
+        try:
+            found[clause.binding] = site_calls(clause, places.analysis)
+        except GraftError:
+            alone = replace(rule, where=None)
+            missing += site_misses(alone, clause, places, ())
+    return found, missing
 
 
 def _members(pattern: SequenceMatch) -> Iterator[SiteMatch]:
@@ -128,7 +147,7 @@ def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:
 
     site = places.analysis.by_path[at]
     if any(isinstance(p, DataflowMatch) for p in rule.matches):
-        found = dataflow_misses(rule, places.view)
+        found = dataflow_misses(rule, places.view, _bound_sites(rule, places)[0])
         yield from (m for m in found if f"{m.place}.".startswith((f"{at}.", f"{at}:")))
         return
     for pattern in rule.matches:
