@@ -164,6 +164,8 @@ def show_plan(plan: Plan) -> None:
         f"{s.edit.rule.name}: {_weights(s)}" for s in plan.steps if s.origins
     ):
         console.print(f"first weights of {line}")
+    for line in dict.fromkeys(_formulas(s) for s in plan.steps if s.edit.new):
+        console.print(line)
     for matches in plan.selections:
         for f in matches.filtered:
             console.print(f"rule `{matches.rule.name}` left {f.path}: {f.reason}")
@@ -176,6 +178,18 @@ def show_plan(plan: Plan) -> None:
     console.print(f"\nparameters {p0:,} → {p1:,} ({_percent(p0, p1)})")
     console.print(
         f"FLOPs of a forward pass of one sample {count(f0)} → {count(f1)} ({_percent(f0, f1)})"
+    )
+
+
+def _formulas(step: Step) -> str:
+    """FLOPs of the operator and of its featurisers apart, for N tokens."""
+    from graftc.rewrite.price import formula
+
+    new = step.edit.new[-1]
+    operator, featurisers = formula(new)
+    return (
+        f"FLOPs of {step.edit.rule.name} for N tokens: {new.spec.name} {operator}, "
+        f"its featurisers (projections, convolutions) {featurisers}"
     )
 
 

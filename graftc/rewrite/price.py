@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from graftc.diagnostics import Span
 from graftc.language.evaluate import settled
 from graftc.operators.spec import Apply, Cost, InitSource
+from graftc.operators.tokens import Tokens
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import part_refs
 from graftc.program.program import Program
@@ -72,6 +74,20 @@ def _cost(module: NewModule) -> Cost:
     tokens = module.site.facts.get("tokens")
     known = {**module.site.facts, **module.arguments}
     return module.spec.cost(known, tokens if isinstance(tokens, int) else 1)
+
+
+def formula(module: NewModule) -> tuple[str, str]:
+    """FLOPs of one sample as formulas in the token count N: of the operator, and of its featurisers.
+
+    A module of a fixed token count, or one of a file of the user's, gives numbers.
+    """
+    spec = module.spec
+    if spec.is_fixed(module.arguments) or not spec.module.startswith("graftc.operators."):
+        plain = _cost(module)
+        return f"{plain.operator_flops:,}", f"{plain.featuriser_flops:,}"
+    known = {**module.site.facts, **module.arguments}
+    cost: Any = spec.cost(known, cast("int", Tokens((0, 1))))
+    return str(cost.operator_flops), str(cost.featuriser_flops)
 
 
 def _candidate(edit: Edit, new: NewModule | None, before: Cost, analysis: Analysis) -> Candidate:

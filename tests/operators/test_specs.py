@@ -12,6 +12,7 @@ import torch
 from graftc.operators.build import build, operator_class
 from graftc.operators.spec import SITE, Apply, OfSite, Part, holds
 from graftc.operators.specs import MERGES, SPECS
+from graftc.operators.tokens import Tokens
 from graftc.weights.initialise import plan_init
 
 # DiT-XL/2 at 256 px: 256 tokens, 28 layers.
@@ -229,3 +230,22 @@ def test_default_sources_speak_of_the_site_alone():
     for spec in EVERY.values():
         for sources in spec.inits.values():
             assert all(sites(s) <= {SITE} for s in sources.values())
+
+
+@pytest.mark.parametrize("name", [n for n in SPECS if not SPECS[n].is_fixed({})])
+def test_a_cost_is_a_formula_in_the_token_count(name):
+    """Put into the formula, any number of tokens past the windows gives the cost itself."""
+    arguments = _arguments(name)
+    given = SPECS[name].cost(arguments, Tokens((0, 1)))
+    for attribute in ("operator_flops", "featuriser_flops"):
+        formula = getattr(given, attribute)
+        coefficients = formula.coefficients if isinstance(formula, Tokens) else (formula,)
+        for n in (256, 5000):
+            value = sum(c * n**i for i, c in enumerate(coefficients))
+            assert value == getattr(SPECS[name].cost(arguments, n), attribute)
+
+
+def test_formulas_read_as_people_write_them():
+    arguments = _arguments("attention")
+    cost = SPECS["attention"].cost(arguments, Tokens((0, 1)))
+    assert (str(cost.operator_flops), str(cost.featuriser_flops)) == ("4,640·N²", "10,616,832·N")

@@ -196,7 +196,7 @@ def test_the_targets_of_a_kept_input_run_on_the_teachers_values() -> None:
     torch.testing.assert_close(found, values[-1])  # two blocks of 6 are softmax alone
 
 
-@pytest.mark.parametrize("make", [sd3, flux])
+@pytest.mark.parametrize("make", [sd3, pytest.param(flux, marks=pytest.mark.slow)])
 def test_a_disc_over_everything_is_the_joint_attention(make: Any) -> None:
     model = make(**STREAMS)
     text = (CORPUS / "local_2d.graft").read_text()  # radius = 16, on a grid of 6 x 6
@@ -233,7 +233,7 @@ def test_the_grid_and_the_streams_must_be_known() -> None:
 CORPUS_FILES = [
     ("lolcats", lambda: llama(tokens=130), 2),
     ("mamba_in_llama", llama, 1),
-    ("gqa", lambda: llama(kv_heads=4), 2),
+    pytest.param("gqa", lambda: llama(kv_heads=4), 2, marks=pytest.mark.slow),
 ]
 
 
@@ -289,14 +289,14 @@ def test_a_causal_site_is_not_given_eyes_for_the_future() -> None:
     "edit",
     [
         "hyena_x(kernel = 3, causal = false, dims = 2)",
-        "hyena_y(kernel = 3, causal = false, dims = 2)",
-        "depthwise_conv(kernel = 3, dims = 2)",
+        pytest.param("hyena_y(kernel = 3, causal = false, dims = 2)", marks=pytest.mark.slow),
+        pytest.param("depthwise_conv(kernel = 3, dims = 2)", marks=pytest.mark.slow),
         "local_attention_2d(radius = 2)",
         "mamba2(state = 4, head_dim = 8, causal = false)",
         "latent_attention(rank = 8)",
-        "linear_attention(feature = softmax_pair)",
+        pytest.param("linear_attention(feature = softmax_pair)", marks=pytest.mark.slow),
         "linear_window_attention(window = 4)",
-        "attention(qk_norm = rms_norm)",
+        pytest.param("attention(qk_norm = rms_norm)", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_on_a_dit_with_a_grid(edit: str) -> None:
