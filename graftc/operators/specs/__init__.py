@@ -2,7 +2,7 @@
 
 `SPECS` holds the operators that a rule can name; `MERGES` those of `parallel(…, merge = …)`.
 
->>> SPECS["hyena_x"].cost({"dim": 1152, "kernel": 4, "causal": True}, 256).params
+>>> SPECS["hyena_x"].cost({"dim": 1152, "kernel": 4, "order": 2, "dims": 1}, 256).params
 5330304
 """
 
