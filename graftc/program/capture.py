@@ -24,6 +24,7 @@ from graftc.program.model import USER_MODULE, Model
 from graftc.program.normalise import normalise
 from graftc.program.outline import outline
 from graftc.program.program import Facts, Outputs, Port, Program, size_hint, structure_hash, value
+from graftc.program.unsupported import check_supported
 
 
 def capture(model: Model) -> Program:
@@ -35,6 +36,7 @@ def capture(model: Model) -> Program:
     >>> [n.target for n in p.root.graph.nodes if n.op == "call_module"]
     ['0', '1']
     """
+    check_supported(model)
     inputs = dict(model.inputs.items())
     dynamic, notes = _dynamic_dimensions(model)
     inputs = _at_least_two(inputs, dynamic)
