@@ -2,6 +2,7 @@
 
     python -m tests.models.matrix              every model that has no result yet, then the page
     python -m tests.models.matrix llama dit    these models again, then the page
+    python -m tests.models.matrix --quick      without builds and ONNX
 
 Results stand in `out/models/`, one file a model, so that a run can be broken off and taken up.
 """
@@ -148,8 +149,8 @@ def first_that_applies(model: Model, texts: list[str]) -> tuple[str, Any]:
     raise AssertionError
 
 
-def row(case: Case) -> Result:
-    """Try everything on one model."""
+def row(case: Case, quick: bool = False) -> Result:
+    """Try everything on one model; `quick` leaves out what needs a build (they read NOT RUN)."""
     result, start = Result(case.name), time.process_time()
     model = case.build()
     state: dict[str, Any] = {}
@@ -168,8 +169,9 @@ def row(case: Case) -> Result:
     program, analysis = state["program"], state["analysis"]
     _edits(result, case, model, analysis, state)
     result.put("other sizes", lambda: _other_sizes(model, program, state))
-    result.put("outputs kept", lambda: _package(model, state))
-    result.put("ONNX", lambda: _onnx(state))
+    if not quick:
+        result.put("outputs kept", lambda: _package(model, state))
+        result.put("ONNX", lambda: _onnx(state))
     if "folder" in state:
         state["folder"].cleanup()
     result.seconds = time.process_time() - start
@@ -372,8 +374,9 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def main(names: list[str]) -> None:
+def main(words: list[str]) -> None:
     torch.set_num_threads(1)
+    quick, names = "--quick" in words, [w for w in words if w != "--quick"]
     folder = Path("out/models")
     folder.mkdir(parents=True, exist_ok=True)
     for case in CASES:
@@ -381,7 +384,7 @@ def main(names: list[str]) -> None:
         chosen = any(n.lower() in case.name.lower() for n in names)
         if (file.exists() and not chosen) or (names and not chosen):
             continue
-        result = row(case)
+        result = row(case, quick)
         file.write_text(json.dumps(vars(result), indent=1))
         cells = " ".join(f"{c.split()[0]}={s}" for c, (s, _) in result.cells.items())
         print(f"{case.name}: {result.seconds:.0f} s  {cells}", flush=True)

@@ -1,0 +1,51 @@
+"""`graftc inspect` on two diffusers transformers at their real configs, within the limits of a small machine.
+
+Limits on time and memory: no part of the ordinary tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 30
+BYTES = 1.5e9
+
+
+def inspect(function: str) -> tuple[dict[str, object], float, int]:
+    """What `graftc inspect` prints, its CPU seconds, its peak memory in bytes."""
+    code = "import sys; from graftc.cli.main import main; main(sys.argv[1:])"
+    model = f"{ROOT}/examples/diffusers/models.py:{function}"
+    command = [sys.executable, "-c", code, "inspect", model, "--format", "json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return json.loads(text), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "cross", "parameters"), [("dit_xl2", 0, 675e6), ("pixart_sigma_2k", 28, 611e6)]
+)
+def test_28_blocks_within_limits(function: str, cross: int, parameters: float) -> None:
+    found, seconds, peak = inspect(function)
+    (chain,) = found["chains"]  # type: ignore[misc]
+    assert len(chain["blocks"]) == 28
+    roles = Counter(s["role"] for s in found["sites"] if s["block"])  # type: ignore[attr-defined, union-attr, index]
+    assert (roles["self_attention"], roles["cross_attention"], roles["mlp"]) == (28, cross, 28)
+    assert found["parameters"] == pytest.approx(parameters, rel=0.03)
+    assert found["flops"] > 0  # type: ignore[operator]
+    assert peak <= BYTES
+    assert seconds <= SECONDS
