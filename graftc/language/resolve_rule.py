@@ -19,9 +19,11 @@ from graftc.language.rules import (
     Distill,
     Expr,
     Literal_,
+    Match,
     Operation,
     PythonMatch,
     Remove,
+    Rewrite,
     Rule,
     Skip,
     Unapplied,
@@ -80,6 +82,9 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
     measure = None
     with scope.log.attempt():
         measure = measure_of(item)
+    if len(scope.log.errors) == before and edited is not None:
+        with scope.log.attempt():
+            _check_patterns(matches.matches, edited)
     if len(scope.log.errors) > before or edited is None:
         return None
     edit = edited.edit
@@ -108,6 +113,17 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         guards=guards,
         repeat=measure,
     )
+
+
+def _check_patterns(matches: Sequence[Match], edited: Edited) -> None:
+    """A dataflow pattern hangs together, in every way to take its choices. Raises GraftError."""
+    from graftc.rewrite.dataflow.pattern import patterns_of  # as free of torch as this package
+
+    clauses = [m for m in matches if isinstance(m, DataflowMatch)]
+    if clauses:
+        statements = tuple(s for c in clauses for s in c.statements)
+        rewrite = edited.edit if isinstance(edited.edit, Rewrite) else None
+        patterns_of(DataflowMatch(statements, clauses[0].span), rewrite)
 
 
 def _all(clauses: Sequence[s.Clause], kind: type[ClauseT]) -> tuple[ClauseT, ...]:
