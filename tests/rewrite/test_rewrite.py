@@ -207,6 +207,8 @@ def test_equal_claims_conflict(digits: Analysis) -> None:
     second = HYENA.replace("rule hyena", "rule local").replace(
         "hyena_x(kernel = 4)", "sliding_window(window = 4)"
     )
+    assert diagnostic(HYENA + second, digits).code == "G411"  # the text alone tells
+    second = second.replace("self_attention", 'module "blocks.*.attn"')
     found = diagnostic(HYENA + second, digits)
     assert found.code == "G340"
     assert "hyena" in found.notes[0].message
@@ -214,7 +216,7 @@ def test_equal_claims_conflict(digits: Analysis) -> None:
 
 
 def test_replacing_inside_a_skipped_block_conflicts(digits: Analysis) -> None:
-    found = diagnostic(HYENA + "rule s {\n match b = block in blocks {1}\n skip b\n}", digits)
+    found = diagnostic(HYENA + 'rule s {\n match b = module "blocks.1"\n skip b\n}', digits)
     assert found.code == "G340"
 
 
