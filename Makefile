@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 EXTRAS := cpu,train,diffusers,transformers,report,lsp,examples,serve,dev
 SOURCES := graftc tests examples benchmarks
 
-.PHONY: demo test lint format table slow bench matrix clean
+.PHONY: demo test lint format table slow fuzz bench matrix clean
 
 # torch first, and exactly: another specifier may bring gigabytes of CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,6 +38,11 @@ table: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
+
+# 20,000 hostile texts through `check` and `fmt`; as many again by atheris, where it installs.
+fuzz: $(VENV)/.installed
+	-$(BIN)/pip install --quiet atheris
+	$(BIN)/python tests/language/fuzz.py --count 20000
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from graftc.diagnostics import GraftError, Source, fail
+from graftc.diagnostics import GraftError, Source, Span, fail
 from graftc.language.load import read
 from graftc.language.parser import parse_all
 from graftc.language.resolve import resolve
@@ -30,7 +30,7 @@ def check(file: str | Path | Source, overrides: Mapping[str, str] | None = None)
     """
     source, folder = _source(file)
     if not source.text.strip():
-        fail("G009", "this file has no rules: it is empty", site=source.name,
+        fail("G009", "this file has no rules: it is empty", span=Span(source, 0, 1),
              wanted="a rule", help="write a rule: docs/language.md begins with one")  # fmt: skip
     document, errors = parse_all(source)
     if errors and not document.items:

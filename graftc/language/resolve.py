@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from graftc.diagnostics import Diagnostic, GraftError, Note, fail
+from graftc.diagnostics import Diagnostic, GraftError, Note, Span, fail
 from graftc.language import syntax as s
 from graftc.language.conflicts import conflicts
 from graftc.language.contradictions import contradictions
@@ -266,7 +266,7 @@ def _check_empty(document: s.Document, module: _Module, log: Log) -> None:
     fails = Diagnostic(
         "G009",
         "this file has no rules",
-        site=document.source.name,
+        span=Span(document.source, 0, 1),
         wanted="a rule, or `use` of a file with rules",
         notes=(Note("the least: rule NAME { match a = mlp in blocks odd … }"),)
         if not document.items
