@@ -26,10 +26,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-def inspect(model: str | Model) -> Analysis:
+def inspect(model: str | Model, *, graph: str | Path | None = None) -> Analysis:
     """The roles, chains of blocks, sites, parameters and FLOPs of a model, captured on the meta device.
 
-    `model`: `file.py:function`, `package.module:function`, or a `graftc.Model`. Raises GraftError.
+    `model`: `file.py:function`, `package.module:function`, or a `graftc.Model`. `graph` receives a drawing of the
+    chains as SVG. Raises GraftError.
 
     >>> import torch, graftc
     >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
@@ -40,7 +41,14 @@ def inspect(model: str | Model) -> Analysis:
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
 
-    return analyse(capture(_model(model, on_meta=True)))
+    found = analyse(capture(_model(model, on_meta=True)))
+    if graph is not None:
+        from graftc.emit.files import write_text
+        from graftc.program.overview import overview
+        from graftc.report.drawing import draw
+
+        write_text(Path(graph), draw(overview(found), title=_title(model)))
+    return found
 
 
 def plan(
@@ -50,10 +58,12 @@ def plan(
     data: str | Any = None,
     overrides: Mapping[str, str] | None = None,
     output: str | Path | None = None,
+    graph: str | Path | None = None,
 ) -> Plan:
     """What `file` does to `model`: sites, parameters and FLOPs before and after, origins of new weights.
 
-    `overrides` are the file's `set` parameters; `output` receives the plan as YAML. Raises GraftError.
+    `overrides` are the file's `set` parameters; `output` receives the plan as YAML, `graph` a drawing of the chains
+    before and after as SVG. Raises GraftError.
     """
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
@@ -68,6 +78,15 @@ def plan(
         from graftc.emit.files import write_yaml
 
         write_yaml(Path(output), plan_dict(made))
+    if graph is not None:
+        from graftc.emit.files import write_text
+        from graftc.report.drawing import draw
+
+        said = plan_dict(made)
+        write_text(
+            Path(graph),
+            draw(said["chains"], said["edits"], f"{Path(file).name} on {_title(model)}"),
+        )
     return made
 
 
@@ -344,6 +363,11 @@ def serve_editor(model: str | None = None) -> None:
 
 
 # -- words to values ---------------------------------------------------------------------------
+
+
+def _title(model: str | Model) -> str:
+    """The model's name over a drawing."""
+    return model.rpartition("/")[2] if isinstance(model, str) else type(model.module).__name__
 
 
 def _model(model: str | Model, *, on_meta: bool) -> Model:

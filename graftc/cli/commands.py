@@ -45,6 +45,10 @@ SetOption = Annotated[
     typer.Option("--set", help="override a `set` parameter of the file: name=value"),
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
+GraphOption = Annotated[
+    Path | None,
+    typer.Option("--graph", metavar="OUT.svg", help="draw the chains of blocks, before and after"),
+]
 BuildArgument = Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")]
 MaybeSeed = Annotated[
     int | None, typer.Option("--seed", help="seed of every random choice; default 0")
@@ -86,6 +90,7 @@ def inspect(
             help="file.py:function, package.module:function, or diffusers:CLASS@FOLDER",
         ),
     ],
+    graph: GraphOption = None,
     format: FormatOption = "text",
 ) -> None:
     """Show roles, chains of blocks, sites, parameters and FLOPs of a model."""
@@ -93,7 +98,7 @@ def inspect(
     from graftc.cli.render import analysis_dict, show_analysis
 
     _format(format)
-    analysis = verbs.inspect(model)
+    analysis = verbs.inspect(model, graph=graph)
     _json(analysis_dict(analysis)) if format == "json" else show_analysis(analysis)
 
 
@@ -167,6 +172,7 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="write the plan as YAML")
     ] = None,
+    graph: GraphOption = None,
     format: FormatOption = "text",
 ) -> None:
     """Show what a file does to a model; nothing is changed."""
@@ -176,7 +182,9 @@ def plan(
     from graftc.rewrite.plan_text import plan_dict
 
     _format(format)
-    made = verbs.plan(file, model, data=data, overrides=_overrides(set_), output=output)
+    made = verbs.plan(
+        file, model, data=data, overrides=_overrides(set_), output=output, graph=graph
+    )
     if format == "json":
         _json({**plan_dict(made), "notes": [to_json(n) for n in made.notes]})
         return

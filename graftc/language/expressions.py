@@ -361,7 +361,15 @@ def origin(scope: Scope, node: s.Expr) -> tuple[Note, ...]:
 
 def constant(scope: Scope, node: s.Expr, wanted: Wanted) -> Value:
     """The value of an expression that no model is needed for. Raises GraftError."""
-    resolved = typed(scope, node, wanted)
+    try:
+        resolved = typed(scope, node, wanted)
+    except NotYet as not_yet:  # `steps = x is number`
+        fail(
+            "G120",
+            f"{not_yet.unapplied.what} cannot stand here",
+            span=not_yet.unapplied.span,
+            wanted="a number or a word",
+        )
     if not isinstance(resolved, Literal_):
         fail(
             "G120",

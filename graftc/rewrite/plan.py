@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from graftc.diagnostics import Diagnostic, GraftError, fail
 from graftc.language.rules import Finetune, Rules
 from graftc.program.analysis import Analysis
 from graftc.program.cost import parameter_count
+from graftc.program.overview import overview
 from graftc.rewrite.apply import apply
 from graftc.rewrite.claims import check_claims
 from graftc.rewrite.dataflow.proof import proof_text, prove, signature
@@ -24,6 +27,7 @@ class Plan:
     """Everything that `apply` and distillation need to know, and what a person wants to read.
 
     `notes`: warnings and notes of the file and of what its rules select; they stop nothing.
+    `chains`: the model's overview (`program.overview`), for the drawing.
     """
 
     steps: tuple[Step, ...]
@@ -34,6 +38,7 @@ class Plan:
     notes: tuple[Diagnostic, ...] = ()
     checks: tuple[str, ...] = ()
     rounds: tuple[Round, ...] = ()
+    chains: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -89,6 +94,7 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
         tuple(notes),
         (*checks, *round_texts(rounds)),
         rounds,
+        chains=tuple(overview(analysis)),
     )
 
 

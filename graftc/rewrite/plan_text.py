@@ -25,6 +25,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             "parameters": {"before": plan.parameters[0], "after": plan.parameters[1]},
             "flops": {"before": plan.flops[0], "after": plan.flops[1]},
         },
+        "chains": list(plan.chains),
     }
 
 
@@ -32,6 +33,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
     edit = step.edit
     return {
         "site": edit.name,
+        "sites": [s.path for s in edit.sites],
         "rule": edit.rule.name,
         "origin": edit.origin,
         "contract": edit.rule.contract,

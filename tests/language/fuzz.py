@@ -212,6 +212,9 @@ def _expansions() -> tuple[dict[str, list[list[Any]]], dict[str, int]]:
     return rules, depth
 
 
+_LONGEST_GROWN = 150
+
+
 def grown(rng: random.Random) -> str:
     """A text of the grammar: every construct, beside any other."""
     rules, depth = _expansions()
@@ -232,7 +235,7 @@ def grown(rng: random.Random) -> str:
             out.append(made[name]() if name in made else written.get(name, signs[name]))
             return
         choices = rules[name]
-        if budget <= 0:
+        if budget <= 0 or len(out) > _LONGEST_GROWN:
             price = [max((depth[str(s.name)] for s in one), default=0) for one in choices]
             choices = [c for c, p in zip(choices, price, strict=True) if p == min(price)]
         for symbol in rng.choice(choices):

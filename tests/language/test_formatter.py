@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from graftc.diagnostics import GraftError, Source
 from graftc.language.formatter import format_text, is_formatted, laid_out, meaning
-from graftc.language.parser import grammar, parse
+from graftc.language.parser import grammar
 from graftc.language.resources import rules_folder
 from graftc.language.tokens import scan
 
