@@ -82,6 +82,17 @@ def _rungs() -> list[dict[str, str]]:
     ]
 
 
+def versions() -> dict[str, str]:
+    """The versions that a check's result depends on, of the packages that are installed.
+
+    >>> "python" in versions()
+    True
+    """
+    names = ("graftc", "torch", "onnx", "onnxruntime", "onnxruntime-gpu")
+    installed = {n: v for n in names if (v := _version(n)) is not None}
+    return {**installed, "python": platform.python_version()}
+
+
 def _finding(what: str, state: str, detail: str) -> dict[str, str]:
     return {"what": what, "state": state, "detail": detail}
 

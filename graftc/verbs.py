@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "serve_editor", "verify",
+    "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "report", "serve_editor", "verify",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def inspect(model: str | Model, *, graph: str | Path | None = None) -> Analysis:
     if graph is not None:
         from graftc.emit.files import write_text
         from graftc.program.overview import overview
-        from graftc.report.drawing import draw
+        from graftc.reporting.drawing import draw
 
         write_text(Path(graph), draw(overview(found), title=_title(model)))
     return found
@@ -80,7 +80,7 @@ def plan(
         write_yaml(Path(output), plan_dict(made))
     if graph is not None:
         from graftc.emit.files import write_text
-        from graftc.report.drawing import draw
+        from graftc.reporting.drawing import draw
 
         said = plan_dict(made)
         write_text(
@@ -181,13 +181,16 @@ def _train(
         opened,
         load_data(data),
         _task(opened, task),
-        sources=_sources(opened, data, task),
+        sources=_sources(opened, data, task, str(options.pop("command", ""))),
         **options,
     )
 
 
-def _sources(build: Build, data: Any, task: Any) -> dict[str, Any]:
-    """DATA and TASK for the run's record: by reference and hash where they were named, else by class."""
+def _sources(build: Build, data: Any, task: Any, command: str = "") -> dict[str, Any]:
+    """DATA and TASK for the run's record: by reference and hash where they were named, else by class.
+
+    `command` is what was typed, if anything was.
+    """
     from graftc.program.model import Reference, source_of
 
     def entry(what: Any, kind: str) -> dict[str, str]:
@@ -198,7 +201,8 @@ def _sources(build: Build, data: Any, task: Any) -> dict[str, Any]:
         return {"reference": what, "sha256": Reference(what, kind).source_hash()}
 
     used = build.manifest.get("task") if task is None else entry(task, "TASK")
-    return {"data": entry(data, "DATA"), "task": used}
+    named = {"data": entry(data, "DATA"), "task": used}
+    return {**named, "command": command} if command else named
 
 
 def export(
@@ -257,8 +261,12 @@ def verify(
     regions: bool = False,
     tolerance: float | None = None,
     trajectory: int | None = None,
+    command: str = "",
 ) -> Verification:
     """Check an export; every check is PASS, FAIL or NOT RUN (reason).
+
+    What it gave is kept in the build's `verification.yaml`, with the `command`, for `report`; of an export where its
+    build is at hand and can be written.
 
     `path`: an export directory, checked against its golden files, by `ep` and where asked by `regions`; or a
     build, whose `student.onnx` (or `onnx`) is checked against the student. A build's inputs are drawn by the
@@ -274,12 +282,57 @@ def verify(
 
         opened_export = Export.open(Path(path))
         result = verify_export(opened_export, ep=ep, regions=regions, tolerance=tolerance)
-        return result if trajectory is None else _with_trajectory(opened_export, result, trajectory)
+        if trajectory is not None:
+            result = _with_trajectory(opened_export, result, trajectory)
+        _keep_in_build(opened_export, result, command)
+        return result
     opened = _build(path)
     if regions or ep != "cpu" or tolerance is not None or trajectory is not None:
         fail("G666", "--ep, --regions, --tolerance and --trajectory are for an export directory", site=str(opened.path),
              help=f"graftc export {opened.path} -o OUT; graftc verify OUT")  # fmt: skip
-    return check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened, data))
+    result = check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened, data))
+    _keep_verification(opened, result, command)
+    return result
+
+
+def _keep_in_build(export: Any, result: Verification, command: str) -> None:
+    from graftc.emit.build import Build
+
+    folder = Path(str((export.manifest.get("build") or {}).get("path", "")))
+    if not (folder / "manifest.yaml").is_file() or not os.access(folder, os.W_OK):
+        return
+    opened = Build.open(folder)
+    if (
+        str((opened.manifest.get("weights") or {}).get("student", ""))
+        == export.manifest["hashes"]["build"]
+    ):
+        _keep_verification(opened, result, command)
+
+
+def _keep_verification(build: Build, result: Verification, command: str) -> None:
+    from graftc.emit.files import write_yaml
+    from graftc.environment import versions
+
+    rungs = [{"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs]
+    said = {"file": str(result.file), "command": command, "versions": versions(), "rungs": rungs}
+    write_yaml(build.path / "verification.yaml", said)
+
+
+def report(build: str | Path | Build, output: str | Path) -> Path:
+    """One HTML file on a build: edit, plan, drawing, cost, errors, curves, samples, checks, commands, versions.
+
+    It holds all that it shows and needs no network. Only what was recorded is shown; what was not reads
+    NOT RECORDED or NOT RUN. Returns the file's path. Raises GraftError.
+    """
+    from graftc.emit.files import read_yaml, write_text
+    from graftc.reporting.gather import gather
+    from graftc.reporting.page import page
+
+    opened = _build(build)
+    kept = opened.path / "verification.yaml"
+    facts = gather(opened, read_yaml(kept) if kept.is_file() else None)
+    write_text(Path(output), page(facts))
+    return Path(output)
 
 
 def _with_trajectory(export: Any, result: Verification, steps: int) -> Verification:

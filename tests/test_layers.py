@@ -15,6 +15,7 @@ FORBIDDEN = {
     ],
     "language": ["torch"],
     "editor": ["torch"],
+    "reporting": ["torch", "graftc.language", "graftc.emit", "graftc.distillation"],
     "program": ["graftc.language"],
     "rewrite": ["graftc.distillation", "graftc.emit"],
     "operators": ["graftc.program", "graftc.rewrite"],

@@ -274,6 +274,7 @@ def _training(
                 data,
                 task=task,
                 progress=progress,
+                command=_command(),
                 **{k: v for k, v in options.items() if v is not None},
             )
     except KeyboardInterrupt:
@@ -412,7 +413,7 @@ def verify(
     _format(format)
     result = verbs.verify(
         directory, onnx=onnx, data=data, ep=ep, regions=regions, tolerance=tolerance,
-        trajectory=trajectory,
+        trajectory=trajectory, command=_command(),
     )  # fmt: skip
     _json(verification_dict(result)) if format == "json" else show_verification(result)
     if not result.passed:
@@ -438,6 +439,19 @@ def bench(
     _format(format)
     found = verbs.bench(directory, against=against, regions=regions, threads=threads)
     _json(comparison_dict(found)) if format == "json" else show_comparison(found)
+
+
+@app.command()
+def report(
+    directory: BuildArgument,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="the HTML file")
+    ] = Path("report.html"),
+) -> None:
+    """Write one HTML file on a build: what was done to the model, and what came of it."""
+    from graftc import verbs
+
+    print(f"wrote {verbs.report(directory, output)}")
 
 
 @app.command()

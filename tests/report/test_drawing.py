@@ -11,8 +11,8 @@ from drawings import EVERYTHING, HYENA, chain, edit, pairs
 from typer.testing import CliRunner
 
 from graftc.cli.commands import app
-from graftc.report.drawing import draw
-from graftc.report.rows import picture
+from graftc.reporting.drawing import draw
+from graftc.reporting.rows import picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {

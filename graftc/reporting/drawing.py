@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graftc.report.rows import Cell, Entry, Kind, Picture, Row, Table, picture
-from graftc.report.svg import FAINT, INK, document, element, fitted, group, label, width_of
+from graftc.reporting.rows import Cell, Entry, Kind, Picture, Row, Table, picture
+from graftc.reporting.svg import FAINT, INK, document, element, fitted, group, label, width_of
 
 _ROW, _GAP, _CELL, _GUTTER, _MARGIN, _MIDDLE = 20, 5, 132, 52, 18, 44
 _LANE = 240.0
