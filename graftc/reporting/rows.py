@@ -188,6 +188,8 @@ def _inner(block: Mapping[str, Any], known: _Edits) -> tuple[tuple[Cell, ...], t
 def _name(edit: Mapping[str, Any]) -> str:
     if edit["edit"] == "remove":
         return "removed"
+    if edit["edit"] == "rewrite":
+        return "rewritten"
     if _kind(edit) == "parallel":
         return "in parallel"
     return str(edit["after"]).partition("(")[0]

@@ -33,7 +33,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
     edit = step.edit
     return {
         "site": edit.name,
-        "sites": [s.path for s in edit.sites],
+        "sites": [s.path for s in edit.sites] or edit.name.split("+"),
         "rule": edit.rule.name,
         "origin": edit.origin,
         "contract": edit.rule.contract,
