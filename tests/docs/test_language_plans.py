@@ -1,0 +1,92 @@
+"""The examples of docs/language.md on a small model of 28 blocks: each makes a plan, or says why not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftc.diagnostics import GraftError, Source
+from graftc.language.check import check
+from graftc.program.analysis import Analysis, analyse
+from graftc.program.capture import capture
+from graftc.program.model import Model
+from graftc.rewrite.plan import make_plan
+
+PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```graft\n(.*?)```", PAGE, re.DOTALL)
+REFUSED = {"rule sdpa": "G332"}
+"""An example → the refusal: this model writes no attention out."""
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (
+            part(source).unflatten(-1, (4, 4)).transpose(1, 2)
+            for part, source in ((self.q, x), (self.k, context), (self.v, context))
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, cross: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.attn, self.ff = Attention(), FeedForward()
+        self.norm3, self.cross = (nn.LayerNorm(16), Attention()) if cross else (None, None)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn(h, h)
+        if self.cross is not None and self.norm3 is not None:
+            x = x + self.cross(self.norm3(x), text)
+        return x + self.ff(self.norm2(x))
+
+
+class Net(nn.Module):
+    """28 blocks, cross-attention only in the last four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList(Block(i >= 24) for i in range(28))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.transformer_blocks:
+            x = block(x, text)
+        return x
+
+
+@pytest.fixture(scope="module")
+def analysis() -> Analysis:
+    with torch.device("meta"):
+        inputs = {"x": torch.zeros(2, 64, 16), "text": torch.zeros(2, 5, 16)}
+        return analyse(capture(Model(Net(), inputs)))
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_an_example_makes_a_plan(number: int, analysis: Analysis) -> None:
+    text = EXAMPLES[number]
+    rules = check(Source(f"example{number}.graft", text))
+    wanted = next((code for word, code in REFUSED.items() if word in text), None)
+    if wanted is not None:
+        with pytest.raises(GraftError, match=wanted):
+            make_plan(rules, analysis)
+        return
+    assert make_plan(rules, analysis).steps
