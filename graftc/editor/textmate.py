@@ -58,12 +58,24 @@ def _defined(word: str, scope: str) -> dict[str, Any]:
     }
 
 
+_RULE_HEAD = {
+    # `repeat(` is a keyword only here; elsewhere it is a source of weights or an op
+    "match": r"^\s*(rule)\s+([A-Za-z_]\w*)(?:\s+(exact|approx|learned))?(?:\s+(repeat)(?=\s*\())?",
+    "captures": {
+        "1": {"name": _SCOPES["item"]},
+        "2": {"name": "entity.name.type.rule.graft"},
+        "3": {"name": _SCOPES["modifier"]},
+        "4": {"name": _SCOPES["modifier"]},
+    },
+}
+
+
 def _keyword_patterns() -> list[dict[str, Any]]:
     grouped: dict[str, list[str]] = {}
     for word in keywords():
         grouped.setdefault(group(word), []).append(word)
     patterns = [
-        _defined("rule", "entity.name.type.rule.graft"),
+        _RULE_HEAD,
         _defined("operator", "entity.name.function.operator.graft"),
         _defined("test", "entity.name.type.test.graft"),
         _defined("set", "variable.other.parameter.graft"),
@@ -73,7 +85,8 @@ def _keyword_patterns() -> list[dict[str, Any]]:
     for kind, scope in _SCOPES.items():
         # `and`, `or` stand before anything; the rest may be names, as in `train = lora(…)`
         tail = _OPENING if kind == "operator" else _OPENING + _NOT_A_NAME
-        patterns.append(_match(scope, rf"(?<![\w.]){_words(grouped[kind])}{tail}"))
+        words = rf"(?!repeat\s*\(){_words(grouped[kind])}"
+        patterns.append(_match(scope, rf"(?<![\w.]){words}{tail}"))
     return patterns
 
 

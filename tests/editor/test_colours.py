@@ -120,6 +120,8 @@ def textmate(text: str) -> Iterator[tuple[str, int, int]]:
             elif "captures" in pattern:
                 for number, capture in pattern["captures"].items():
                     start, stop = match.span(int(number))
+                    if start < 0:
+                        continue
                     yield capture["name"], offset + start, offset + stop
             else:
                 yield pattern["name"], offset + match.start(), offset + end
