@@ -308,3 +308,44 @@ def test_compiles_on_a_dit_with_a_grid(edit: str) -> None:
 def test_an_mlp_along_the_channels_compiles() -> None:
     model = small_dit(2)
     assert difference(compiled(rule("mlp in blocks all", "mlp_hyena_x()"), model), model) < 10
+
+
+BUILDS = {
+    "lolcats": lambda: ((CORPUS / "lolcats.graft").read_text(), llama(tokens=130)),
+    "cross-attention": lambda: (
+        rule("cross_attention in blocks all", "attention()"),
+        masked_pixart(),
+    ),
+    "padded window": lambda: (rule(SELF, "sliding_window(window = 4)"), llama(padded=True)),
+    "disc": lambda: (
+        (CORPUS / "local_2d.graft").read_text().replace("16", "2"),
+        sd3(**STREAMS),
+    ),
+    "mamba2": lambda: ((CORPUS / "mamba_in_llama.graft").read_text(), llama()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_package_and_onnx_agree_with_the_student(name: str, tmp_path: Path) -> None:
+    """What an operator keeps is printed into the standalone package, and exported."""
+    import graftc
+    from graftc.emit.onnx import export_onnx
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    text, model = BUILDS[name]()
+    (tmp_path / "r.graft").write_text(text)
+    build = graftc.compile(tmp_path / "r.graft", model, tmp_path / "out")
+    source = (tmp_path / "out" / "student" / "model.py").read_text()
+    assert "import graftc" not in source
+    assert "from graftc" not in source
+    given = {i["name"]: model.inputs[i["name"]] for i in build.config()["inputs"]}
+    student = compiled(text, model).student
+    with torch.no_grad():
+        wanted = student.root(*given.values())[0]
+        found = build.student(None)(**given)
+    torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, wanted)
+    session = onnxruntime.InferenceSession(str(export_onnx(build, run="none")))
+    names = {i.name for i in session.get_inputs()}
+    (first, *_) = session.run(None, {k: v.numpy() for k, v in given.items() if k in names})
+    torch.testing.assert_close(torch.from_numpy(first), wanted, rtol=1e-4, atol=1e-5)
