@@ -17,8 +17,9 @@ def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
 
 
 def _remainder(self: Any, other: Any) -> Any:
-    from onnxscript import opset18 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset18
     divisor = op.CastLike(other, self)
     if self.dtype.is_integer():
         return op.Mod(self, divisor)
