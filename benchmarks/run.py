@@ -9,6 +9,7 @@ import argparse
 import platform
 from pathlib import Path
 
+import dataflow
 import matching
 import operators
 import stage1
@@ -26,6 +27,7 @@ def main() -> None:
     reports = [
         student.measure(),
         matching.measure(),
+        dataflow.measure(),
         whynot.measure(),
         stage1.measure(),
         operators.measure(),
