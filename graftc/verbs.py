@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from graftc.emit.verify import Verification
     from graftc.program.analysis import Analysis
     from graftc.program.model import Model
+    from graftc.rewrite.filetest import TestResult
     from graftc.rewrite.plan import Plan
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "report", "serve_editor", "verify",
+    "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "report", "serve_editor", "test_files", "verify",
 ]  # fmt: skip
 
 
@@ -392,6 +393,39 @@ def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Pat
                 partial.write_text(after, encoding="utf-8")
                 os.replace(partial, file)
     return changed
+
+
+def test_files(
+    files: Sequence[str | Path], *, overrides: Mapping[str, str] | None = None
+) -> tuple[TestResult, ...]:
+    """Run the tests that `.graft` files hold: each rule on its small graph, structure and numbers.
+
+    A failed test is in the results, with its diagnostics. Raises GraftError for a file that is wrong, or
+    that holds no test.
+
+    >>> import graftc
+    >>> rule = "rule to_silu exact { match { y = x * sigmoid(x) }\\n rewrite { y = silu(x) } }\\n"
+    >>> test = "test gate of to_silu { before { y = x * sigmoid(x) }\\n inputs x: tensor[2, 8]\\n expect 2 }"
+    >>> (result,) = graftc.test_files([rule + test])
+    >>> result.passed, result.problems[0].found
+    (False, '1 match')
+    """
+    checked = [(file, check(file, dict(overrides or {}))) for file in files]
+    for file, rules in checked:
+        if not rules.tests:
+            fail(
+                "G478",
+                "this file has no tests",
+                site=rules.files[0] if rules.files else str(file),
+                wanted="test NAME of RULE { before { … } inputs … expect N }",
+                help="docs/language.md shows one",
+            )
+    from graftc.rewrite.filetest import run_test
+
+    return tuple(run_test(t, rules.files[0]) for _, rules in checked for t in rules.tests)
+
+
+test_files.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def serve_editor(model: str | None = None) -> None:

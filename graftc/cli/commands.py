@@ -134,6 +134,23 @@ def check(
 
 
 @app.command()
+def test(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
+    set_: SetOption = None,
+    format: FormatOption = "text",
+) -> None:
+    """Run the tests in .graft files: rules on small graphs, structure and numbers."""
+    from graftc import verbs
+    from graftc.cli.tests import results_dict, show_results
+
+    _format(format)
+    results = verbs.test_files(files, overrides=_overrides(set_))
+    _json(results_dict(results)) if format == "json" else show_results(results)
+    if not all(r.passed for r in results):
+        raise typer.Exit(1)
+
+
+@app.command()
 def fmt(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
     check_only: Annotated[

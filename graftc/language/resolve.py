@@ -15,9 +15,10 @@ from graftc.language.load import Loader
 from graftc.language.parameters import check_parameters, given, settings_of
 from graftc.language.resolve_operator import check_operator, check_test
 from graftc.language.resolve_rule import rule_of
+from graftc.language.resolve_tests import check_test_names, test_of
 from graftc.language.resolve_training import finetune_of
 from graftc.language.rule_names import check_after, check_rule_names, check_used_names, unknown_rule
-from graftc.language.rules import Finetune, Rule, Rules, Unapplied
+from graftc.language.rules import Finetune, GraphTest, Rule, Rules, Unapplied
 from graftc.language.scope import DefinedOperator, Log, Scope, Setting, already
 from graftc.language.written_spec import spec_of
 from graftc.operators.spec import OperatorSpec
@@ -70,6 +71,7 @@ def resolve(
         if not partial and name.text not in rules:
             unknown_rule(name, rules, "a rule of this file", log)
         check_test(item, log)
+    tests = () if log.errors else _tests(module, Scope(state.operators, state.merges, log, module.settings))
     errors = log.errors
     if errors:
         found = dict.fromkeys(e for e in errors if e not in earlier)
@@ -90,7 +92,20 @@ def resolve(
             "\0".join(x.text for x in sources).encode("utf-8", "replace")
         ).hexdigest(),
         notes=(*(d for d in log.diagnostics if d.severity != "error"), *said, *_notes(resolved)),
+        tests=tests,
     )
+
+
+def _tests(module: _Module, scope: Scope) -> tuple[GraphTest, ...]:
+    rules = {r.item.name.text: r.rule for r in module.rules}
+    check_test_names([item for _, item in module.tests], scope.log)
+    found: list[GraphTest] = []
+    for name, item in module.tests:
+        rule = rules[name.text]
+        with scope.log.attempt():
+            if rule is not None:
+                found.append(test_of(scope, item, rule))
+    return tuple(found)
 
 
 def _place(diagnostic: Diagnostic) -> tuple[str, int]:

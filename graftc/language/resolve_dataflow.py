@@ -356,6 +356,11 @@ def dataflow_match(scope: Scope, clause: s.MatchDataflow) -> DataflowMatch:
     return DataflowMatch(tuple(statements), clause.span)
 
 
+def graph_term(scope: Scope, node: s.Expr) -> Term:
+    """A term of a graph that a test writes out: no choices, only names that are there. Raises GraftError."""
+    return _Reader(scope, "rewrite").term(node)
+
+
 def _bind(scope: Scope, target: s.Name, bound: dict[str, s.Name]) -> None:
     earlier = scope.bindings.get(target.text)
     if earlier is not None:

@@ -493,6 +493,33 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class GraphInput:
+    """`x: tensor[2, 8]`, a random input of a test's graph, or `w: weight[4, 8]`, a parameter of it."""
+
+    name: str
+    kind: Literal["tensor", "weight"]
+    shape: tuple[int, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class GraphTest:
+    """`test NAME of RULE { … }`: the rule on a small graph. `outputs`: the values that the graph returns."""
+
+    name: str
+    rule: Rule
+    inputs: tuple[GraphInput, ...]
+    numbers: Mapping[str, int | float]
+    before: tuple[Binds, ...]
+    outputs: tuple[str, ...]
+    span: Span
+    after: tuple[Binds, ...] | None = None
+    after_span: Span | None = None
+    expect: int | None = None
+    expect_span: Span | None = None
+
+
+@dataclass(frozen=True)
 class Rules:
     """All rules of a file and of what it uses, in order, and stage 2.
 
@@ -506,3 +533,4 @@ class Rules:
     files: tuple[str, ...] = ()
     digest: str = ""
     notes: tuple[Diagnostic, ...] = ()
+    tests: tuple[GraphTest, ...] = ()
