@@ -396,7 +396,9 @@ def format_files(files: Sequence[str | Path], *, write: bool = True) -> list[Pat
 
 
 def test_files(
-    files: Sequence[str | Path], *, overrides: Mapping[str, str] | None = None
+    files: Sequence[str | Path],
+    *,
+    overrides: Mapping[str, str] | None = None,  # noqa: PT028
 ) -> tuple[TestResult, ...]:
     """Run the tests that `.graft` files hold: each rule on its small graph, structure and numbers.
 

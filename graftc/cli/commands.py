@@ -133,8 +133,8 @@ def check(
         _json({"diagnostics": [], "files": good})
 
 
-@app.command()
-def test(
+@app.command(name="test")
+def run_tests(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
     set_: SetOption = None,
     format: FormatOption = "text",

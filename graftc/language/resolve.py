@@ -71,7 +71,11 @@ def resolve(
         if not partial and name.text not in rules:
             unknown_rule(name, rules, "a rule of this file", log)
         check_test(item, log)
-    tests = () if log.errors else _tests(module, Scope(state.operators, state.merges, log, module.settings))
+    tests = (
+        ()
+        if log.errors
+        else _tests(module, Scope(state.operators, state.merges, log, module.settings))
+    )
     errors = log.errors
     if errors:
         found = dict.fromkeys(e for e in errors if e not in earlier)

@@ -71,7 +71,7 @@ def test_of(outer: Scope, item: s.TestItem, rule: Rule) -> GraphTest:
             )
         after = second.after(clauses["after"], outputs, before.span)
     _all_used(given)
-    count = clauses["expect"] if "expect" in clauses else None
+    count = clauses.get("expect")
     return GraphTest(
         item.name.text,
         rule,

@@ -216,18 +216,14 @@ def _line(lines: Sequence[str], at: int) -> str:
 def _weights(test: GraphTest) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        i.name: torch.randn(i.shape, generator=generator)
-        for i in test.inputs
-        if i.kind == "weight"
+        i.name: torch.randn(i.shape, generator=generator) for i in test.inputs if i.kind == "weight"
     }
 
 
 def _examples(test: GraphTest) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
-        i.name: torch.randn(i.shape, generator=generator)
-        for i in test.inputs
-        if i.kind == "tensor"
+        i.name: torch.randn(i.shape, generator=generator) for i in test.inputs if i.kind == "tensor"
     }
 
 
@@ -312,9 +308,7 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def _new_weights(
-    test: GraphTest, student: Program, after: tuple[Binds, ...]
-) -> dict[str, Tensor]:
+def _new_weights(test: GraphTest, student: Program, after: tuple[Binds, ...]) -> dict[str, Tensor]:
     """The parameters that `after` reads and the rule made, under the rule's names."""
     given = {i.name for i in test.inputs} | set(test.numbers)
     found: dict[str, Tensor] = {}
