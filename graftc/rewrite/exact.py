@@ -13,7 +13,7 @@ from graftc.program.analysis import Analysis
 from graftc.program.model import Model
 from graftc.program.program import Program
 from graftc.rewrite.apply import apply
-from graftc.rewrite.dataflow.proof import TOLERANCE, proof_text, prove
+from graftc.rewrite.dataflow.proof import TOLERANCE, proof_text, prove, relative_difference
 from graftc.rewrite.plan import Plan
 
 
@@ -66,8 +66,7 @@ def difference(
         wanted, found = _tensors(before.root(*given)), _tensors(after.root(*given))
     worst = 0.0
     for a, b in zip(wanted, found, strict=True):
-        scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
-        worst = max(worst, float((b - a).abs().max() / scale))
+        worst = max(worst, relative_difference(a, b))
     return worst, wanted[0].dtype
 
 

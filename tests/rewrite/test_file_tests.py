@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import graftc
 from graftc.cli.main import main
 from graftc.diagnostics import Diagnostic, GraftError
+from graftc.rewrite.dataflow.proof import relative_difference
 from graftc.rewrite.filetest import TestResult
 
 STD = Path(__file__).parents[2] / "rules" / "std"
@@ -130,6 +132,25 @@ def test_numbers_are_not_run_where_the_rule_does_not_say_exact() -> None:
     result = only(text.replace("to_silu exact", "to_silu"))
     assert result.passed
     assert result.checks[-1] == "numbers NOT RUN: rule `to_silu` does not say exact"
+
+
+def test_outputs_that_are_whole_numbers_are_said_not_to_be_compared() -> None:
+    text = TEST.replace("x * sigmoid(x) }", "aten.argmax(x * sigmoid(x)) }").replace(
+        "after { y = silu(x) }", ""
+    )
+    result = only(RULE + text)
+    assert result.passed
+    assert result.checks[-1] == "the graph's outputs: NOT RUN (none is a floating-point tensor)"
+
+
+def test_a_rewrite_that_gives_no_number_is_not_exact() -> None:
+    """NaN compares as neither more nor less: it must not count as no difference."""
+    text = RULE.replace("silu(x) }", "silu(x) + log(abs(x) * -1) * 0 }")
+    found = problem(text + TEST.replace("after { y = silu(x) }", ""))
+    assert (found.code, found.found) == ("G388", "inf on random inputs")
+    number, none = torch.ones(2), torch.full((2,), torch.nan)
+    assert relative_difference(number, none) == float("inf")
+    assert relative_difference(none, none) == 0
 
 
 def test_new_weights_go_by_the_rules_names() -> None:

@@ -6,6 +6,7 @@ rounding. Weights are the model's where it has them, random where it was capture
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,7 @@ def prove(rule: Rule, region: Region, program: Program) -> Proof:
         run = _Run(region, program, dtype)
         before = [run.value(_op(region, name)) for name in outputs]
         after = run.rewritten(rule.edit)
-        worst = max(_difference(b, after[n]) for b, n in zip(before, outputs, strict=True))
+        worst = max(relative_difference(b, after[n]) for b, n in zip(before, outputs, strict=True))
         limit = TOLERANCE.get(dtype, 1e-5)
         found[dtype] = worst
         if not worst <= limit:
@@ -205,7 +206,8 @@ class _Run:
         return found
 
 
-def _difference(before: Any, after: Any) -> float:
+def relative_difference(before: Any, after: Any) -> float:
+    """The largest difference relative to the largest finite number of `before`; NaN in one alone is infinite."""
     if (
         not isinstance(before, Tensor)
         or not isinstance(after, Tensor)
@@ -223,4 +225,5 @@ def _difference(before: Any, after: Any) -> float:
         if bool(before.isfinite().any())
         else before.new_ones(())
     )
-    return float(gap.max() / scale.double().clamp_min(torch.finfo(before.dtype).tiny))
+    found = float(gap.max() / scale.double().clamp_min(torch.finfo(before.dtype).tiny))
+    return float("inf") if math.isnan(found) else found
