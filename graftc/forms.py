@@ -23,7 +23,8 @@ LOCAL = ("replace", "remove", "skip")
 
 def forms(plan: Plan, analysis: Analysis, student: Program, model: Model) -> dict[str, Any]:
     """An entry for the manifest: the original's class and call, and `modules`, or None and a `reason`."""
-    paths = [s.path for e in plan.edits for s in e.sites]
+    outlined = bool(analysis.program.moved)  # a module that the original has not
+    paths = [] if outlined else [s.path for e in plan.edits for s in e.sites]
     found: dict[str, Any] = {"class": analysis.program.classes.get("", ""), "modules": None}
     try:
         calls = recorded(model, ["", *paths])
@@ -32,6 +33,8 @@ def forms(plan: Plan, analysis: Analysis, student: Program, model: Model) -> dic
         return {**found, "reason": f"the original does not run on fake tensors: {first}"}
     root = calls[""]
     found["call"] = {"kind": root.kind, "outputs": [leaf.name for leaf in root.outputs]}
+    if outlined:
+        return {**found, "reason": "parts were outlined from a block's own forward"}
     for edit in plan.edits:
         if edit.kind not in LOCAL:
             reason = f"rule `{edit.rule.name}` restructures {edit.name}"

@@ -16,9 +16,9 @@ FILE = """
 use std.mixers
 
 rule mine {
-    match   a = self_attention in blocks odd
-    replace a with hyena_x()
-    distill l1
+    match   m = mlp in blocks odd
+    replace m with mlp(ratio = 3)
+    distill l2
 }
 """
 

@@ -52,7 +52,7 @@ def signature(spec: OperatorSpec) -> str:
     """An operator with its arguments and their defaults, as a call.
 
     >>> signature(SPECS["hyena_x"])
-    'hyena_x(dim = site, kernel = 4, causal = true)'
+    'hyena_x(dim = site, kernel = 4, causal = true, order = 2, dims = 1, height = site.grid_height, width = site.grid_width, form = auto)'
     """
     return f"{spec.name}({', '.join(argument_text(a) for a in spec.args)})"
 

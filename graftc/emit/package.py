@@ -20,6 +20,7 @@ from torch import nn
 import graftc.emit.files as files
 from graftc.diagnostics import fail
 from graftc.emit.source import source, without_folders
+from graftc.program.outline import original_name
 from graftc.program.program import Program
 
 FORMAT = 1
@@ -56,6 +57,9 @@ def write_package(
     entry: dict[str, Any] = {"sha256": files.state_hash(stored)}
     if weights == "link":
         entry = {"model": link, **entry}
+        names = {n: original_name(program, n) for n in stored}
+        if moved := {n: old for n, old in names.items() if n != old}:
+            entry["names"] = moved  # what was outlined from a block's own forward
     else:
         entry = {"file": "model.safetensors", **entry}
     described = {
@@ -231,15 +235,17 @@ def _take_linked(model: nn.Module, entry: Mapping[str, Any], state: Any, folder:
         given = {**buffers, **made.state_dict(keep_vars=True)}
     else:
         given = made
-    names, ties = stored_state(model)
-    missing = [n for n in names if n not in given]
-    found = "" if missing else files.state_hash({n: given[n] for n in names})
+    stored, ties = stored_state(model)
+    moved: Mapping[str, str] = entry.get("names", {})
+    names = {n: moved.get(n, n) for n in stored}
+    missing = [old for old in names.values() if old not in given]
+    found = "" if missing else files.state_hash({n: given[old] for n, old in names.items()})
     if found != entry["sha256"]:
         fail("G624", "the linked weights have changed since this build", site=str(folder),
              wanted=f"sha256 {entry['sha256'][:16]}…",
              found=f"no `{missing[0]}`" if missing else f"sha256 {found[:16]}…",
              help=f"restore what `{entry.get('model')}` gave, or compile again")  # fmt: skip
-    _assign(model, {n: given[n] for n in names}, ties)
+    _assign(model, {n: given[old] for n, old in names.items()}, ties)
 
 
 def _assign(model: nn.Module, tensors: State, ties: Mapping[str, str]) -> None:

@@ -56,7 +56,7 @@ def argument(text: str) -> Expr:
             False,
             "tokens(a) is 16, wanted > 99 and heads(a) is 12, wanted > 99",
         ),
-        ("kind(a) == cross", False, "kind(a) is self, wanted == cross"),
+        ("kind(a) != self", False, "kind(a) is self, wanted != self"),
         ("min(heads(a), dim(a)) >= 12", True, "min(heads(a), dim(a)) is 12"),
     ],
 )

@@ -203,7 +203,7 @@ def program_view(flat: Flat) -> ProgramView:
     >>> from graftc.program.capture import capture
     >>> from graftc.program.flat import flatten
     >>> from graftc.program.model import Model
-    >>> program = capture(Model(torch.nn.Softmax(-1), {"x": torch.zeros(2, 3)}))
+    >>> program = capture(Model(torch.nn.Softmax(-1), {"input": torch.zeros(2, 3)}))
     >>> view = program_view(flatten(program))
     >>> [view.args(v)[1:] for v in view.named("softmax")]
     [(-1, None)]
