@@ -37,7 +37,9 @@ def inspect(function: str) -> tuple[dict[str, object], float, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("function", "cross", "parameters"), [("dit_xl2", 0, 675e6), ("pixart_sigma_2k", 28, 611e6)]
+    # diffusers gives each block of DiT-XL/2 an embedder of its own: more than the 675 M of the paper.
+    ("function", "cross", "parameters"),
+    [("dit_xl2", 0, 749_808_016), ("pixart_sigma_2k", 28, 611e6)],
 )
 def test_28_blocks_within_limits(function: str, cross: int, parameters: float) -> None:
     found, seconds, peak = inspect(function)
