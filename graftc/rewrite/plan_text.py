@@ -101,7 +101,8 @@ def operator_text(new: NewModule) -> str:
     if new.copied is not None:
         return f"copy({new.copied.source})"
     own = {a.name for a in new.spec.args if a.name not in ("dim", "heads", "kv_heads", "head_dim")}
-    shown = ", ".join(f"{k} = {_word(v)}" for k, v in new.arguments.items() if k in own)
+    given = {k: v for k, v in new.arguments.items() if k in own and v is not None}
+    shown = ", ".join(f"{k} = {_word(v)}" for k, v in given.items())
     return f"{new.spec.name}({shown})"
 
 
