@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -66,9 +68,21 @@ def _shapes(inputs: Mapping[str, Any], dynamic: Dynamic, dim: Any) -> dict[str, 
 
 
 def _run(module: nn.Module, inputs: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad(), _no_fast_path():
-        warnings.simplefilter("ignore")
+    with _silent(), torch.no_grad(), _no_fast_path():
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """torch prints half-made graphs and logs before it raises; the diagnostic says what a user needs."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 @contextmanager

@@ -122,3 +122,14 @@ def test_a_fixed_batch_is_recorded() -> None:
     program = capture(Model(Fixed(), {"x": torch.ones(2, 2, 3)}))
     assert program.facts.dynamic == {}
     assert "fixed" in program.facts.notes[0]
+
+
+def test_a_model_that_cannot_be_captured_prints_nothing_of_torch(capfd):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(GraftError) as raised:
+        capture(Model(Branches(), {"x": torch.ones(2, 3)}))
+    assert "if x.sum() > 0" in str(raised.value)
+    assert capfd.readouterr() == ("", "")
