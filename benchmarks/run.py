@@ -33,7 +33,7 @@ def main() -> None:
         operators.measure(),
     ]
     head = (
-        "# Benchmarks\n\n`python benchmarks/run.py` wrote this file. "
+        "# Benchmarks\n\n`python benchmarks/run.py` writes this file whole; a section that was measured alone names its command. "
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
         "Only ratios within one run are worth comparing.\n\nOn a GPU: NOT RUN (no device at hand).\n"
     )

@@ -175,8 +175,9 @@ def _odd_heads(model: ir.Model) -> int | None:
             if node.op_type == "Attention" and node.inputs[0] is not None
             else None
         )
-        if shape is not None and isinstance(shape[-1], int) and shape[-1] % 8:
-            return shape[-1]
+        size = None if shape is None else shape[-1]
+        if isinstance(size, int) and size % 8:
+            return size
     return None
 
 

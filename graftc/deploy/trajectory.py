@@ -28,9 +28,11 @@ class _Recorder:
     """A model as the sampler calls it, with what it was given and what it answered."""
 
     answer: Any
+    asked: bool = False
     calls: list[tuple[dict[str, Tensor], list[Tensor]]] = field(default_factory=list)
 
     def __call__(self, **inputs: Tensor) -> Any:
+        self.asked = True
         output = self.answer(**inputs)
         kept = {k: v.detach().clone() for k, v in inputs.items()}
         self.calls.append((kept, [t.detach().clone() for t in tensors_of(output)]))
@@ -51,10 +53,13 @@ def check_trajectory(export: Export, model: nn.Module, task: Any, steps: int) ->
     except Exception as error:  # the runtime's own error classes are not public
         return [Rung(_NAME, "NOT RUN", first_line(error))]
     torch_side = _Recorder(model)
-    wanted = _sample(task, torch_side, count, steps)
-    if isinstance(wanted, str):
-        return [Rung(_NAME, "NOT RUN", wanted)]
-    found, calls = _with(made, names, task, count, steps)
+    try:
+        wanted = _sample(task, torch_side, count, steps)
+        if isinstance(wanted, str):
+            return [Rung(_NAME, "NOT RUN", wanted)]
+        found, calls = _with(made, names, task, count, steps)
+    except Exception as error:  # the task's, the model's or the runtime's own
+        return [Rung(_NAME, "FAIL", f"the sampler raised {first_line(error)}")]
     rungs = _steps(torch_side, calls, limit)
     off = _relative(wanted, found)
     state = "PASS" if off <= limit else "FAIL"
@@ -71,12 +76,15 @@ def check_trajectory(export: Export, model: nn.Module, task: Any, steps: int) ->
     return rungs
 
 
-def _sample(task: Any, model: Any, count: int, steps: int) -> Tensor | str:
+def _sample(task: Any, model: _Recorder, count: int, steps: int) -> Tensor | str:
+    """The sample; or why the task has none. What it raises once it has asked the model is a failure."""
     generator = torch.Generator().manual_seed(_SEED)
     try:
         with torch.no_grad():
             return task.sample(model, count=count, generator=generator, steps=steps)
     except (TypeError, ValueError, NotImplementedError) as error:
+        if model.asked:
+            raise
         return f"this task has no sampler with steps: {first_line(error)}"
 
 

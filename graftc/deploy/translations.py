@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """ATen operator → its form in ONNX.
 
     `remainder.Scalar` by a size: torchlib asks for a number, and a dynamic size is none.

@@ -26,7 +26,6 @@ from graftc.language.vocabulary import (
     FUNCTIONS,
     LOSSES,
     PARTS,
-    PLANNED,
     POLICIES,
     ROLES,
     TRAIN_WORDS,
@@ -264,9 +263,6 @@ def _operators(page: Page) -> Iterator[Suggestion]:
         yield Suggestion(name, "operator", f"{signature(spec)}: {spec.summary}", f"{name}(")
     for name in page.operators:
         yield Suggestion(name, "operator", "written in the language", f"{name}(")
-    for name, doc in PLANNED.items():
-        if name not in SPECS:
-            yield Suggestion(name, "operator", f"{doc}; not applied by this version", f"{name}(")
     yield Suggestion("parallel", "operator", "branches that read one input", "parallel(")
     yield Suggestion("copy", "operator", "a copy of a block", "copy(")
 

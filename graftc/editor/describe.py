@@ -11,7 +11,6 @@ from graftc.language.vocabulary import (
     DROPS,
     FACTS,
     FINETUNE,
-    PLANNED,
     POLICIES,
     FactWord,
 )
@@ -151,7 +150,6 @@ def hover(page: Page, meaning: Meaning) -> str | None:
         "loss": f"`{name}`: {_LOSSES.get(name, '')}",
         "drop": f"`{name}`: {DROPS.get(name, '')}",
         "part": f"`{meaning.owner}.{name}`: {_PART_DOCS.get(name, _ROLE_DOCS.get(name, ''))}",
-        "planned": f"`{name}`: {PLANNED.get(name)}; this version checks it and does not apply it",
         "structure": STRUCTURE.get(name),
     }
     return words.get(kind)

@@ -17,7 +17,6 @@ from graftc.language.vocabulary import (
     FINETUNE,
     FUNCTIONS,
     LOSSES,
-    PLANNED,
     POLICIES,
     ROLES,
 )
@@ -25,7 +24,7 @@ from graftc.operators.specs import MERGES, SPECS
 
 Kind = Literal[
     "argument", "binding", "drop", "fact", "file", "keyword", "loss", "merge", "operator", "option",
-    "part", "planned", "policy", "role", "rule", "setting", "slot", "structure", "used", "written",
+    "part", "policy", "role", "rule", "setting", "slot", "structure", "used", "written",
 ]  # fmt: skip
 
 STRUCTURE = {
@@ -124,7 +123,7 @@ def _called(page: Page, name: str, place: Place) -> Kind | None:
         return "written"
     if name in STRUCTURE:
         return "structure"
-    return "policy" if name in POLICIES else ("planned" if name in PLANNED else None)
+    return "policy" if name in POLICIES else None
 
 
 def _plain(page: Page, name: str, token: Token, place: Place) -> Kind | None:

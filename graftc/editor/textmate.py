@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graftc.editor.keywords import group, keywords
-from graftc.language.vocabulary import FACTS, LOSSES, PLANNED, POLICIES, ROLES
+from graftc.language.vocabulary import FACTS, LOSSES, POLICIES, ROLES
 from graftc.operators.specs import MERGES, SPECS
 
 _SCOPES = {
@@ -91,7 +91,7 @@ def _keyword_patterns() -> list[dict[str, Any]]:
 
 
 def _name_patterns() -> list[dict[str, Any]]:
-    operators = {*SPECS, *MERGES, *PLANNED, "parallel", "copy", "lora"}
+    operators = {*SPECS, *MERGES, "parallel", "copy", "lora"}
     plain = {*ROLES, *LOSSES} - {*operators}
     return [
         _match("support.function.operator.graft", rf"(?<![\w.]){_words(operators)}(?=\s*\()"),

@@ -91,13 +91,14 @@ def grafted_class(base: type[nn.Module], record: Record) -> type[nn.Module]:
 
     __init__.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
     body: dict[str, Any] = {"__init__": __init__, "__module__": grafted.__name__, "_record": record}
-    if hasattr(base, "save_pretrained"):
+    saving: Any = getattr(base, "save_pretrained", None)
+    if saving is not None:
 
         def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-            base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+            saving(self, save_directory, *args, **kwargs)
             record.save(Path(save_directory))
 
-        body["save_pretrained"] = functools.wraps(base.save_pretrained)(save_pretrained)
+        body["save_pretrained"] = functools.wraps(saving)(save_pretrained)
     return type(f"{grafted.PREFIX}{base.__name__}", (grafted.facade(base),), body)
 
 

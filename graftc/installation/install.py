@@ -152,7 +152,7 @@ def _swap(original: nn.Module, student: nn.Module, record: Record) -> None:
             tensor.copy_(trained[name])
     original.__class__ = grafted_class(type(original), record)
     if any(e["mixes_tokens"] for e in record.form["modules"].values()):
-        for holder in (original, *original.modules()):
+        for holder in original.modules():
             for config in (
                 getattr(holder, "config", None),
                 getattr(holder, "generation_config", None),

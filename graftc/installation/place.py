@@ -14,6 +14,7 @@ from graftc.diagnostics import Diagnostic, GraftError
 from graftc.program.calls import argument_names, tensors_in
 
 Step = str | int
+_CHECK = "_graft_mask_check"
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,11 @@ def operator_at(student: nn.Module, path: str, entry: Mapping[str, Any]) -> nn.M
 def refuse_masks(root: nn.Module, absent: list[str]) -> None:
     """A mask that the swapped operators would not see is an error, unless it masks nothing."""
     names = argument_names(root)
+    before = root.__dict__.pop(_CHECK, None)
+    if before is not None:  # installed again
+        before.remove()
 
-    def check(_: nn.Module, args: Any, kwargs: Any) -> None:
+    def check(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         for name in absent:
             for _, mask in tensors_in(given.get(name)):
@@ -152,7 +156,7 @@ def refuse_masks(root: nn.Module, absent: list[str]) -> None:
                         )
                     )
 
-    root.register_forward_pre_hook(check, with_kwargs=True)
+    root.__dict__[_CHECK] = root.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def _steps(name: str) -> tuple[Step, ...]:

@@ -214,6 +214,3 @@ DROPS: Mapping[str, str] = {
     "rotary": "rotary positions",
 }
 TRAIN_WORDS = ("inserted",)
-
-PLANNED: Mapping[str, str] = {}
-"""Operators of the language that this version has no spec of: none today."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from graftc.reporting.svg import FAINT, document, element, group, label, width_of
 
@@ -92,7 +93,7 @@ def lines(curves: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
             _COLOURS[number % len(_COLOURS)],
             _DASHES[(number // len(_COLOURS) + number) % len(_DASHES)],
         )
-        style = {
+        style: dict[str, Any] = {
             "fill": "none",
             "stroke": colour,
             "stroke_width": 1.6,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from graftc.deploy.directory import Export
 from graftc.deploy.trajectory import check_trajectory
+from graftc.emit.verify import random_inputs
 from graftc.tasks import DDPM
 from tests.deploy.test_export import spoil
 
@@ -33,3 +36,15 @@ def test_a_task_that_does_not_sample_is_not_run(exported, build):
 
     rungs = check_trajectory(exported("fp32"), build.student(), Other(), 3)
     assert [r.state for r in rungs] == ["NOT RUN"]
+
+
+def test_a_sampler_that_fails_on_the_model_is_no_missing_sampler(exported, build):
+    given = random_inputs(build.config(), build.student())(2, torch.Generator())
+
+    class Fails:
+        def sample(self, model, *, count, generator, steps):
+            return model(**{**given, "x": given["x"][:, :1]})
+
+    rungs = check_trajectory(exported("fp32"), build.student(), Fails(), 3)
+    assert [r.state for r in rungs] == ["FAIL"]
+    assert "captured at" in rungs[0].detail
