@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graftc.diagnostics import Note, fail
+from graftc.distillation.activations import Activations, Batch, Streaming, Teacher, Values
 from graftc.distillation.budget import Plan
-from graftc.distillation.cuts import capture_graph
 from graftc.distillation.data import Data, Task
-from graftc.distillation.inputs import check_inputs
 from graftc.distillation.loss import Scale, finite, squared_error
 from graftc.distillation.optim import (
     Group,
@@ -26,8 +25,8 @@ from graftc.distillation.optim import (
 )
 from graftc.distillation.scopes import random_of, training_only
 from graftc.distillation.stacked import Mode, Stack, alike, decide
-from graftc.distillation.students import Student, Values, losses
-from graftc.distillation.targets import ModelInput, Site
+from graftc.distillation.students import Student, losses
+from graftc.distillation.targets import Cut, ModelInput, Site
 
 ZERO = 1e-6
 """A relative error up to which a site counts as exact from the start, and is not trained."""
@@ -91,6 +90,7 @@ class Generation:
         students: Sequence[Student],
         plans: Mapping[str, Plan],
         state: State | None = None,
+        activations: Activations | None = None,
     ) -> None:
         self.setting = setting
         self.number = number
@@ -99,7 +99,12 @@ class Generation:
         self.state = state or State()
         self.best: dict[str, Tensor] = {}
         self.batch = next(iter(plans.values())).batch
-        self._captured: tuple[tuple[str, ...], Callable[..., Any]] | None = None
+        self.teacher = Teacher(
+            setting.teacher, setting.inputs, setting.device, compile=setting.compile
+        )
+        self.activations = activations or Streaming(
+            self.teacher, lambda step: self.train_batch(step, self.phase)
+        )
         self._held: dict[str, list[Values]] = {}
         self._in_a_row: dict[str, int] = {}
 
@@ -107,15 +112,11 @@ class Generation:
 
     def values(self, students: Sequence[Student], prepared: Any, where: str) -> list[Values]:
         """The teacher's values of the students' cuts on one batch; the graph ends at the last."""
-        names = tuple(s.site.name for s in students)
-        if self._captured is None or self._captured[0] != names:
-            graph = capture_graph(self.setting.teacher, [s.site.teacher for s in students])
-            run: Any = torch.compile(graph, fullgraph=True) if self.setting.compile else graph
-            self._captured = names, run
-        check_inputs(prepared.inputs, self.setting.inputs, where)
-        prepared = prepared.to(self.setting.device)
-        with torch.no_grad():
-            return list(self._captured[1](**prepared.inputs))
+        return list(self.teacher.run(cuts_of(students), prepared, where).values)
+
+    def taken(self, students: Sequence[Student], step: int) -> Batch:
+        """The batch of a training step: the one place where its teacher values come from."""
+        return self.activations.at(cuts_of(students), step)
 
     def train_batch(self, step: int, phase: str) -> Any:
         return self.setting.data.prepared(self.setting.task, step, self.batch, phase)
@@ -186,8 +187,7 @@ class Generation:
         self.keep_best([s.site.name for s in self.students])
         training = self.training(0)
         if len(training) > 1 and self.setting.stacked != "never":
-            prepared = self.train_batch(0, self.phase)
-            values = self.values(training, prepared, "step 0")
+            values = self.taken(training, 0).values
             with training_only(training):
                 groups = alike(training, values)
                 self.state.stacks = decide(self.setting.stacked, groups, training, values)
@@ -249,8 +249,8 @@ class Generation:
     def _step(
         self, step: int, students: Sequence[Student], stacks: Sequence[Stack], optimiser: Optimiser
     ) -> dict[str, float]:
-        prepared = self.train_batch(step, self.phase)
-        values = self.values(students, prepared, f"step {step}")
+        taken = self.taken(students, step)
+        values = taken.values
         with random_of(self.setting.seed, self.phase, step):
             found = losses(students, values, self.state.scales, stacks)
         weights = [s.site.loss.weight for s in students]
@@ -266,7 +266,7 @@ class Generation:
             good = clip_or_drop(list(student.parameters.values()), norm + 0 * loss, CLIP * weight)
             self._in_a_row[name] = 0 if good else self._in_a_row.get(name, 0) + 1
             if not good:
-                check_teacher(students, values, f"step {step}")
+                check_teacher(students, values, taken.where)
                 self.state.skipped[name] = self.state.skipped.get(name, 0) + 1
             if self._in_a_row[name] >= _HOPELESS:
                 fail("G545", f"the student of `{name}` gave no finite gradient in {_HOPELESS} steps",
@@ -297,6 +297,11 @@ class Generation:
             for student in self.students:
                 for name, parameter in student.parameters.items():
                     parameter.copy_(self.best[name])
+
+
+def cuts_of(students: Sequence[Student]) -> tuple[Cut, ...]:
+    """The teacher's cuts that the students are trained on."""
+    return tuple(s.site.teacher for s in students)
 
 
 def check_teacher(students: Sequence[Student], values: Sequence[Values], where: str) -> None:

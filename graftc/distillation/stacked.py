@@ -20,7 +20,8 @@ from torch.func import functional_call, vmap  # pyright: ignore[reportPrivateImp
 from graftc.diagnostics import fail
 
 if TYPE_CHECKING:
-    from graftc.distillation.students import Student, Values
+    from graftc.distillation.activations import Values
+    from graftc.distillation.students import Student
 
 Mode = Literal["auto", "never", "always"]
 _REPEATS = 3

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from graftc.diagnostics import fail, nearest
+from graftc.distillation.activations import Values
 from graftc.distillation.cuts import extract
 from graftc.distillation.loss import Scale, regression
 from graftc.distillation.optim import named
 from graftc.distillation.stacked import Stack
 from graftc.distillation.targets import Site
-
-Values = Sequence[Tensor]
-"""A cut's values from the teacher: its inputs in the cut's order, then its output."""
 
 
 @dataclass(frozen=True)
