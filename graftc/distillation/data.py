@@ -1,15 +1,17 @@
 """Batches from what the user's DATA function returned: checked, in a seeded order, resumable.
 
 DATA is a data set (sized, indexable) or an iterable of raw samples; a sample is a dict of tensors
-or numbers. The order of indices is a function of (seed, epoch), the noise of (seed, step): a
-resumed run needs the step's number and nothing else.
+or numbers. The order of indices is a function of (seed, epoch), a sample's noise of (seed, its place in
+that order): a resumed run needs the step's number and nothing else, and a process that takes some rows of
+a batch sees what one that takes all would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,14 +22,16 @@ from graftc.distillation.sources import (
     Sample,
     Source,
     Stream,
+    describe,
     head,
     is_sized,
     length,
     permutation,
-    seeded,
+    seed_of,
     shape_text,
     stack,
 )
+from graftc.tasks.noise import Rows
 
 HELD_OUT = 0.1
 MOST_HELD_OUT = 256
@@ -69,20 +73,29 @@ class Data:
     def size(self) -> int | None:
         return self.source.size
 
-    def raw(self, step: int, batch: int) -> Sample:
-        """The raw batch of a step: `batch` samples stacked."""
-        return stack(self.source.take(step * batch, batch), self.first)
+    def raw(self, step: int, batch: int, rows: range | None = None) -> Sample:
+        """The raw batch of a step: `batch` samples stacked, or `rows` of them."""
+        chosen = range(batch) if rows is None else rows
+        return stack(self.source.take(step * batch + chosen.start, len(chosen)), self.first)
 
-    def prepared(self, task: Task, step: int, batch: int, phase: str) -> Any:
-        """The batch of a step through the task, its noise drawn from (seed, phase, step)."""
-        return prepare(task, self.raw(step, batch), seeded("noise", self.seed, phase, step))
+    def prepared(
+        self, task: Task, step: int, batch: int, phase: str, rows: range | None = None
+    ) -> Any:
+        """The batch of a step through the task, or `rows` of it (a process's share).
+
+        A sample's noise is a function of (seed, phase, its place in the run's order of samples).
+        """
+        chosen = range(batch) if rows is None else rows
+        seeds = [seed_of("noise", self.seed, phase, step * batch + row) for row in chosen]
+        return prepare(task, self.raw(step, batch, rows), seeds)
 
     def validation(self, task: Task, batch: int) -> Iterator[Any]:
-        """The held-out batches, always with the same noise."""
+        """The held-out batches; a sample always has the same noise."""
         numbered = list(enumerate(self.held_out))
-        for number, start in enumerate(range(0, len(numbered), batch)):
-            raw = stack(numbered[start : start + batch], self.first)
-            yield prepare(task, raw, seeded("validation", number))
+        for start in range(0, len(numbered), batch):
+            part = numbered[start : start + batch]
+            seeds = [seed_of("validation", number) for number, _ in part]
+            yield prepare(task, stack(part, self.first), seeds)
 
 
 def open_data(
@@ -142,10 +155,26 @@ def _held_count(held_out: float | int, size: int) -> int:
     return max(1, min(MOST_HELD_OUT, round(size * held_out)))
 
 
-def prepare(task: Task, raw: Sample, generator: torch.Generator) -> Any:
-    """The task's `prepare`, an error in it told with what the batch holds (G526)."""
+def prepare(task: Task, raw: Sample, seeds: Sequence[int]) -> Any:
+    """The task's `prepare` on a batch, its noise drawn from a seed for each sample.
+
+    A task that draws from its generator directly is called sample by sample (`graftc.tasks.noise`).
+    What it raises is told with what the batch holds (G526).
+    """
+    rows = Rows(seeds)
     try:
-        return task.prepare(raw, generator)
+        made = task.prepare(raw, rows)
+        if not rows.drawn_directly:
+            return made
+        return joined(
+            [
+                task.prepare(
+                    {name: value[i : i + 1] for name, value in raw.items()},
+                    torch.Generator().manual_seed(seed),
+                )
+                for i, seed in enumerate(seeds)
+            ]
+        )
     except GraftError:
         raise
     except Exception as error:
@@ -153,3 +182,35 @@ def prepare(task: Task, raw: Sample, generator: torch.Generator) -> Any:
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = f"the task cannot prepare a batch of DATA: {reason}"
         raise GraftError(Diagnostic("G526", text, site="DATA", found=held)) from error
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """What a task prepared of single samples as one batch: tensors, and dicts of them, put together.
+
+    Raises GraftError (G534) for a value that is neither and that differs from sample to sample.
+    """
+    first = parts[0]
+    made = {name: _joined(name, [getattr(p, name) for p in parts]) for name in vars(first)}
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(first, **made)
+    whole = copy.copy(first)
+    vars(whole).update(made)
+    return whole
+
+
+def _joined(name: str, values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        keys = cast("Mapping[str, Any]", first)
+        return {key: _joined(key, [value[key] for value in values]) for key in keys}
+    if isinstance(first, Tensor):
+        if first.ndim and all(len(value) == 1 for value in values):
+            return torch.cat(values)
+        same = all(torch.equal(first, value) for value in values)
+    else:
+        same = all(first == value for value in values)
+    if same:
+        return first  # a table, or a word, that all samples share
+    fail("G534", f"what the task prepared as `{name}` cannot be put together to a batch",
+         site="TASK.prepare", wanted="tensors, batch first", found=describe(first),
+         help="draw with graftc.tasks.noise, and the task gets the whole batch")  # fmt: skip

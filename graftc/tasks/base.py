@@ -40,7 +40,9 @@ class Task(Protocol):
         """Turn a batch of raw samples into model inputs and loss targets.
 
         `sample` holds stacked tensors, batch first, on any device. Every random draw comes from `generator`, a CPU generator,
-        so that the same state gives the same batch on every device.
+        so that the same state gives the same batch on every device. Each sample is prepared on its own, and has the same noise
+        in whatever batch it stands: draw with `randn`, `rand` and `randint` of `graftc.tasks.noise`. A task that hands
+        `generator` to torch's own functions is right too; it is then called with one sample at a time.
         """
         ...
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Prepared, entry, per_sample, primary
+from .noise import rand, randint, randn
 from .sampler import Denoiser, draw
 from .schedule import Kind, Schedule
 
@@ -66,13 +67,13 @@ class DDPM:
         """
         clean = entry(sample, self.latent_key, "ddpm")
         count, device = clean.shape[0], clean.device
-        t = torch.randint(self.steps, (count,), generator=generator).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device=device, dtype=clean.dtype)
+        t = randint(self.steps, (count,), generator).to(device)
+        noise = randn(clean.shape, generator).to(device=device, dtype=clean.dtype)
         noisy = self.diffuse(clean, noise, t)
         inputs = {self.x_name: noisy, self.t_name: t}
         if self.label_name is not None:
             label = entry(sample, self.label_key, "ddpm")
-            dropped = torch.rand(count, generator=generator).to(device) < self.label_dropout
+            dropped = rand((count,), generator).to(device) < self.label_dropout
             inputs[self.label_name] = torch.where(
                 dropped, torch.full_like(label, self.null_label), label
             )

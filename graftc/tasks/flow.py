@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Prepared, entry, per_sample, primary
+from .noise import rand, randn
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,21 @@ class RectifiedFlow:
         clean = entry(sample, self.latent_key, "rectified_flow")
         count, device = clean.shape[0], clean.device
         if self.t_sampling == "logit_normal":
-            t = torch.randn(count, generator=generator).sigmoid()
+            t = randn((count,), generator).sigmoid()
         elif self.t_sampling == "uniform":
-            t = torch.rand(count, generator=generator)
+            t = rand((count,), generator)
         else:
             raise ValueError(
                 f"unknown t_sampling {self.t_sampling!r}: choose logit_normal or uniform"
             )
         t = self._shifted(t).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device=device, dtype=clean.dtype)
+        noise = randn(clean.shape, generator).to(device=device, dtype=clean.dtype)
         mix = per_sample(t, clean)
         noisy = (1 - mix) * clean + mix * noise
         inputs = {self.x_name: noisy, self.t_name: t * self.t_scale}
         if self.label_key is not None:
             label = entry(sample, self.label_key, "rectified_flow")
-            dropped = torch.rand(count, generator=generator).to(device) < self.label_dropout
+            dropped = rand((count,), generator).to(device) < self.label_dropout
             inputs[self.label_name] = torch.where(
                 dropped, torch.full_like(label, self.null_label), label
             )
