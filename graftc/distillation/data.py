@@ -194,7 +194,8 @@ def joined(parts: Sequence[Any]) -> Any:
     if is_dataclass(first) and not isinstance(first, type):
         return replace(first, **made)
     whole = copy.copy(first)
-    vars(whole).update(made)
+    for name, value in made.items():
+        setattr(whole, name, value)
     return whole
 
 
