@@ -15,6 +15,7 @@ from torch import nn
 
 from graftc import __version__
 from graftc.diagnostics import fail, render
+from graftc.distillation.about import Noise, noise_of
 from graftc.distillation.targets import Targets, to_dict
 from graftc.emit.build import Build, write_build
 from graftc.emit.files import file_hash
@@ -163,6 +164,7 @@ def compile_build(
         targets = replace(targets, sites=tuple(replace(s, pending=()) for s in targets.sites))
     elif data is not None and any(s.pending for s in targets.sites):
         targets = _solve(compiled, data, task, loaded, seed)
+    targets = replace(targets, noise=_noise(task if task is not None else loaded.task))
     return write_build(
         output,
         student=student,
@@ -253,6 +255,13 @@ def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) ->
         chosen,
         seed=seed,
     )
+
+
+def _noise(task: Any) -> Noise | None:
+    """What makes the batches; None where compile was told of no task."""
+    from graftc.verbs import load_task
+
+    return None if task is None else noise_of(load_task(task))
 
 
 def _named(what: Any, kind: str) -> dict[str, str] | None:

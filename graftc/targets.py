@@ -6,6 +6,8 @@ an edit inside another's region is distilled first.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from graftc.distillation.targets import (
@@ -31,6 +33,7 @@ from graftc.rewrite.edits import Edit, NewModule
 from graftc.rewrite.plan import Plan
 from graftc.rewrite.plan_text import after_text, operator_text
 from graftc.rewrite.price import Step
+from graftc.site_facts import arguments_of, definition_of, first_weights, per_sample
 from graftc.weights.assign import present
 from graftc.weights.initialise import Origin
 
@@ -84,14 +87,24 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
             )
         ),
         exact=not trainable,
-        candidates=tuple(_candidate(edit, i, c) for i, c in enumerate(step.candidates)),
+        candidates=tuple(
+            _candidate(step, i, c, teacher, program) for i, c in enumerate(step.candidates)
+        ),
+        arguments=arguments_of(edit),
+        definition=definition_of(edit),
+        init=first_weights(edit, step.origins),
+        sample=per_sample(step, teacher, learned, program),
     )
 
 
-def _of_group(new: NewModule, group: str) -> list[str]:
-    """The parameters of a group that the operator's spec names (`distill …, train = feature_maps`)."""
+def _of_group(new: NewModule, group: str, path: str | None = None) -> list[str]:
+    """The parameters of a group that the operator's spec names (`distill …, train = feature_maps`).
+
+    `path`: of the operator, where it is not its own (in a candidate's package).
+    """
+    root = new.path if path is None else path
     slots = [s for s in present(new.spec, new.arguments) if s.name in new.spec.groups[group]]
-    paths = [".".join(p for p in (new.path, s.module, s.parameter) if p) for s in slots]
+    paths = [".".join(p for p in (root, s.module, s.parameter) if p) for s in slots]
     return list(dict.fromkeys(paths))
 
 
@@ -130,13 +143,31 @@ def _pending(origins: tuple[Origin, ...], root: str = "") -> tuple[Pending, ...]
     return tuple(found)
 
 
-def _candidate(edit: Edit, index: int, candidate: price.Candidate) -> Candidate:
-    if candidate.new is None:
+def _candidate(
+    step: Step, index: int, candidate: price.Candidate, cut: Cut, program: Program
+) -> Candidate:
+    edit, new = step.edit, candidate.new
+    if new is None:
         return Candidate("keep")
-    text = operator_text(candidate.new)
+    own = replace(step, after=candidate.cost)
+    about = Candidate(
+        operator_text(new),
+        inputs=("x", *new.inputs),
+        arguments=arguments_of(edit, new),
+        definition=definition_of(edit, new),
+        init=first_weights(edit, candidate.origins),
+        sample=per_sample(own, cut, (), program),
+    )
     if index == 0:
-        return Candidate(text)
-    return Candidate(text, candidate_path(edit, index), _pending(candidate.origins, OPERATOR))
+        return about
+    group = edit.rule.distill.train if edit.rule.distill is not None else None
+    named = group is not None and group in new.spec.groups
+    return replace(
+        about,
+        package=candidate_path(edit, index),
+        pending=_pending(candidate.origins, OPERATOR),
+        trainable=tuple(_of_group(new, group, OPERATOR)) if named and group else (OPERATOR,),
+    )
 
 
 def _is_learned(step: Step) -> bool:
@@ -144,27 +175,8 @@ def _is_learned(step: Step) -> bool:
 
 
 def _cuts(edit: Edit, program: Program) -> tuple[Cut, Cut]:
-    first = edit.sites[0]
     if edit.kind == "replace":
-        kept = edit.new[0].inputs.items() if edit.new else ()
-        return (
-            Cut(
-                edit.graph,
-                (
-                    CutInput("x", first.path, first.stream),
-                    *(CutInput(name, first.path, place) for name, place in kept),
-                ),
-                first.path,
-            ),
-            Cut(
-                edit.graph,
-                (
-                    CutInput("x", first.path, 0 if edit.new else first.stream),
-                    *(CutInput(name, first.path, name) for name, _ in kept),
-                ),
-                first.path,
-            ),
-        )
+        return _replace_cuts(edit, program)
     if edit.region is not None:
         inputs = _region_inputs((edit.region,), edit.region.graph, program)
         same = Cut(edit.region.graph, inputs, edit.region.path)
@@ -173,6 +185,31 @@ def _cuts(edit: Edit, program: Program) -> tuple[Cut, Cut]:
     return (
         Cut(edit.graph, inputs, edit.sites[-1].path),
         Cut(edit.graph, inputs, edit.new[-1].path),
+    )
+
+
+def _replace_cuts(edit: Edit, program: Program) -> tuple[Cut, Cut]:
+    """One site becomes one operator: the stream, and whatever inputs any of the operators keeps.
+
+    Where `keep` stands first the student's cut is the site as it is, with all that its call takes.
+    """
+    (site,) = edit.sites
+    operators = [n for n in (*edit.new, *edit.candidates) if n is not None]
+    kept = {name: place for new in operators for name, place in new.inputs.items()}
+    teacher = [CutInput("x", site.path, site.stream)]
+    teacher += [CutInput(name, site.path, place) for name, place in kept.items()]
+    if edit.new:
+        own = edit.new[0].inputs
+        student = [CutInput("x", site.path, 0), *(CutInput(n, site.path, n) for n in own)]
+    else:
+        taken = {given.argument: given.name for given in teacher}
+        for given in _region_inputs((site,), edit.graph, program):
+            if given.argument not in taken:
+                teacher.append(given)
+        student = teacher
+    return (
+        Cut(edit.graph, tuple(teacher), site.path),
+        Cut(edit.graph, tuple(student), site.path),
     )
 
 

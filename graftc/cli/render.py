@@ -245,7 +245,7 @@ def show_run(result: RunResult) -> None:
         for site in result.sites:
             skipped = f", {site.skipped_steps} skipped" if site.skipped_steps else ""
             table.add_row(
-                site.name,
+                site.key,
                 site.operator,
                 f"{site.error_start:.4f}",
                 f"{site.error_end:.4f}",

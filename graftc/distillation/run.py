@@ -38,6 +38,8 @@ class Build(Protocol):
 
     def student(self) -> nn.Module: ...
 
+    def candidate(self, package: str) -> nn.Module: ...
+
 
 @dataclass(frozen=True)
 class SiteResult:
@@ -45,7 +47,7 @@ class SiteResult:
 
     Errors are ‖student − teacher‖² / ‖teacher‖² over the held-out samples; losses are the site's
     own. `skipped_steps` counts steps whose gradient was no number. A site that was exact from the
-    start has 0 steps.
+    start has 0 steps. `candidate` counts those of `one of`: 0 is the one in the student.
     """
 
     name: str
@@ -56,6 +58,12 @@ class SiteResult:
     loss_end: float
     steps: int
     skipped_steps: int = 0
+    candidate: int = 0
+
+    @property
+    def key(self) -> str:
+        """The site's name, and the candidate's number where it is not the student's own."""
+        return f"{self.name}/{self.candidate}" if self.candidate else self.name
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graftc.distillation.budget import samples_of, site_plans
+from graftc.distillation.candidates import (
+    Loaded,
+    candidate_students,
+    load_candidates,
+    save_candidates,
+)
 from graftc.distillation.data import Data, Task, open_data
 from graftc.distillation.generation import Generation, Setting, State
 from graftc.distillation.optim import Kind, Optimiser, align
@@ -17,7 +24,7 @@ from graftc.distillation.pending import solve_pending
 from graftc.distillation.run import Build, Progress, Run, RunResult, SiteResult, open_run
 from graftc.distillation.scopes import using_threads
 from graftc.distillation.stacked import Mode
-from graftc.distillation.students import students_of, trainable_names
+from graftc.distillation.students import Student, students_of, trainable_names
 from graftc.distillation.targets import Site, Targets, from_dict
 
 DEFAULT_OPTIMISER: Kind = "muon"
@@ -48,7 +55,7 @@ def distill(
     """Train every site of a build on the teacher's activations; the run is `DIR/runs/ID`.
 
     Sites are trained in topological generations of `after`; within one, a single teacher pass a
-    step feeds all, and ends after the last that still trains. `steps`, `batch`, `lr` and `samples`
+    step feeds all, candidates of `one of` too, and ends after the last that still trains. `steps`, `batch`, `lr` and `samples`
     override the file for all sites; unsaid, see `graftc.distillation.budget`. `seed` (0) orders the data
     and draws the noise. `validation` is a DATA to measure errors on; unsaid, a tenth of DATA.
     `stacked` is "auto", "never" or "always". A checkpoint is written every `checkpoint_every` steps
@@ -95,7 +102,9 @@ def distill(
                 compile,
             )
             student = align(build.student()).to(device)
-            return _Stage1(run, targets, setting, student, checkpoint_every, progress).run_all()
+            loaded = load_candidates(build, targets.sites, device)
+            made = _Stage1(run, targets, setting, student, loaded, checkpoint_every, progress)
+            return made.run_all()
 
 
 def _data(run: Run, targets: Targets, data: Any, validation: Any) -> Data:
@@ -114,12 +123,14 @@ class _Stage1:
         targets: Targets,
         setting: Setting,
         student: nn.Module,
+        candidates: Sequence[Loaded],
         checkpoint_every: int | None,
         progress: Progress | None,
     ) -> None:
         self.run = run
         self.setting = setting
         self.student = student.train()
+        self.candidates = {one.site.name: one for one in candidates}
         self.generations = targets.generations()
         self.progress = progress or silent
         self.saver = Saver(checkpoint_every)
@@ -127,6 +138,9 @@ class _Stage1:
         parameters = dict(student.named_parameters())
         self.tensors: dict[str, Tensor] = {n: parameters[n] for n in names}
         self.tensors.update(student.named_buffers())
+        for name, one in self.candidates.items():
+            state = dict(one.model.named_parameters()) | dict(one.model.named_buffers())
+            self.tensors.update({f"{name}:{n}": tensor for n, tensor in state.items()})
         self.results: dict[str, SiteResult] = {}
         self.seconds = 0.0
         self.steps = 0
@@ -136,7 +150,8 @@ class _Stage1:
         number, state, tensors = self._load()
         for at in range(number, len(self.generations)):
             self._generation(at, state if at == number else None, tensors)
-        names = [s.name for group in self.generations for s in group]
+        save_candidates(self.run.path, self.candidates.values())
+        names = [name for group in self.generations for s in group for name in self._names(s)]
         self.run.log(event="finished", steps=self.steps, seconds=self._elapsed())
         return self.run.finish(
             self.student.state_dict(),
@@ -148,9 +163,24 @@ class _Stage1:
                 steps=self.steps,
                 seconds=round(self._elapsed(), 2),
                 sites=tuple(self.results[name] for name in names),
-                metrics=_summary(list(self.results.values())),
+                metrics=_summary([r for r in self.results.values() if r.candidate == 0]),
             ),
         )
+
+    def _names(self, site: Site) -> list[str]:
+        """A site's own name, and those of its candidates."""
+        return [site.name, *(n for n, one in self.candidates.items() if one.of.name == site.name)]
+
+    def _students(self, sites: Sequence[Site]) -> tuple[Student, ...]:
+        """What trains in a generation: the sites in the student, then their other candidates."""
+        chosen = {name for site in sites for name in self._names(site)}
+        others = [one for name, one in self.candidates.items() if name in chosen]
+        return (*students_of(self.student, sites), *candidate_students(others))
+
+    def _result(self, generation: Generation, site: Site) -> SiteResult:
+        found = _result(generation, site)
+        one = self.candidates.get(site.name)
+        return found if one is None else replace(found, name=one.of.name, candidate=one.index)
 
     def _generation(self, number: int, state: State | None, tensors: Mapping[str, Tensor]) -> None:
         sites = self.generations[number]
@@ -161,9 +191,11 @@ class _Stage1:
             batch=self.run.options["batch"],
             lr=self.run.options["lr"],
         )
-        generation = Generation(
-            self.setting, number, students_of(self.student, sites), plans, state
-        )
+        students = self._students(sites)
+        for name, one in self.candidates.items():
+            if one.of.name in plans:
+                plans[name] = plans[one.of.name]
+        generation = Generation(self.setting, number, students, plans, state)
         if state is None:
             for done, total in solve_pending(generation, f"init.{number}"):
                 self.progress("init", done, total, {})
@@ -185,7 +217,7 @@ class _Stage1:
         generation.restore_best()
         self.steps += total
         for student in generation.students:
-            result = _result(generation, student.site)
+            result = self._result(generation, student.site)
             self.results[student.site.name] = result
             self.run.log(event="site", **vars(result))
 
@@ -193,7 +225,8 @@ class _Stage1:
 
     def _log_start(self, generation: Generation) -> None:
         data = self.setting.data
-        for site in self.generations[generation.number]:
+        sites = [student.site for student in generation.students]
+        for site in sites:
             if site.exact and not generation.exact(site):
                 error = generation.state.start[site.name][0]
                 self.run.log(event="warning", site=site.name, error=error,
@@ -213,7 +246,7 @@ class _Stage1:
                     "steps": 0 if generation.exact(s) else generation.plans[s.name].steps,
                     "lr": generation.plans[s.name].lr,
                 }
-                for s in self.generations[generation.number]
+                for s in sites
             },
         )
 
@@ -249,7 +282,8 @@ class _Stage1:
         with torch.no_grad():
             for name, value in under(tensors, "model.").items():
                 self.tensors[name].copy_(value)
-        self.results = {r["name"]: SiteResult(**r) for r in facts["results"]}
+        results = [SiteResult(**r) for r in facts["results"]]
+        self.results = {r.key: r for r in results}
         self.steps, self.seconds = facts["steps"], facts["seconds"]
         return facts["generation"], State.from_dict(facts["state"]), tensors
 

@@ -15,10 +15,22 @@ import networkx as nx
 import yaml
 
 from graftc.diagnostics import fail, nearest
+from graftc.distillation.about import (
+    FirstWeight,
+    Noise,
+    PerSample,
+    first_weights,
+    noise,
+    per_sample,
+    plain_mapping,
+)
 from graftc.distillation.reader import Table
 from graftc.weights.fit import Block
 
-VERSION = 1
+VERSION = 2
+READ = (1, 2)
+"""Versions that are read: the first says nothing of arguments, first weights, sizes and the noise."""
+
 LOSSES = ("l1", "l2", "huber")
 FILE = "targets.yaml"
 
@@ -100,18 +112,29 @@ class Candidate:
     """What a site of `one of` can become: the first of a site's is in the student.
 
     `package`: the folder in the build that holds its module and first weights, a standalone package
-    whose model takes the student cut's inputs; None for the first, and for `keep`. `pending`: as of a
-    site, with paths from the root of that package.
+    whose model takes `inputs`, by name among the teacher cut's; None for the first, and for `keep`.
+    `pending` and `trainable`: as of a site, with paths from the root of that package. `arguments`, `definition`,
+    `init` and `sample`: as of a site, with names as if this candidate were the student's.
     """
 
     operator: str
     package: str | None = None
     pending: tuple[Pending, ...] = ()
+    inputs: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    definition: str = ""
+    init: tuple[FirstWeight, ...] = ()
+    sample: PerSample | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """One distillation site: the teacher's cut, the student's cut, and how to train the second."""
+    """One distillation site: the teacher's cut, the student's cut, and how to train the second.
+
+    `arguments`: all of the operator's, defaults too. `definition`: what computes (a class, or a hash of an
+    operator that is written in a file). `init`: where each new parameter begins.
+    """
 
     name: str
     teacher: Cut
@@ -126,6 +149,10 @@ class Site:
     after: tuple[str, ...] = ()
     exact: bool = False
     candidates: tuple[Candidate, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    definition: str = ""
+    init: tuple[FirstWeight, ...] = ()
+    sample: PerSample | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +204,7 @@ class Targets:
     sites: tuple[Site, ...]
     stage2: Stage2 = field(default_factory=Stage2)
     version: int = VERSION
+    noise: Noise | None = None
 
     def generations(self) -> tuple[tuple[Site, ...], ...]:
         """The sites in the order they are distilled: each group needs only the groups before it."""
@@ -221,6 +249,7 @@ def to_dict(targets: Targets) -> dict[str, Any]:
     """Plain dicts, lists, numbers and strings, ready for YAML; every field is written."""
     plain: dict[str, Any] = {"version": targets.version}
     plain["inputs"] = [_plain(i) for i in targets.inputs]
+    plain["noise"] = _plain(targets.noise)
     plain["sites"] = [_plain(s) for s in targets.sites]
     plain["stage2"] = _plain(targets.stage2)
     return plain
@@ -240,14 +269,15 @@ def from_dict(data: Any, where: str = FILE) -> Targets:
     """Targets from plain data, checked: types, names, references, order. Raises GraftError."""
     top = Table(data, where)
     version = top.integer("version")
-    if version != VERSION:
-        fail("G503", f"targets of version {version}", site=where, wanted=str(VERSION),
+    if version not in READ:
+        fail("G503", f"targets of version {version}", site=where, wanted=" or ".join(map(str, READ)),
              found=str(version), help="compile again with this graftc")  # fmt: skip
     inputs = tuple(_input(t) for t in top.tables("inputs"))
     sites = tuple(_site(t) for t in top.tables("sites"))
     stage2 = _stage2(top.table("stage2")) if top.has("stage2") else Stage2()
+    drawn = noise(top)
     top.done()
-    targets = Targets(inputs, sites, stage2)
+    targets = Targets(inputs, sites, stage2, noise=drawn)
     _check(targets, where)
     return targets
 
@@ -298,8 +328,19 @@ def _pending(table: Table) -> tuple[Pending, ...]:
 def _candidates(table: Table) -> tuple[Candidate, ...]:
     found: list[Candidate] = []
     for row in table.tables("candidates", ()):
-        package = row.text("package", "") or None
-        found.append(Candidate(row.text("operator"), package, _pending(row)))
+        found.append(
+            Candidate(
+                row.text("operator"),
+                row.text("package", "") or None,
+                _pending(row),
+                tuple(row.texts("inputs", ())),
+                tuple(row.texts("trainable", ())),
+                plain_mapping(row, "arguments"),
+                row.text("definition", ""),
+                first_weights(row),
+                per_sample(row),
+            )
+        )
         row.done()
     return tuple(found)
 
@@ -319,11 +360,19 @@ def _site(table: Table) -> Site:
         after=tuple(table.texts("after", ())),
         exact=table.boolean("exact", False),
         candidates=_candidates(table),
+        arguments=plain_mapping(table, "arguments"),
+        definition=table.text("definition", ""),
+        init=first_weights(table),
+        sample=per_sample(table),
     )
     known = {i.name for i in site.teacher.inputs}
     for given in site.student.inputs:
         if given.name not in known:
             table.wrong("student", f"input `{given.name}` is not among the teacher's: {known}")
+    for candidate in site.candidates:
+        for name in candidate.inputs:
+            if name not in known:
+                table.wrong("candidates", f"input `{name}` is not among the teacher's: {known}")
     if not site.trainable and not site.exact:
         table.wrong("trainable", "a site that is not exact has something to train")
     table.done()

@@ -95,6 +95,10 @@ class Build:
             return load_package(self.path / "student")
         return load_package(self.path / "student", self.run(run).weights)
 
+    def candidate(self, package: str) -> nn.Module:
+        """A candidate of `one of` that is not in the student, with its first weights."""
+        return load_package(self.path / package)
+
     def run(self, id: str) -> RunInfo:
         """Raises GraftError, with the runs that there are, for an unknown one."""
         known = {r.id: r for r in self.runs()}

@@ -152,17 +152,23 @@ def _cost(plan: Mapping[str, Any]) -> str:
     )
 
 
+def _site(result: Mapping[str, Any]) -> str:
+    """The site, and which candidate of `one of` where it is not the student's own."""
+    candidate = result.get("candidate", 0)
+    return f"{result['name']}/{candidate}" if candidate else str(result["name"])
+
+
 def _errors(runs: Sequence[RunFacts]) -> str:
     out = ""
     for run in runs:
         if not run.sites:
             continue
-        rows = [(str(s["name"]), float(s["error_start"]), float(s["error_end"])) for s in run.sites]
+        rows = [(_site(s), float(s["error_start"]), float(s["error_end"])) for s in run.sites]
         out += f"<h3>run {escape(run.id)}</h3>"
         out += f'<div class="wide">{bars(rows, "at the start", "at the end", f"error by site, run {run.id}")}</div>'
         out += _table(
             ("site", "operator", "error at start", "at end", "loss at start", "at end", "steps", "skipped"),
-            [(s["name"], s["operator"], *(f"{s[k]:.4g}" for k in ("error_start", "error_end", "loss_start", "loss_end")), s["steps"], s.get("skipped_steps", 0)) for s in run.sites],
+            [(_site(s), s["operator"], *(f"{s[k]:.4g}" for k in ("error_start", "error_end", "loss_start", "loss_end")), s["steps"], s.get("skipped_steps", 0)) for s in run.sites],
             range(2, 8),
         )  # fmt: skip
         out += _bins(run)

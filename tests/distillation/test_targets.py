@@ -46,7 +46,7 @@ def changed(*path, to):
     ("data", "code", "told"),
     [
         ([], "G502", "table"),
-        (changed("version", to=2), "G503", "wanted: 1"),
+        (changed("version", to=3), "G503", "wanted: 1 or 2"),
         (changed("version", to=KeyError), "G502", "`version` is missing"),
         (changed("site", to=[]), "G502", "write `sites`"),
         (changed("sites", 0, "los", to={}), "G502", "write `loss`"),

@@ -63,6 +63,17 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class Alone(nn.Module):
+    """An operator as a candidate's package holds it."""
+
+    def __init__(self, operator: nn.Module) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(x)
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -196,6 +207,7 @@ class FakeBuild:
     sites: Targets
     make_student: Any = hyena
     make_teacher: Any = teacher
+    make_candidates: dict[str, Any] = field(default_factory=dict)
     targets: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -211,6 +223,9 @@ class FakeBuild:
 
             model.load_state_dict(load_file(self.path / "runs" / run / "student.safetensors"))
         return model
+
+    def candidate(self, package: str) -> nn.Module:
+        return Alone(self.make_candidates[package]())
 
 
 @dataclass(frozen=True)
