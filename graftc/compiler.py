@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +35,7 @@ from graftc.rewrite.plan import Plan, make_plan
 from graftc.rewrite.plan_text import plan_dict
 from graftc.rewrite.price import init_clause
 from graftc.rewrite.repeat import Round, round_texts, run_repeated, undo_rounds
+from graftc.rewrite.user_files import bind
 from graftc.targets import make_targets
 from graftc.weights.initialise import initialise
 from graftc.weights.parts import Affine, Heads
@@ -151,9 +152,10 @@ def compile_build(
     copy_teacher: bool,
     command: str,
     student_weights: Path | None = None,
+    allow_python: Sequence[str | Path] = (),
 ) -> Build:
     """Compile and write the build directory; see `graftc.compile`."""
-    rules = check(file, overrides)
+    rules = bind(check(file, overrides), allow_python)
     loaded = load_model(model) if isinstance(model, str) else as_model(model)
     _check_weights(loaded.module)
     compiled = compile_model(rules, loaded, seed)
@@ -177,7 +179,7 @@ def compile_build(
             "command": command,
             "seed": seed,
             "rules": {"file": str(file), "read": list(rules.files), "sha256": rules.digest,
-                      "parameters": dict(rules.parameters)},
+                      "python": dict(rules.python), "parameters": dict(rules.parameters)},
             "model": _named(model, "MODEL"),
             "student_weights": _file_entry(student_weights),
             "data": _named(data, "DATA"),

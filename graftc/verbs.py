@@ -58,20 +58,23 @@ def plan(
     *,
     data: str | Any = None,
     overrides: Mapping[str, str] | None = None,
+    allow_python: Sequence[str | Path] = (),
     output: str | Path | None = None,
     graph: str | Path | None = None,
 ) -> Plan:
     """What `file` does to `model`: sites, parameters and FLOPs before and after, origins of new weights.
 
-    `overrides` are the file's `set` parameters; `output` receives the plan as YAML, `graph` a drawing of the chains
+    `overrides` are the file's `set` parameters; `allow_python` are Python files that its rules name and that may
+    be run; `output` receives the plan as YAML, `graph` a drawing of the chains
     before and after as SVG. Raises GraftError.
     """
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
     from graftc.rewrite.plan import make_plan
     from graftc.rewrite.plan_text import plan_dict
+    from graftc.rewrite.user_files import bind
 
-    rules = check(file, dict(overrides or {}))
+    rules = bind(check(file, dict(overrides or {})), allow_python)
     made = make_plan(rules, analyse(capture(_model(model, on_meta=True))))
     if data is not None:
         load_data(data)
@@ -98,6 +101,7 @@ def explain(
     *,
     at: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    allow_python: Sequence[str | Path] = (),
 ) -> tuple[Explanation, ...]:
     """For every rule of `file` (or `rule`): what it selects in `model`, and what keeps it from the places it nearly does.
 
@@ -114,9 +118,10 @@ def explain(
     """
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
+    from graftc.rewrite.user_files import bind
     from graftc.rewrite.whynot import explain as explained
 
-    rules = check(file, dict(overrides or {}))
+    rules = bind(check(file, dict(overrides or {})), allow_python)
     return explained(rules, analyse(capture(_model(model, on_meta=True))), rule, at)
 
 
@@ -128,6 +133,7 @@ def compile(
     data: str | Any = None,
     task: str | Any = None,
     overrides: Mapping[str, str] | None = None,
+    allow_python: Sequence[str | Path] = (),
     seed: int = 0,
     copy_teacher: bool = False,
     student_weights: str | Path | None = None,
@@ -149,6 +155,7 @@ def compile(
         data=data,
         task=task,
         overrides=dict(overrides or {}),
+        allow_python=allow_python,
         seed=seed,
         copy_teacher=copy_teacher,
         command=command,
@@ -399,6 +406,7 @@ def test_files(
     files: Sequence[str | Path],
     *,
     overrides: Mapping[str, str] | None = None,  # noqa: PT028
+    allow_python: Sequence[str | Path] = (),  # noqa: PT028
 ) -> tuple[TestResult, ...]:
     """Run the tests that `.graft` files hold: each rule on its small graph, structure and numbers.
 
@@ -423,8 +431,10 @@ def test_files(
                 help="docs/language.md shows one",
             )
     from graftc.rewrite.filetest import run_test
+    from graftc.rewrite.user_files import bind
 
-    return tuple(run_test(t, rules.files[0]) for _, rules in checked for t in rules.tests)
+    bound = [bind(rules, allow_python) for _, rules in checked]
+    return tuple(run_test(t, rules.files[0]) for rules in bound for t in rules.tests)
 
 
 test_files.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]

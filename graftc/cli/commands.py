@@ -44,6 +44,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="override a `set` parameter of the file: name=value"),
 ]
+AllowOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--allow-python",
+        metavar="FILE.py",
+        help="run this Python file, which a rule names (operators, patterns)",
+    ),
+]
 FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
 GraphOption = Annotated[
     Path | None,
@@ -137,6 +145,7 @@ def check(
 def run_tests(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
     set_: SetOption = None,
+    allow_python: AllowOption = None,
     format: FormatOption = "text",
 ) -> None:
     """Run the tests in .graft files: rules on small graphs, structure and numbers."""
@@ -144,7 +153,7 @@ def run_tests(
     from graftc.cli.tests import results_dict, show_results
 
     _format(format)
-    results = verbs.test_files(files, overrides=_overrides(set_))
+    results = verbs.test_files(files, overrides=_overrides(set_), allow_python=allow_python or ())
     _json(results_dict(results)) if format == "json" else show_results(results)
     if not all(r.passed for r in results):
         raise typer.Exit(1)
@@ -186,6 +195,7 @@ def plan(
     model: ModelOption,
     data: MaybeData = None,
     set_: SetOption = None,
+    allow_python: AllowOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="write the plan as YAML")
     ] = None,
@@ -200,7 +210,13 @@ def plan(
 
     _format(format)
     made = verbs.plan(
-        file, model, data=data, overrides=_overrides(set_), output=output, graph=graph
+        file,
+        model,
+        data=data,
+        overrides=_overrides(set_),
+        allow_python=allow_python or (),
+        output=output,
+        graph=graph,
     )
     if format == "json":
         _json({**plan_dict(made), "notes": [to_json(n) for n in made.notes]})
@@ -222,6 +238,7 @@ def explain(
         typer.Option("--at", metavar="PATH", help="only this module, however far it is"),
     ] = None,
     set_: SetOption = None,
+    allow_python: AllowOption = None,
     format: FormatOption = "text",
 ) -> None:
     """Say what each rule selects in a model, and what keeps it from the places it nearly does."""
@@ -230,7 +247,9 @@ def explain(
     from graftc.rewrite.whynot import explanations_dict
 
     _format(format)
-    found = verbs.explain(file, model, rule, at=at, overrides=_overrides(set_))
+    found = verbs.explain(
+        file, model, rule, at=at, overrides=_overrides(set_), allow_python=allow_python or ()
+    )
     _json(explanations_dict(found)) if format == "json" else show_explanations(found, at)
 
 
@@ -244,6 +263,7 @@ def compile_(
     data: MaybeData = None,
     task: TaskOption = None,
     set_: SetOption = None,
+    allow_python: AllowOption = None,
     seed: SeedOption = 0,
     copy_teacher: Annotated[
         bool, typer.Option("--copy-teacher", help="copy the teacher's weights into the build")
@@ -270,6 +290,7 @@ def compile_(
         data=data,
         task=task,
         overrides=_overrides(set_),
+        allow_python=allow_python or (),
         seed=seed,
         copy_teacher=copy_teacher,
         student_weights=student_weights,

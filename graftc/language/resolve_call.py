@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NoReturn
 
 from graftc.diagnostics import Note, fail, nearest
@@ -11,7 +12,7 @@ from graftc.language.resolve_init import source_of
 from graftc.language.rules import CopyOf, Expr, Literal_, OperatorCall
 from graftc.language.scope import NotYet, Scope, listed, suggest
 from graftc.language.vocabulary import may_be
-from graftc.operators.spec import Arg, OperatorSpec, Part
+from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec, Part, UserClass
 
 _SPECIAL = ("parallel", "copy", "python")
 
@@ -39,6 +40,8 @@ def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
             wanted="operator(argument = value, …)",
             found=node.span.text[:40],
         )
+    if _is_python(scope, node.head):
+        return python_call(scope, node)
     spec = _lookup(scope, node, node.head)
     if role is not None and not any(may_be(role, r) for r in spec.roles):
         fits = tuple(
@@ -73,9 +76,6 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
         if spec is not None:
             return spec
         raise NotYet(f"the operator `{name}`, which has mistakes", head.span)
-    if name == "python":
-        _check_python(node)
-        raise NotYet("an operator of a Python file", head.span)
     known = (*scope.operators, *scope.defined, "parallel")
     qualified = next((n for n in scope.defined if n.partition(".")[2] == name), None)
     near = qualified or nearest(name, known)
@@ -91,17 +91,67 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
     )
 
 
-def _check_python(node: s.Call) -> None:
+def _is_python(scope: Scope, head: s.Path) -> bool:
+    return head.text == "python" and not {"python"} & {*scope.operators, *scope.defined}
+
+
+def python_call(scope: Scope, node: s.Call) -> OperatorCall:
+    """`python("ops.py:Mixer", kernel = 4)`; what it takes is known once the file may be imported."""
     first = node.positional[0] if len(node.positional) == 1 else None
-    file, _, cls = first.value.rpartition(":") if isinstance(first, s.Text) else ("", "", "")
-    if not file.endswith(".py") or not cls.isidentifier():
+    if not isinstance(first, s.Text):
         fail(
             "G120",
-            "`python` takes a file and a class",
+            "`python` takes a file and a class, then arguments by name",
             span=node.span,
-            wanted='python("file.py:Class")',
+            wanted='python("file.py:Class", argument = value, …)',
             found=node.span.text[:60],
         )
+    user = user_class(first)
+    given: dict[str, Expr] = {}
+    for argument in node.named:
+        with scope.log.attempt():
+            if argument.name.text in given:
+                name = argument.name
+                fail("G119", f"`{name.text}` is given twice", span=name.span, help="give it once")
+            given[argument.name.text] = typed(scope, argument.value, "any")
+    return OperatorCall(unread(user), given, node.span)
+
+
+def user_class(text: s.Text) -> UserClass:
+    """The file and the name in `"file.py:Class"`, from the folder of the `.graft` file. Raises GraftError."""
+    file, _, name = text.value.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier() or "\0" in file or "\\" in file:
+        fail(
+            "G120",
+            "this is no name in a Python file",
+            span=text.span,
+            wanted='"file.py:name", the path from the folder of this file',
+            found=text.span.text[:60],
+        )
+    folder = Path(text.span.source.name).parent
+    return UserClass(text.value, folder / file, folder, name)
+
+
+def unread(user: UserClass) -> OperatorSpec:
+    """The spec of a class of a file that was not read: only where it stands is known."""
+    roles = ("self_attention", "mlp", "norm", "linear")
+    return OperatorSpec(
+        name=user.name,
+        module="",
+        summary=f"`{user.name}` of {user.file.name}",
+        roles=roles,
+        mixes="tokens",
+        args=(),
+        slots=(),
+        inits={},
+        cost=_no_cost,
+        source=user.written,
+        user=user,
+    )
+
+
+def _no_cost(arguments: Arguments, tokens: int) -> Cost:
+    raise AssertionError("the cost of an operator that was not read")
 
 
 def arguments_of(

@@ -81,7 +81,7 @@ def _insert(scope: Scope, clause: s.InsertClause) -> Edited:
     if isinstance(node, s.Call) and _is_call(node, "copy"):
         return Edited(Insert(copy_of(scope, node), clause.after.text, clause.span))
     call = operator_call(scope, node, None)
-    return Edited(Insert(call, clause.after.text, clause.span), call.spec)
+    return Edited(Insert(call, clause.after.text, clause.span), _known(call))
 
 
 def _replace(scope: Scope, clause: s.ReplaceClause) -> Edited:
@@ -124,7 +124,12 @@ def _replace(scope: Scope, clause: s.ReplaceClause) -> Edited:
     if clause.one_of:
         return _one_of_candidates(scope, clause, name.text, binding.role)
     call = operator_call(scope, clause.value, binding.role)
-    return Edited(Replace(name.text, call, clause.span), call.spec)
+    return Edited(Replace(name.text, call, clause.span), _known(call))
+
+
+def _known(call: OperatorCall) -> OperatorSpec | None:
+    """The spec, if it is known without reading a Python file."""
+    return call.spec if call.spec.user is None else None
 
 
 def _one_of_candidates(
@@ -161,7 +166,7 @@ def _one_of_candidates(
                 waits = waits or not_yet.unapplied
     if waits is not None:
         return Edited(waits)
-    first_spec = next((c.spec for c in found if c is not None), None)
+    first_spec = next((_known(c) for c in found if c is not None), None)
     return Edited(OneOf(name, tuple(found), clause.span), first_spec)
 
 

@@ -523,7 +523,8 @@ class GraphTest:
 class Rules:
     """All rules of a file and of what it uses, in order, and stage 2.
 
-    `digest` hashes every text read. `notes` are remarks that stop nothing: what parses and cannot
+    `digest` hashes every text read. `python`: Python files that were imported for it, with their SHA-256.
+    `notes` are remarks that stop nothing: what parses and cannot
     be applied yet.
     """
 
@@ -532,5 +533,6 @@ class Rules:
     parameters: Mapping[str, str] = field(default_factory=dict[str, str])
     files: tuple[str, ...] = ()
     digest: str = ""
+    python: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[Diagnostic, ...] = ()
     tests: tuple[GraphTest, ...] = ()

@@ -10,14 +10,14 @@ from graftc.operators.spec import Arguments, OperatorSpec
 
 
 def operator_class(spec: OperatorSpec) -> type[nn.Module]:
-    """The class that `spec.module` names.
+    """The class that `spec.module` names, or the one of a Python file that was imported for it.
 
     >>> from graftc.operators.specs import SPECS
     >>> operator_class(SPECS["hyena_x"]).__name__
     'HyenaX'
     """
     file, _, name = spec.module.partition(":")
-    found = getattr(importlib.import_module(file), name)
+    found = spec.user.found if spec.user else getattr(importlib.import_module(file), name)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise TypeError(f"{spec.module} of operator {spec.name} is not an nn.Module class")
     return found

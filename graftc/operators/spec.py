@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Union
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from graftc.operators.written import Written
 
-Kind = Literal["int", "float", "bool", "symbol", "groups"]
+Kind = Literal["int", "float", "bool", "symbol", "groups", "any"]
 Value = Union[int, float, bool, str, None]
 Arguments = Mapping[str, Value]
 
@@ -129,6 +131,21 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class UserClass:
+    """The class of a Python file that a rule names: `python("ops.py:Mixer")`.
+
+    `written`: what stands in the rule. `file`: its path, and `folder` the `.graft` file's. `found`: the class,
+    once the file is imported, which only its user can allow.
+    """
+
+    written: str
+    file: Path
+    folder: Path
+    name: str
+    found: Callable[..., object] | None = None
+
+
+@dataclass(frozen=True)
 class Cost:
     """Parameters, and FLOPs of one forward pass of one sample.
 
@@ -166,6 +183,8 @@ class OperatorSpec:
     (None: not known); it fills an argument `form` that is `auto`.
     `fitted`: from the arguments and the site's facts, slots that least squares fits after their
     default where the rule has no `init`: those of an operator that is exact at some sites only.
+    `user`: the class of a Python file, for an operator that has no `module` either; what such a spec says
+    of slots, cost and causality is measured at the site (`graftc.rewrite.user_operator`).
     """
 
     name: str
@@ -187,6 +206,7 @@ class OperatorSpec:
     linear: tuple[Slot, ...] = ()
     form: Callable[[Arguments, int | None], str] | None = None
     fitted: Callable[[Arguments, Mapping[str, object]], tuple[str, ...]] | None = None
+    user: UserClass | None = None
 
     def arg(self, name: str) -> Arg | None:
         return next((a for a in self.args if a.name == name), None)
@@ -206,4 +226,6 @@ class OperatorSpec:
         """Whether no output depends on a later token, so that a causal site may take it."""
         if self.mixes == "tokens" and self.written is not None:
             return self.written.is_causal(arguments)
+        if self.user is not None:
+            return self.mixes != "tokens" or "causal" in self.keeps
         return self.mixes != "tokens" or arguments.get("causal") is True

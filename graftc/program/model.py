@@ -190,7 +190,9 @@ class Reference:
         path = Path(where)
         if not path.is_file():
             fail("G201", f"no such file: {where}", site=self.text)
-        key = f"{USER_MODULE}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+        # By its text too: a file that changed since is another module.
+        named = str(path.resolve()).encode() + b"\0" + path.read_bytes()
+        key = f"{USER_MODULE}{hashlib.sha256(named).hexdigest()[:12]}"
         if key in sys.modules:
             return sys.modules[key]
         spec = importlib.util.spec_from_file_location(key, path)

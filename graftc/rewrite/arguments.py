@@ -144,9 +144,10 @@ def _checked(arg: Arg, value: Any, spec: OperatorSpec, span: Span, site: Site) -
     where = f"`{arg.name}` of `{spec.name}`"
     if arg.kind == "int" and isinstance(value, float) and value.is_integer():
         value = int(value)
-    kinds = {"int": int, "float": (int, float), "bool": bool, "symbol": str, "groups": str}[
-        arg.kind
-    ]
+    kinds = {
+        "int": int, "float": (int, float), "bool": bool, "symbol": str, "groups": str,
+        "any": (int, float, bool, str),
+    }[arg.kind]  # fmt: skip
     if not isinstance(value, kinds) or (arg.kind in ("int", "float") and isinstance(value, bool)):
         fail(
             "G352",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from graftc.diagnostics import Span, fail
 from graftc.language.rules import CopyOf, Insert, OperatorCall
 from graftc.operators.spec import Cost, OperatorSpec
@@ -9,6 +11,8 @@ from graftc.program.analysis import Site
 from graftc.rewrite.arguments import resolve_arguments
 from graftc.rewrite.block_parts import part_ref
 from graftc.rewrite.edits import Copied, Edit, NewModule, Place
+from graftc.rewrite.user_files import unread
+from graftc.rewrite.user_operator import spec_at
 from graftc.weights.sources import parts_of
 
 
@@ -66,8 +70,10 @@ def _copy_spec(source: Site) -> OperatorSpec:
 
 
 def _operator(place: Place, call: OperatorCall, site: Site) -> NewModule:
+    unread(call.spec, call.span)
     arguments = resolve_arguments(call, site, place.match, place.rule.drop)
-    _check_causal(place, call.spec, arguments.get("causal") is True, site, call.span)
+    call = replace(call, spec=spec_at(call, arguments, site, place.analysis))
+    _check_causal(place, call.spec, call.spec.is_causal(arguments), site, call.span)
     return NewModule(place.fresh(site.path), call.spec, arguments, _role(call.spec, site), site)
 
 

@@ -16,6 +16,8 @@ from graftc.rewrite.claims import Claim
 from graftc.rewrite.dataflow.region import Region
 from graftc.rewrite.inputs import kept_inputs
 from graftc.rewrite.match import Match
+from graftc.rewrite.user_files import unread
+from graftc.rewrite.user_operator import spec_at
 
 Kind = Literal["replace", "parallel", "together", "insert", "remove", "skip", "rewrite"]
 
@@ -180,8 +182,10 @@ def new_module(place: Place, call: OperatorCall, site: Site, path: str) -> NewMo
     """An operator of the rule at a site, its arguments resolved and checked."""
     drop = place.rule.drop
     call = replace(call, spec=call.spec.for_role(site.role))
+    unread(call.spec, call.span)
     check_role(call.spec, site, call.span)
     arguments = resolve_arguments(call, site, place.match, drop)
+    call = replace(call, spec=spec_at(call, arguments, site, place.analysis))
     check_fits(call.spec, arguments, site, call.span)
     inputs = kept_inputs(call.spec, arguments, site, drop, call.span)
     return NewModule(path, call.spec, arguments, site.role, site, inputs)

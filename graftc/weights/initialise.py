@@ -126,9 +126,14 @@ def initialise(
     plan = assign(spec, role, clauses, context, spans or {}, module)
     origins = _origins(module, plan, context)
     whole: dict[int, dict[str, Affine]] = {}
+    drawn = spec.user is not None and not _on_meta(module)
+    if drawn:
+        _as_constructed(module, spec, context)
     with torch.no_grad():
         for item in plan:
             here = replace(context, span=item.span)
+            if drawn and item.span is None:
+                continue  # its constructor's own values stand
             if item.slot.parameter is not None:
                 _fill_constant(module, item, here)
                 continue
@@ -146,6 +151,22 @@ def initialise(
                 value = evaluate(item.source, here, submodule, item.slot.module)
             _fill(submodule, item, value, here)
     return origins
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())
+
+
+def _as_constructed(module: nn.Module, spec: OperatorSpec, context: Context) -> None:
+    """Every parameter and buffer as the user's constructor draws it from the seed and the path."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed_of(context.seed, context.path))
+        made = build(spec, context.arguments)
+    with torch.no_grad():
+        for ours, own in ((module.named_parameters(), made.get_parameter),
+                          (module.named_buffers(), made.get_buffer)):  # fmt: skip
+            for name, tensor in ours:
+                tensor.copy_(own(name))
 
 
 def _targets(module: nn.Module, slot: Slot) -> Iterator[tuple[str, nn.Parameter]]:
@@ -244,7 +265,7 @@ def _fill_constant(module: nn.Module, item: Assignment, context: Context) -> Non
 
 def _as_built(module: nn.Module, item: Assignment, context: Context) -> Tensor:
     """What the operator's own constructor draws for a parameter, from the seed and the path."""
-    if any(p.is_meta for p in module.parameters()):
+    if _on_meta(module):
         return module.get_submodule(item.slot.module).get_parameter(str(item.slot.parameter))
     arguments = getattr(module, "graft_arguments", context.arguments)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

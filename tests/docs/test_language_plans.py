@@ -16,9 +16,12 @@ from graftc.program.analysis import Analysis, analyse
 from graftc.program.capture import capture
 from graftc.program.model import Model
 from graftc.rewrite.plan import make_plan
+from graftc.rewrite.user_files import bind
 
 PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```graft\n(.*?)```", PAGE, re.DOTALL)
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
+"""Python files that an example names, shown above it."""
 REFUSED = {"rule sdpa": "G332"}
 """An example → the refusal: this model writes no attention out."""
 
@@ -81,9 +84,15 @@ def analysis() -> Analysis:
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_an_example_makes_a_plan(number: int, analysis: Analysis) -> None:
+def test_an_example_makes_a_plan(number: int, analysis: Analysis, tmp_path: Path) -> None:
     text = EXAMPLES[number]
-    rules = check(Source(f"example{number}.graft", text))
+    rules = check(Source(str(tmp_path / f"example{number}.graft"), text))
+    allowed: list[Path] = []
+    for name, source in FILES.items():
+        (tmp_path / name).write_text(source)
+        if f'python("{name}:' in text:
+            allowed.append(tmp_path / name)
+    rules = bind(rules, allowed)
     wanted = next((code for word, code in REFUSED.items() if word in text), None)
     if wanted is not None:
         with pytest.raises(GraftError, match=wanted):

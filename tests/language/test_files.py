@@ -10,6 +10,7 @@ import pytest
 
 from graftc.diagnostics import Diagnostic, GraftError, Source
 from graftc.language.check import check
+from graftc.language.formatter import format_text
 from graftc.language.parser import parse
 from graftc.language.resolve import resolve
 from graftc.language.resources import rules_folder
@@ -168,14 +169,30 @@ def test_mistakes_of_syntax_do_not_hide_those_of_other_rules() -> None:
     assert codes == ["G010", "G010", "G101", "G130"]
 
 
-def test_a_note_says_what_cannot_be_applied_yet() -> None:
-    rules = check(
-        'rule r {\n  match a = self_attention in blocks odd\n  replace a with python("mine.py:Mixer")\n}\n'
-    )
-    (note,) = rules.notes
-    assert note.severity == "note"
-    assert note.code == "G160"
-    assert "Python file" in note.message
+def test_check_and_format_do_not_read_a_python_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('this must not run')\n")
+    text = 'rule r {\n    match   a = self_attention in blocks odd\n    replace a with python("mine.py:Mixer", kernel = 3)\n}\n'
+    file = write(tmp_path, main=text)
+    rules = check(file)
+    assert rules.notes == ()
+    assert rules.python == {}
+    assert format_text(text) == text
+
+
+@pytest.mark.parametrize(
+    ("written", "code"),
+    [
+        ("python()", "G120"),
+        ('python("mine.py")', "G120"),
+        ('python("mine:Mixer")', "G120"),
+        ('python("mine.py:not a name")', "G120"),
+        ('python("a.py:A", "b.py:B")', "G120"),
+        ('python("a.py:A", k = 1, k = 2)', "G119"),
+    ],
+)
+def test_how_a_python_operator_is_named(written: str, code: str) -> None:
+    text = f"rule r {{\n  match a = mlp in blocks odd\n  replace a with {written}\n}}\n"
+    assert [d.code for d in mistakes(Source("a.graft", text))] == [code]
 
 
 def test_operators_can_be_given() -> None:
