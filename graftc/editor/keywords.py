@@ -43,7 +43,7 @@ DOCS: Mapping[str, str] = {
     "repeat": "`repeat(measure)`: applied until nothing matches; the measure must fall each time.",
     "after": "`after R`: this rule comes after another. `insert … after b`: where it goes. In a test: the graph wanted.",
     "match": "What is edited: a role, a path, a class, neighbouring blocks, or a dataflow pattern in braces.",
-    "python": "`match python(\"file.py:function\")`: a pattern captured from a function; needs `--allow-python`.",
+    "python": "`match python(\"file.py:function\")`: a pattern captured from a function. `python(\"file.py:Class\", …)`: an operator. Needs `--allow-python file.py`.",
     "each": "`each pair of blocks …`, `each run of 3 blocks …`: neighbours in the data flow.",
     "pair": "`each pair of blocks`: 0 and 1, 2 and 3, …",
     "run": "`each run of n blocks`: n neighbours at a time.",

@@ -69,6 +69,12 @@ _RULE_HEAD = {
     },
 }
 
+_MATCH_PYTHON = {
+    # elsewhere `python(` is an operator
+    "match": r"(?<![\w.])(match)\s+(python)(?=\s*\()",
+    "captures": {"1": {"name": _SCOPES["clause"]}, "2": {"name": _SCOPES["modifier"]}},
+}
+
 
 def _keyword_patterns() -> list[dict[str, Any]]:
     grouped: dict[str, list[str]] = {}
@@ -76,6 +82,7 @@ def _keyword_patterns() -> list[dict[str, Any]]:
         grouped.setdefault(group(word), []).append(word)
     patterns = [
         _RULE_HEAD,
+        _MATCH_PYTHON,
         _defined("operator", "entity.name.function.operator.graft"),
         _defined("test", "entity.name.type.test.graft"),
         _defined("set", "variable.other.parameter.graft"),
@@ -85,13 +92,13 @@ def _keyword_patterns() -> list[dict[str, Any]]:
     for kind, scope in _SCOPES.items():
         # `and`, `or` stand before anything; the rest may be names, as in `train = lora(…)`
         tail = _OPENING if kind == "operator" else _OPENING + _NOT_A_NAME
-        words = rf"(?!repeat\s*\(){_words(grouped[kind])}"
+        words = rf"(?!(?:repeat|python)\s*\(){_words(grouped[kind])}"
         patterns.append(_match(scope, rf"(?<![\w.]){words}{tail}"))
     return patterns
 
 
 def _name_patterns() -> list[dict[str, Any]]:
-    operators = {*SPECS, *MERGES, "parallel", "copy", "lora"}
+    operators = {*SPECS, *MERGES, "parallel", "copy", "lora", "python"}
     plain = {*ROLES, *LOSSES} - {*operators}
     return [
         _match("support.function.operator.graft", rf"(?<![\w.]){_words(operators)}(?=\s*\()"),

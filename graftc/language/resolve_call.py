@@ -14,8 +14,6 @@ from graftc.language.scope import NotYet, Scope, listed, suggest
 from graftc.language.vocabulary import may_be
 from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec, Part, UserClass
 
-_SPECIAL = ("parallel", "copy", "python")
-
 
 def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
     """`op(name = value, …)` on a site of `role` (None: not known).
