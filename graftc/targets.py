@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from graftc.distillation.cuts import gate_after
 from graftc.distillation.targets import (
     Budget,
     Candidate,
@@ -52,6 +53,15 @@ def make_targets(plan: Plan, program: Program) -> Targets:
     )
 
 
+def _check_gate(cut: Cut, program: Program) -> None:
+    """Refuse now what the capture of the teacher would refuse later (G552)."""
+    graph = program.root.get_submodule(cut.graph)
+    assert isinstance(graph, fx.GraphModule)
+    inside = cut.output.removeprefix(f"{cut.graph}.") if cut.graph else cut.output
+    call = next(n for n in graph.graph.nodes if n.op == "call_module" and n.target == inside)
+    gate_after(call, cut.output)
+
+
 def _has_target(step: Step) -> bool:
     edit = step.edit
     if _is_learned(step):
@@ -63,6 +73,9 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
     edit = step.edit
     teacher, student = _cuts(edit, program)
     rule = edit.rule
+    if rule.distill is not None and rule.distill.gate:
+        teacher = replace(teacher, gate=True)
+        _check_gate(teacher, program)
     trainable = _trainable(edit)
     return Site(
         name=edit.name,
@@ -94,6 +107,7 @@ def _site(step: Step, learned: list[Step], program: Program) -> Site:
         definition=definition_of(edit),
         init=first_weights(edit, step.origins),
         sample=per_sample(step, teacher, learned, program),
+        student_inputs=rule.distill.inputs if rule.distill is not None else (0.0, 0.0),
     )
 
 
@@ -232,7 +246,9 @@ def _region_inputs(
 
 
 def _loss(distill: language.Distill | None) -> Loss:
-    return Loss(distill.loss, distill.weight, distill.delta) if distill else Loss()
+    if distill is None:
+        return Loss()
+    return Loss(distill.loss, distill.weight, distill.delta, mask_above=distill.mask_above)
 
 
 def _budget(distill: language.Distill | None) -> Budget:
@@ -245,6 +261,8 @@ def _budget(distill: language.Distill | None) -> Budget:
         distill.batch,
         distill.lr,
         distill.data_fraction,
+        distill.clip,
+        distill.patience,
     )
 
 

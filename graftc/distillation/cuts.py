@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -19,14 +19,17 @@ from graftc.diagnostics import fail, nearest
 from graftc.distillation.targets import Cut, CutInput
 
 
-def capture_graph(module: nn.Module, cuts: Sequence[Cut]) -> fx.GraphModule:
+def capture_graph(
+    module: nn.Module, cuts: Sequence[Cut], *, outputs: bool = True, result: bool = False
+) -> fx.GraphModule:
     """A module with `module`'s parameters whose forward returns the values of `cuts`.
 
     `forward(**inputs)` takes what `module` takes and returns a tuple with one entry a cut:
-    `(input, …, output)`, tensors in the order of `cut.inputs`. Nothing after the last wanted value
-    is computed. Raises GraftError where a cut names a call that the model does not make (G510),
-    makes more than once (G511), or a value that is no tensor (G512), or where a forward cannot be
-    read (G513).
+    `(input, …, gate, output)`, tensors in the order of `cut.inputs`, the gate where the cut has one.
+    Without `outputs`, the inputs alone. Nothing after the last wanted value is computed; with `result`
+    all is, and it returns `(values, what the model returns)`. Raises GraftError where a cut names a call that the model does not make (G510),
+    makes more than once (G511), or a value that is no tensor (G512), where a forward cannot be
+    read (G513), or where no gate follows a cut that asks for one (G552).
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -36,7 +39,7 @@ def capture_graph(module: nn.Module, cuts: Sequence[Cut]) -> fx.GraphModule:
     >>> [name for name, _ in captured.named_children()]
     ['0', '1']
     """
-    return _level(module, "", list(cuts), keep_result=False, nested=True)
+    return _level(module, "", list(cuts), keep_result=result, nested=True, outputs=outputs)
 
 
 def extract(module: nn.Module, cut: Cut) -> nn.Module:
@@ -81,6 +84,80 @@ def side_by_side(value: Any) -> Any:
     return torch.cat([part.flatten(1) for part in value], dim=1)
 
 
+_PASSES = ("contiguous", "clone", "to", "type_as", "_to_copy", "dropout", "alias", "detach")
+
+
+def gate_after(output: fx.Node, site: str) -> fx.Node:
+    """The factor that multiplies a site's output before it is added to the stream (adaLN's gate).
+
+    Told from dataflow: the one use of the output, past casts and dropout, is a product, and the
+    product's one use is a sum. Raises GraftError (G552) where that is not so.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.mlp = nn.Linear(2, 2)
+    ...     def forward(self, x, c):
+    ...         return x + c * self.mlp(x)
+    >>> block = Block()
+    >>> gate_after(_call(_trace(block, ""), "", "mlp"), "mlp").name
+    'c'
+    """
+    scaled = _use(output)
+    if scaled is None or _operation(scaled) not in ("mul", "multiply"):
+        _no_gate(site, scaled)
+    factors = [a for a in scaled.args if isinstance(a, fx.Node) and not _comes_from(a, output)]
+    added = _use(scaled)
+    if len(factors) != 1 or added is None or _operation(added) not in ("add", "iadd", "addcmul"):
+        _no_gate(site, added)
+    return factors[0]
+
+
+def batch_first(gate: Any, output: Any) -> Any:
+    """A gate with a batch axis of its own: [B, …], whatever it was broadcast from."""
+    shape = (*(1 for _ in range(output.ndim - gate.ndim)), *gate.shape)
+    return gate.reshape(shape).expand(output.shape[0], *shape[1:])
+
+
+def _no_gate(site: str, found: fx.Node | None) -> NoReturn:
+    fail("G552", f"no gate follows `{site}`", site=site,
+         wanted="its output times a factor, then a sum with the stream (adaLN)",
+         found=f"`{_operation(found)}`" if found is not None else "several uses of it, or none",
+         help="leave out `gate = true`")  # fmt: skip
+
+
+def _use(node: fx.Node) -> fx.Node | None:
+    """The one node that uses a value, past what leaves it as it is."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if not _passes(user):
+            return user
+        node = user
+    return None
+
+
+def _passes(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        child = node.graph.owning_module
+        found = child.get_submodule(str(node.target)) if child is not None else None
+        return isinstance(found, (nn.Dropout, nn.Identity))
+    return _operation(node) in _PASSES
+
+
+def _operation(node: fx.Node) -> str:
+    """What a node does, in one word: `mul` for `operator.mul`, `x.mul` and `aten.mul.Tensor` alike."""
+    if node.op == "call_function":
+        name = str(getattr(node.target, "__name__", node.target))
+        return name.removeprefix("aten.").partition(".")[0]
+    return str(node.target).rpartition(".")[2].rstrip("_")
+
+
+def _comes_from(node: fx.Node, source: fx.Node) -> bool:
+    while node is not source and len(node.all_input_nodes) == 1 and _passes(node):
+        node = node.all_input_nodes[0]
+    return node is source
+
+
 def _returns_several(call: fx.Node) -> bool:
     """Whether the parts of what a call returns are taken apart."""
     return any(user.target is operator.getitem for user in call.users)
@@ -105,7 +182,13 @@ def _between(inputs: list[fx.Node], output: fx.Node, cut: Cut) -> list[fx.Node]:
 
 
 def _level(
-    module: nn.Module, path: str, cuts: list[Cut], *, keep_result: bool, nested: bool
+    module: nn.Module,
+    path: str,
+    cuts: list[Cut],
+    *,
+    keep_result: bool,
+    nested: bool,
+    outputs: bool,
 ) -> fx.GraphModule:
     """`module` rebuilt to return the values of `cuts`, flat, then its own result if that is kept.
 
@@ -122,7 +205,7 @@ def _level(
     values: dict[Cut, list[fx.Node]] = {}
     result: dict[fx.Node, fx.Node] = {}
     for call, inner in below.items():
-        offsets = [len(cut.inputs) + 1 for cut in inner]
+        offsets = [len(cut.inputs) + ((cut.gate + 1) if outputs else 0) for cut in inner]
         with graph.inserting_after(call):
             own = graph.call_function(operator.getitem, (call, sum(offsets)))
         call.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
@@ -136,17 +219,25 @@ def _level(
             start += size
     for cut in cuts:
         if cut.graph == path:
-            inputs = [_argument(graph, module, path, given) for given in cut.inputs]
+            values[cut] = [_argument(graph, module, path, given) for given in cut.inputs]
+            if not outputs:
+                continue
             output = _call(graph, path, cut.output)
             last = result.get(output, output)
+            if cut.gate:
+                gate = gate_after(last, cut.output)
+                after = max(gate, last)  # the later of the two in the graph
+                with graph.inserting_after(after):
+                    values[cut].append(graph.call_function(batch_first, (gate, last)))
             if _returns_several(last):
                 with graph.inserting_after(last):
                     last = graph.call_function(side_by_side, (last,))
-            values[cut] = [*inputs, last]
+            values[cut].append(last)
 
     end = next(node for node in reversed(graph.nodes) if node.op == "output")
     if nested:
-        end.args = (tuple(tuple(values[cut]) for cut in cuts),)
+        told = tuple(tuple(values[cut]) for cut in cuts)
+        end.args = ((told, end.args[0]) if keep_result else told,)
     else:
         flat = [value for cut in cuts for value in values[cut]]
         end.args = ((*flat, end.args[0]) if keep_result else tuple(flat),)
@@ -156,7 +247,9 @@ def _level(
     for call, inner in below.items():
         child = _submodule(module, str(call.target))
         kept = bool(result[call].users)
-        level = _level(child, _join(path, call.target), inner, keep_result=kept, nested=False)
+        level = _level(
+            child, _join(path, call.target), inner, keep_result=kept, nested=False, outputs=outputs
+        )
         rebuilt.add_submodule(str(call.target), level)
     return rebuilt
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from graftc.diagnostics import Note, fail
 from graftc.distillation.activations import Activations, Batch, Streaming, Teacher, Values
+from graftc.distillation.bins import BinSums, edges_of, times_of
 from graftc.distillation.budget import Plan
 from graftc.distillation.data import Data, Task
-from graftc.distillation.loss import Scale, finite, squared_error
+from graftc.distillation.loss import Moments, Scale, finite, squared_error
 from graftc.distillation.optim import (
     Group,
     Kind,
@@ -25,6 +26,7 @@ from graftc.distillation.optim import (
 )
 from graftc.distillation.scopes import random_of, training_only
 from graftc.distillation.stacked import Mode, Stack, alike, decide
+from graftc.distillation.student_inputs import StudentInputs, ends_with_own, share_at
 from graftc.distillation.students import Student, losses
 from graftc.distillation.targets import Cut, ModelInput, Site
 
@@ -51,9 +53,11 @@ class State:
     best: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     stacks: list[list[str]] = field(default_factory=list[list[str]])
     skipped: dict[str, int] = field(default_factory=dict[str, int])
+    waited: dict[str, int] = field(default_factory=dict[str, int])
+    stopped: dict[str, int] = field(default_factory=dict[str, int])
 
     def to_dict(self) -> dict[str, Any]:
-        scales = {name: (s.absolute, s.energy) for name, s in self.scales.items()}
+        scales = {name: list(vars(s).values()) for name, s in self.scales.items()}
         return {**vars(self), "scales": scales}
 
     @staticmethod
@@ -91,6 +95,7 @@ class Generation:
         plans: Mapping[str, Plan],
         state: State | None = None,
         activations: Activations | None = None,
+        own: StudentInputs | None = None,
     ) -> None:
         self.setting = setting
         self.number = number
@@ -107,6 +112,8 @@ class Generation:
         )
         self._held: dict[str, list[Values]] = {}
         self._in_a_row: dict[str, int] = {}
+        self._own = own
+        self._prepared: list[Any] = []
 
     # -- the teacher ------------------------------------------------------------------------
 
@@ -125,25 +132,37 @@ class Generation:
 
     def measure_scales(self) -> None:
         """Mean |t| and mean t² of each site's target. Raises GraftError for a target that is 0."""
-        sums: dict[str, list[float]] = {s.site.name: [0.0, 0.0, 0.0] for s in self.students}
-        for where, values in self._held_out(self.students):
-            check_teacher(self.students, values, where)
-            for student, given in zip(self.students, values, strict=True):
-                target = given[-1].double()
-                sums[student.site.name][0] += float(target.abs().sum())
-                sums[student.site.name][1] += float(target.square().sum())
-                sums[student.site.name][2] += target.numel()
-        for name, (absolute, energy, count) in sums.items():
-            if not energy > 0:
+        scales = self._scales({})
+        for name, scale in scales.items():
+            if not scale.energy > 0:
                 fail("G543", f"the teacher's output at `{name}` is zero on every held-out sample",
                      site=name, found="nothing to distil",
                      help="leave the site out of the rule, or remove it")  # fmt: skip
-            self.state.scales[name] = Scale(absolute / count, energy / count)
+        limits = {
+            s.site.name: s.site.loss.mask_above * scales[s.site.name].energy ** 0.5
+            for s in self.students
+            if s.site.loss.mask_above is not None
+        }
+        self.state.scales = scales
+        for name, kept in (self._scales(limits) if limits else {}).items():
+            if name in limits:
+                kurtosis = scales[name].kurtosis
+                self.state.scales[name] = replace(kept, limit=limits[name], kurtosis=kurtosis)
+
+    def _scales(self, limits: Mapping[str, float]) -> dict[str, Scale]:
+        """What the targets measure, each weighted by its gate, within its limit."""
+        sums = {s.site.name: Moments() for s in self.students}
+        for where, values in self._held_out(self.students):
+            check_teacher(self.students, values, where)
+            for student, given in zip(self.students, values, strict=True):
+                name = student.site.name
+                sums[name].add(student.weighed(given[-1], given), limits.get(name))
+        return {name: moments.scale() for name, moments in sums.items()}
 
     def measure(self, students: Sequence[Student]) -> dict[str, tuple[float, float]]:
         """(error, loss) of each student over the held-out samples."""
         sums = {s.site.name: [0.0, 0.0, 0.0, 0.0] for s in students}
-        for _, values in self._held_out(students):
+        for values in self._measured_on(students):
             for student, given in zip(students, values, strict=True):
                 name = student.site.name
                 student.region.eval()
@@ -158,6 +177,55 @@ class Generation:
         return {
             n: (error / energy, loss / count) for n, (error, energy, loss, count) in sums.items()
         }
+
+    def measure_bins(self) -> dict[str, dict[str, list[float]]]:
+        """Errors on the held-out samples by bins of the task's time; nothing where the task has none."""
+        held = [times_of(p, self.setting.inputs) for p in self._held_prepared()]
+        times = [t for t in held if t is not None]
+        if len(times) < len(held):
+            return {}
+        bounds = getattr(self.setting.task, "time_range", None)
+        edges = edges_of(torch.cat(times), bounds)
+        sums = {s.site.name: BinSums(edges) for s in self.students}
+        for when, values in zip(times, self._measured_on(self.students), strict=True):
+            for student, given in zip(self.students, values, strict=True):
+                student.region.eval()
+                with torch.no_grad():
+                    output = student.region(*student.inputs(given))
+                student.region.train()
+                name = student.site.name
+                if name in sums and not sums[name].add(when, output, given[-1]):
+                    del sums[name]
+        return {n: {"edges": found.edges, "errors": found.errors()} for n, found in sums.items()}
+
+    def _measured_on(self, students: Sequence[Student]) -> Iterator[list[Values]]:
+        """The held-out values that students are measured on: the teacher's, or the student's own inputs."""
+        own = {s.site.name: 1.0 for s in students if ends_with_own(s)}
+        if not own:
+            yield from (values for _, values in self._held_out(students))
+            return
+        for (_, values), prepared in zip(
+            self._held_out(students), self._held_prepared(), strict=True
+        ):
+            yield self._fed(students, values, own, prepared.inputs)
+
+    def _held_prepared(self) -> list[Any]:
+        """The held-out batches as the task prepared them."""
+        if not self._prepared:
+            made = self.setting.data.validation(self.setting.task, self.batch)
+            self._prepared = [p.to(self.setting.device) for p in made]
+        return self._prepared
+
+    def _fed(
+        self,
+        students: Sequence[Student],
+        values: Sequence[Values],
+        shares: Mapping[str, float],
+        inputs: Mapping[str, Tensor],
+    ) -> list[Values]:
+        if self._own is None:
+            return list(values)
+        return self._own.fed(students, values, shares, inputs)
 
     def _held_out(self, students: Sequence[Student]) -> Iterator[tuple[str, list[Values]]]:
         """Each held-out batch's name and the teacher's values, kept in memory where they fit."""
@@ -204,19 +272,30 @@ class Generation:
 
     @property
     def steps(self) -> int:
-        return max((self.plans[s.site.name].steps for s in self.training(0)), default=0)
+        return max((self.plans[s.site.name].steps for s in self._trainable()), default=0)
+
+    def _trainable(self) -> list[Student]:
+        """The students that train at all, stopped since or not."""
+        return [
+            s
+            for s in self.students
+            if s.parameters and not self.exact(s.site) and self.plans[s.site.name].steps > 0
+        ]
 
     def training(self, step: int) -> list[Student]:
         """The students that still train at `step`."""
         return [
             s
             for s in self.students
-            if s.parameters and not self.exact(s.site) and step < self.plans[s.site.name].steps
+            if s.parameters
+            and not self.exact(s.site)
+            and step < self.plans[s.site.name].steps
+            and s.site.name not in self.state.stopped
         ]
 
     def make_optimiser(self) -> Optimiser:
         groups: list[Group] = []
-        for student in self.training(0):
+        for student in self._trainable():
             plan = self.plans[student.site.name]
             schedule = Schedule(plan.steps, warmup=max(1, round(plan.steps * WARMUP)))
             groups.append(Group(student.site.name, student.parameters, plan.lr, schedule))
@@ -228,9 +307,11 @@ class Generation:
         every = max(1, -(-total // _VALIDATIONS))
         stacks: list[Stack] = []
         active: list[Student] = []
-        with training_only(self.training(0)):
+        with training_only(self._trainable()):
             for step in range(self.state.step, total):
                 training = self.training(step)
+                if not training:
+                    return
                 if [s.site.name for s in training] != [s.site.name for s in active]:
                     active, stacks = training, self._stacks(training)
                 seen = self._step(step, active, stacks, optimiser)
@@ -251,8 +332,10 @@ class Generation:
     ) -> dict[str, float]:
         taken = self.taken(students, step)
         values = taken.values
+        shares = {s.site.name: share_at(s, step, self.plans[s.site.name].steps) for s in students}
+        fed = self._fed(students, values, shares, taken.inputs)
         with random_of(self.setting.seed, self.phase, step):
-            found = losses(students, values, self.state.scales, stacks)
+            found = losses(students, fed, self.state.scales, stacks)
         weights = [s.site.loss.weight for s in students]
         optimiser.zero()
         torch.stack([w * x for w, x in zip(weights, found, strict=True)]).sum().backward()
@@ -263,7 +346,8 @@ class Generation:
         for student, weight, loss, norm in zip(students, weights, *table, strict=True):
             name = student.site.name
             # A loss that is no number leaves no gradient that is one.
-            good = clip_or_drop(list(student.parameters.values()), norm + 0 * loss, CLIP * weight)
+            limit = (student.site.budget.clip or CLIP) * weight
+            good = clip_or_drop(list(student.parameters.values()), norm + 0 * loss, limit)
             self._in_a_row[name] = 0 if good else self._in_a_row.get(name, 0) + 1
             if not good:
                 check_teacher(students, values, taken.where)
@@ -282,6 +366,11 @@ class Generation:
         better = [n for n, (_, x) in found.items() if x < best[n][1] or math.isnan(best[n][1])]
         self.state.best.update({name: found[name] for name in better})
         self.keep_best(better)
+        for student in students:
+            name, patience = student.site.name, student.site.budget.patience
+            self.state.waited[name] = 0 if name in better else self.state.waited.get(name, 0) + 1
+            if patience is not None and self.state.waited[name] >= patience:
+                self.state.stopped[name] = self.state.step
         return {f"{name}.error": error for name, (error, _) in found.items()}
 
     def keep_best(self, names: Iterable[str]) -> None:

@@ -131,6 +131,10 @@ class Table:
     def integers(self, name: str, default: Any = _REQUIRED) -> list[int]:
         return self._all(name, (int,), "a whole number", default)
 
+    def numbers(self, name: str, default: Any = _REQUIRED) -> list[float]:
+        """Numbers, whole ones too."""
+        return [float(value) for value in self._all(name, (int, float), "a number", default)]
+
     def sizes(self, name: str) -> list[int | str]:
         """Dimensions: numbers, or names of dynamic ones."""
         return self._all(name, (int, str), "a size or the name of one", _REQUIRED)

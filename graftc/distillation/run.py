@@ -47,7 +47,8 @@ class SiteResult:
 
     Errors are ‖student − teacher‖² / ‖teacher‖² over the held-out samples; losses are the site's
     own. `skipped_steps` counts steps whose gradient was no number. A site that was exact from the
-    start has 0 steps. `candidate` counts those of `one of`: 0 is the one in the student.
+    start has 0 steps. `candidate` counts those of `one of`: 0 is the one in the student. `bins`: errors
+    by bins of the task's time (`edges`, one more than `errors`), None where the task has no time.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SiteResult:
     steps: int
     skipped_steps: int = 0
     candidate: int = 0
+    bins: Mapping[str, list[float]] | None = None
 
     @property
     def key(self) -> str:

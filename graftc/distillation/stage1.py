@@ -19,11 +19,13 @@ from graftc.distillation.candidates import (
 )
 from graftc.distillation.data import Data, Task, open_data
 from graftc.distillation.generation import Generation, Setting, State
+from graftc.distillation.loss import chosen
 from graftc.distillation.optim import Kind, Optimiser, align
 from graftc.distillation.pending import solve_pending
 from graftc.distillation.run import Build, Progress, Run, RunResult, SiteResult, open_run
 from graftc.distillation.scopes import using_threads
 from graftc.distillation.stacked import Mode
+from graftc.distillation.student_inputs import StudentInputs
 from graftc.distillation.students import Student, students_of, trainable_names
 from graftc.distillation.targets import Site, Targets, from_dict
 
@@ -177,8 +179,10 @@ class _Stage1:
         others = [one for name, one in self.candidates.items() if name in chosen]
         return (*students_of(self.student, sites), *candidate_students(others))
 
-    def _result(self, generation: Generation, site: Site) -> SiteResult:
-        found = _result(generation, site)
+    def _result(
+        self, generation: Generation, site: Site, bins: Mapping[str, list[float]] | None
+    ) -> SiteResult:
+        found = _result(generation, site, bins)
         one = self.candidates.get(site.name)
         return found if one is None else replace(found, name=one.of.name, candidate=one.index)
 
@@ -195,7 +199,9 @@ class _Stage1:
         for name, one in self.candidates.items():
             if one.of.name in plans:
                 plans[name] = plans[one.of.name]
-        generation = Generation(self.setting, number, students, plans, state)
+        cuts = {name: one.of.student for name, one in self.candidates.items()}
+        own = StudentInputs(self.student, cuts)
+        generation = Generation(self.setting, number, students, plans, state, own=own)
         if state is None:
             for done, total in solve_pending(generation, f"init.{number}"):
                 self.progress("init", done, total, {})
@@ -215,11 +221,15 @@ class _Stage1:
                 self._save(generation, optimiser)
             self.progress(f"distill {number + 1}/{len(self.generations)}", done, total, values)
         generation.restore_best()
-        self.steps += total
+        self.steps += generation.state.step
+        bins = generation.measure_bins()
         for student in generation.students:
-            result = self._result(generation, student.site)
-            self.results[student.site.name] = result
-            self.run.log(event="site", **vars(result))
+            name = student.site.name
+            result = self._result(generation, student.site, bins.get(name))
+            self.results[name] = result
+            if result.bins is not None:
+                self.run.log(event="bins", site=name, **result.bins)
+            self.run.log(event="site", **{k: v for k, v in vars(result).items() if k != "bins"})
 
     # -- log and checkpoint -----------------------------------------------------------------
 
@@ -245,6 +255,8 @@ class _Stage1:
                     "loss": generation.state.start[s.name][1],
                     "steps": 0 if generation.exact(s) else generation.plans[s.name].steps,
                     "lr": generation.plans[s.name].lr,
+                    "kind": chosen(s.loss, generation.state.scales[s.name]),
+                    "kurtosis": generation.state.scales[s.name].kurtosis,
                 }
                 for s in sites
             },
@@ -288,9 +300,12 @@ class _Stage1:
         return facts["generation"], State.from_dict(facts["state"]), tensors
 
 
-def _result(generation: Generation, site: Site) -> SiteResult:
+def _result(
+    generation: Generation, site: Site, bins: Mapping[str, list[float]] | None
+) -> SiteResult:
     state = generation.state
     trained = not generation.exact(site) and bool(site.trainable)
+    steps = state.stopped.get(site.name, generation.plans[site.name].steps)
     return SiteResult(
         name=site.name,
         operator=site.operator,
@@ -298,8 +313,9 @@ def _result(generation: Generation, site: Site) -> SiteResult:
         error_end=state.best[site.name][0],
         loss_start=state.start[site.name][1],
         loss_end=state.best[site.name][1],
-        steps=generation.plans[site.name].steps if trained else 0,
+        steps=steps if trained else 0,
         skipped_steps=state.skipped.get(site.name, 0),
+        bins=bins,
     )
 
 

@@ -28,6 +28,10 @@ class Student:
     def inputs(self, values: Values) -> tuple[Tensor, ...]:
         return tuple(values[i] for i in self.order)
 
+    def weighed(self, tensor: Tensor, values: Values) -> Tensor:
+        """A target or an output, times the gate that follows the site where the loss is weighted by it."""
+        return tensor * values[-2] if self.site.teacher.gate else tensor
+
     def loss(self, output: Tensor, values: Values, scale: Scale) -> Tensor:
         """The site's loss without its weight."""
         target = values[-1]
@@ -35,7 +39,9 @@ class Student:
             fail("G541", f"the student of `{self.site.name}` returns another shape than the teacher",
                  site=self.site.name, wanted=str(list(target.shape)),
                  found=str(list(output.shape)))  # fmt: skip
-        return regression(output, target, self.site.loss, scale)
+        return regression(
+            self.weighed(output, values), self.weighed(target, values), self.site.loss, scale
+        )
 
 
 def students_of(model: nn.Module, sites: Sequence[Site]) -> tuple[Student, ...]:

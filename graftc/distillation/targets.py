@@ -31,7 +31,7 @@ VERSION = 2
 READ = (1, 2)
 """Versions that are read: the first says nothing of arguments, first weights, sizes and the noise."""
 
-LOSSES = ("l1", "l2", "huber")
+LOSSES = ("l1", "l2", "huber", "auto")
 FILE = "targets.yaml"
 
 
@@ -59,12 +59,14 @@ class Cut:
     """A region of one graph: from named values to the tensor that the module `output` returns.
 
     `graph` is the path of the module whose forward makes the calls ('' is the root); `call` and
-    `output` are full paths from the root.
+    `output` are full paths from the root. With `gate`, the factor that multiplies the output before
+    it is added to the stream (adaLN) is a value of the cut too, between the inputs and the output.
     """
 
     graph: str
     inputs: tuple[CutInput, ...]
     output: str
+    gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,17 @@ class Pending:
 
 @dataclass(frozen=True)
 class Loss:
-    """A site's regression loss. `delta` (Huber) is in units of the target's root mean square."""
+    """A site's regression loss. `delta` (Huber) is in units of the target's root mean square.
 
-    kind: Literal["l1", "l2", "huber"] = "l2"
+    `auto` is chosen from the target's measured kurtosis (`graftc.distillation.loss.chosen`).
+    `mask_above`: entries of the target larger than so many root mean squares are left out.
+    """
+
+    kind: Literal["l1", "l2", "huber", "auto"] = "l2"
     weight: float = 1.0
     delta: float = 1.0
     normalise: bool = True
+    mask_above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ class Budget:
     """How long a site trains; None leaves it to the engine (`docs/targets.md`, "Budgets").
 
     `data` is a share of a sized DATA, `samples` a count of distinct samples, `steps` optimiser steps;
-    with 0 steps a site's pending weights are solved and nothing is trained.
+    with 0 steps a site's pending weights are solved and nothing is trained. `clip` is the largest norm of
+    the site's gradient; after `patience` validations without a better one, the site stops.
     """
 
     samples: int | None = None
@@ -105,6 +113,8 @@ class Budget:
     batch: int | None = None
     lr: float | None = None
     data: float | None = None
+    clip: float | None = None
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,8 @@ class Site:
 
     `arguments`: all of the operator's, defaults too. `definition`: what computes (a class, or a hash of an
     operator that is written in a file). `init`: where each new parameter begins.
+    `student_inputs`: the share of each batch that enters the site as the student model itself has it
+    at that cut, and not as the teacher has it: at the first step, and at the last.
     """
 
     name: str
@@ -153,6 +165,7 @@ class Site:
     definition: str = ""
     init: tuple[FirstWeight, ...] = ()
     sample: PerSample | None = None
+    student_inputs: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -298,7 +311,8 @@ def _cut(table: Table) -> Cut:
     for row in table.tables("inputs"):
         inputs.append(CutInput(row.text("name"), row.text("call"), row.argument("argument")))
         row.done()
-    made = Cut(table.text("graph", ""), tuple(inputs), table.text("output"))
+    gate = table.boolean("gate", False)
+    made = Cut(table.text("graph", ""), tuple(inputs), table.text("output"), gate)
     if not inputs:
         table.wrong("inputs", "a cut has at least one input")
     if len({i.name for i in inputs}) < len(inputs):
@@ -364,7 +378,12 @@ def _site(table: Table) -> Site:
         definition=table.text("definition", ""),
         init=first_weights(table),
         sample=per_sample(table),
+        student_inputs=_shares(table),
     )
+    if site.student.gate:
+        table.wrong(
+            "student", "`gate` is for the teacher's cut: the student's loss is weighted with it"
+        )
     known = {i.name for i in site.teacher.inputs}
     for given in site.student.inputs:
         if given.name not in known:
@@ -379,12 +398,21 @@ def _site(table: Table) -> Site:
     return site
 
 
+def _shares(table: Table) -> tuple[float, float]:
+    """The share of the student's own inputs at the first step and at the last."""
+    given = table.numbers("student_inputs", (0.0, 0.0))
+    if len(given) != 2 or not all(0 <= share <= 1 for share in given):
+        table.wrong("student_inputs", "`student_inputs` is two shares from 0 to 1: [first, last]")
+    return given[0], given[1]
+
+
 def _loss(table: Table) -> Loss:
     made = Loss(
         table.choice("kind", LOSSES, "l2"),  # pyright: ignore[reportArgumentType]
         table.positive("weight", 1.0),
         table.positive("delta", 1.0),
         table.boolean("normalise", True),
+        table.optional_positive("mask_above"),
     )
     table.done()
     return made
@@ -401,7 +429,12 @@ def _amounts(table: Table) -> dict[str, Any]:
 
 
 def _budget(table: Table) -> Budget:
-    made = Budget(**_amounts(table), lr=table.optional_positive("lr"))
+    made = Budget(
+        **_amounts(table),
+        lr=table.optional_positive("lr"),
+        clip=table.optional_positive("clip"),
+        patience=table.count("patience"),
+    )
     table.done()
     return made
 

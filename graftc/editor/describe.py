@@ -44,6 +44,7 @@ _LOSSES = {
     "l1": "mean absolute difference to the teacher's output",
     "l2": "mean squared difference to the teacher's output",
     "huber": "l2 where the difference is small, l1 beyond `delta`",
+    "auto": "l1, l2 or huber, from the measured kurtosis of the teacher's output",
 }
 
 

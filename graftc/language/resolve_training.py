@@ -35,7 +35,7 @@ def distill_of(scope: Scope, clause: s.DistillClause, spec: OperatorSpec | None)
             )
         loss = _loss(words)
     values = _options(scope, clause.options, DISTILL, "distill")
-    if "delta" in values and loss != "huber":
+    if "delta" in values and loss not in ("huber", "auto"):
         with scope.log.attempt():
             fail(
                 "G127",
@@ -164,6 +164,10 @@ def _option(scope: Scope, name: str, word: OptionWord, node: s.Expr) -> Any:
         return _counts(scope, name, node)
     if word.kind == "train":
         return _train(scope, node)
+    if word.kind == "inputs":
+        return _inputs(scope, node)
+    if word.kind == "bool":
+        return constant(scope, node, "bool")
     if word.kind == "word":
         return constant(scope, node, "symbol")
     value = constant(scope, node, "int" if word.kind == "int" else "float")
@@ -220,6 +224,44 @@ def _counts(scope: Scope, name: str, node: s.Expr) -> tuple[int, ...]:
     if not found:
         fail("G123", f"`{name}` names no step", span=node.span, wanted="{75k, 150k}")
     return tuple(found)
+
+
+def _inputs(scope: Scope, node: s.Expr) -> tuple[float, float]:
+    """`teacher`, `student`, or `mix(first, last)`: shares of the student's own inputs."""
+    if isinstance(node, s.Call) and isinstance(node.head, s.Path) and node.head.text == "mix":
+        shares: list[float] = []
+        for given in (*node.positional, *(a.value for a in node.named)):
+            value = constant(scope, given, "float")
+            assert isinstance(value, (int, float))
+            if not 0 <= value <= 1:
+                fail(
+                    "G122",
+                    "a share of `mix` is out of range",
+                    span=given.span,
+                    wanted="a share from 0% to 100%",
+                    found=given.span.text,
+                )
+            shares.append(float(value))
+        if len(shares) != 2 or node.named:
+            fail(
+                "G123",
+                "`mix` takes the share of the student's inputs at the first step and at the last",
+                span=node.span,
+                wanted="mix(0%, 100%)",
+                found=node.span.text,
+            )
+        return shares[0], shares[1]
+    words = {"teacher": (0.0, 0.0), "student": (1.0, 1.0)}
+    chosen = str(constant(scope, node, "symbol"))
+    if chosen not in words:
+        fail(
+            "G121",
+            f"`inputs` cannot be `{chosen}`",
+            span=node.span,
+            wanted="`teacher`, `student` or `mix(0%, 100%)`",
+            help=suggest(chosen, ("teacher", "student", "mix")),
+        )
+    return words[chosen]
 
 
 def _train(scope: Scope, node: s.Expr) -> Any:

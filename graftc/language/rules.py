@@ -412,9 +412,12 @@ Edit = Union[Replace, OneOf, Parallel, Insert, Remove, Skip, Rewrite, Unapplied]
 
 @dataclass(frozen=True)
 class Distill:
-    """Stage 1 of a rule's sites. Counts are plain numbers; None is the engine's default."""
+    """Stage 1 of a rule's sites. Counts are plain numbers; None is the engine's default.
 
-    loss: Literal["l1", "l2", "huber"]
+    `inputs` is the share of the student's own inputs at the first step and at the last.
+    """
+
+    loss: Literal["l1", "l2", "huber", "auto"]
     span: Span
     samples: int | None = None
     epochs: int | None = None
@@ -425,6 +428,11 @@ class Distill:
     delta: float = 1.0
     train: str | None = None
     data_fraction: float | None = None
+    gate: bool = False
+    mask_above: float | None = None
+    inputs: tuple[float, float] = (0.0, 0.0)
+    clip: float | None = None
+    patience: int | None = None
 
 
 @dataclass(frozen=True)

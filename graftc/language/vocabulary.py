@@ -176,7 +176,7 @@ POLICIES: Mapping[str, Policy] = {
 class OptionWord:
     """An option of `distill` or `finetune`: its kind and range (`low` excluded if `above`)."""
 
-    kind: Literal["int", "float", "percent", "counts", "word", "train"]
+    kind: Literal["int", "float", "percent", "counts", "word", "train", "bool", "inputs"]
     field: str
     low: float = 0
     high: float = 1e12
@@ -184,7 +184,7 @@ class OptionWord:
     doc: str = ""
 
 
-LOSSES = ("l1", "l2", "huber")
+LOSSES = ("l1", "l2", "huber", "auto")
 
 _SHARED: Mapping[str, OptionWord] = {
     "samples": OptionWord("int", "samples", 1, doc="samples that are drawn from DATA"),
@@ -199,6 +199,15 @@ DISTILL: Mapping[str, OptionWord] = {
     "weight": OptionWord("float", "weight", 0, above=True, doc="scales it against other rules"),
     "delta": OptionWord("float", "delta", 0, above=True, doc="where huber turns from l2 to l1"),
     "train": OptionWord("word", "train", doc="a group of the operator's parameters"),
+    "gate": OptionWord("bool", "gate", doc="weight by the gate that follows the site (adaLN)"),
+    "mask_above": OptionWord(
+        "float", "mask_above", 0, above=True, doc="leave out targets above so many rms"
+    ),
+    "inputs": OptionWord("inputs", "inputs", doc="`teacher`, `student` or `mix(0%, 100%)`"),
+    "clip": OptionWord("float", "clip", 0, above=True, doc="largest norm of a site's gradient"),
+    "patience": OptionWord(
+        "int", "patience", 1, 1e6, doc="validations without a better one before a site stops"
+    ),
 }
 FINETUNE: Mapping[str, OptionWord] = {
     **_SHARED,

@@ -60,6 +60,11 @@ class DDPM:
         """The noise schedule, built once and cached."""
         return Schedule.build(self.schedule, self.steps, self.beta_start, self.beta_end)
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """Where `t` lies: errors are told by bins of it."""
+        return 0.0, float(self.steps)
+
     def prepare(self, sample: Mapping[str, Tensor], generator: torch.Generator) -> Prepared:
         """Draw a timestep and noise for each latent, and drop labels; targets are noise, x_start, x_t and t.
 

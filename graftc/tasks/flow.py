@@ -43,6 +43,11 @@ class RectifiedFlow:
     label_key: str | None = "label"
     conditions: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """Where `t` lies: errors are told by bins of it."""
+        return 0.0, 1.0
+
     def prepare(self, sample: Mapping[str, Tensor], generator: torch.Generator) -> Prepared:
         """Draw a time and noise for each latent; targets are noise, x_start, x_t, t (unscaled) and velocity."""
         clean = entry(sample, self.latent_key, "rectified_flow")

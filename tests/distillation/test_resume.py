@@ -58,7 +58,8 @@ def killer(at):
 
 
 def stage1(made, **options):
-    options = {"batch": 8, "checkpoint_every": 3, "optimiser": "muon"} | options
+    # `stacked = "auto"` decides by time, and a run killed before its first checkpoint decides anew.
+    options = {"batch": 8, "checkpoint_every": 3, "optimiser": "muon", "stacked": "never"} | options
     return distill(made, tiny.latents(40), tiny.Denoise(), **options)
 
 
