@@ -14,17 +14,22 @@ from graftc.diagnostics.diagnostic import (
     fail,
     nearest,
 )
+from graftc.diagnostics.edit import Instead, TextEdit, edited, edits_json
 from graftc.diagnostics.render import render, to_json
 from graftc.diagnostics.source import Source, Span
 
 __all__ = [
     "Diagnostic",
     "GraftError",
+    "Instead",
     "NotRunError",
     "Note",
     "Severity",
     "Source",
     "Span",
+    "TextEdit",
+    "edited",
+    "edits_json",
     "fail",
     "nearest",
     "render",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
+from graftc.diagnostics.edit import Instead, TextEdit
 from graftc.diagnostics.source import Span
 
 _LONGEST_NAME = 100
@@ -27,7 +28,7 @@ class Diagnostic:
 
     `code` is stable (`G031`); `span` is a place in a `.graft` file, `site` a place in a model,
     a file or a command line; `label` stands beside the caret; `wanted` and `found` are set
-    where the two can be named; `help` is one suggested edit.
+    where the two can be named; `help` is one suggested edit, in words, and `edits` the same as data.
     """
 
     code: str
@@ -40,6 +41,7 @@ class Diagnostic:
     notes: tuple[Note, ...] = ()
     help: str | None = None
     severity: Severity = "error"
+    edits: tuple[TextEdit, ...] = ()
 
 
 class GraftError(Exception):
@@ -79,11 +81,15 @@ def fail(
     wanted: str | None = None,
     found: str | None = None,
     notes: Sequence[Note] = (),
-    help: str | None = None,
+    help: str | Instead | None = None,
 ) -> NoReturn:
-    """Raise a `GraftError` with one diagnostic."""
+    """Raise a `GraftError` with one diagnostic; `Instead` as `help` is an edit of the text at `span`."""
+    edits: tuple[TextEdit, ...] = ()
+    if isinstance(help, Instead):
+        edits = (TextEdit(span, help.text),) if span is not None else ()
+        help = str(help)
     raise GraftError(
-        Diagnostic(code, message, span, site, label, wanted, found, tuple(notes), help)
+        Diagnostic(code, message, span, site, label, wanted, found, tuple(notes), help, edits=edits)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graftc.diagnostics.diagnostic import Diagnostic
+from graftc.diagnostics.edit import edits_json
 from graftc.diagnostics.source import Span
 
 _WIDEST_LINE = 160
@@ -91,4 +92,5 @@ def to_json(diagnostic: Diagnostic) -> dict[str, Any]:
         "found": diagnostic.found,
         "notes": [{"message": n.message, "span": _span_json(n.span)} for n in diagnostic.notes],
         "help": diagnostic.help,
+        "edits": edits_json(diagnostic.edits),
     }

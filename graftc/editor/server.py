@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from lsprotocol import types as lsp
@@ -62,6 +61,7 @@ class GraftServer(LanguageServer):
         super().__init__("graftc", __version__)
         self.model = model
         self.known: Known = NOTHING_KNOWN
+        self.found: dict[str, tuple[int | None, tuple[Diagnostic, ...]]] = {}
 
     def text(self, uri: str) -> tuple[TextDocument, str, int]:
         """A document, its text without a byte-order mark, and how many characters that took."""
@@ -91,16 +91,24 @@ class GraftServer(LanguageServer):
             lsp.LogMessageParams(lsp.MessageType.Info, f"{self.model}: {names}")
         )
 
+    def diagnosed(self, uri: str, anew: bool = True) -> tuple[Diagnostic, ...]:
+        """What is said of a document as it stands; `anew` False: as it was said of this version."""
+        document, text, _ = self.text(uri)
+        version, known = self.found.get(uri, (None, ()))
+        if not anew and version is not None and version == document.version:
+            return known
+        try:
+            found = check(Source(_path(uri), text)).notes
+        except GraftError as error:
+            found = error.diagnostics
+        self.found[uri] = (document.version, found)
+        return found
+
     def publish(self, uri: str) -> None:
         """Check a document as it stands, and tell the editor."""
         document, text, shift = self.text(uri)
         source = Source(_path(uri), text)
-        found: Iterable[Diagnostic]
-        try:
-            found = check(source).notes
-        except GraftError as error:
-            found = error.diagnostics
-        shown = [_diagnostic(d, source, document, shift) for d in found]
+        shown = [_diagnostic(d, source, document, shift) for d in self.diagnosed(uri)]
         self.text_document_publish_diagnostics(
             lsp.PublishDiagnosticsParams(uri, shown, document.version)
         )
@@ -180,6 +188,7 @@ def build(model: str | None = None) -> GraftServer:
 
     @server.feature(lsp.TEXT_DOCUMENT_DID_CLOSE)
     def _closed(ls: GraftServer, params: lsp.DidCloseTextDocumentParams) -> None:  # pyright: ignore[reportUnusedFunction]
+        ls.found.pop(params.text_document.uri, None)
         ls.text_document_publish_diagnostics(
             lsp.PublishDiagnosticsParams(params.text_document.uri, [])
         )
@@ -204,6 +213,12 @@ def build(model: str | None = None) -> GraftServer:
         ls: GraftServer, params: lsp.DocumentFormattingParams
     ) -> list[lsp.TextEdit]:
         return _formatted(ls, params)
+
+    @server.feature(
+        lsp.TEXT_DOCUMENT_CODE_ACTION, lsp.CodeActionOptions([lsp.CodeActionKind.QuickFix])
+    )
+    def _actions(ls: GraftServer, params: lsp.CodeActionParams) -> list[lsp.CodeAction]:  # pyright: ignore[reportUnusedFunction]
+        return _quick_fixes(ls, params)
 
     @server.feature(lsp.TEXT_DOCUMENT_DOCUMENT_SYMBOL)
     def _symbols(  # pyright: ignore[reportUnusedFunction]
@@ -267,6 +282,35 @@ def _formatted(ls: GraftServer, params: lsp.DocumentFormattingParams) -> list[ls
     if after == document.source:
         return []
     return [lsp.TextEdit(_range(document, 0, len(document.source)), after)]
+
+
+def _quick_fixes(ls: GraftServer, params: lsp.CodeActionParams) -> list[lsp.CodeAction]:
+    """The edits that the mistakes at a place suggest, where they are of this document."""
+    uri = params.text_document.uri
+    document, text, shift = ls.text(uri)
+    source = Source(_path(uri), text)
+    first, last = (
+        document.offset_at_position(p) - shift for p in (params.range.start, params.range.end)
+    )
+    found: list[lsp.CodeAction] = []
+    for d in ls.diagnosed(uri, anew=False):
+        here = d.span is not None and d.span.start <= last and first <= max(d.span.end, 1)
+        if not d.edits or not here or any(e.span.source != source for e in d.edits):
+            continue
+        changes = [
+            lsp.TextEdit(_range(document, e.span.start + shift, e.span.end + shift), e.text)
+            for e in d.edits
+        ]
+        found.append(
+            lsp.CodeAction(
+                title=d.help or d.edits[0].told,
+                kind=lsp.CodeActionKind.QuickFix,
+                diagnostics=[_diagnostic(d, source, document, shift)],
+                edit=lsp.WorkspaceEdit(changes={uri: changes}),
+                is_preferred=True,
+            )
+        )
+    return found
 
 
 def _outline(ls: GraftServer, params: lsp.DocumentSymbolParams) -> list[lsp.DocumentSymbol]:

@@ -7,7 +7,7 @@ closing NL is no part of it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from graftc.diagnostics import GraftError, Span
@@ -174,7 +174,9 @@ class ValueBuilder:
         return s.Maybe(c[1], span_of(c), deeper(c[0].span, c[1]))
 
     def paren(self, c: Children) -> s.Expr:
-        return c[1]
+        return replace(
+            c[1], span=span_of(c)
+        )  # what stands around it begins and ends at its brackets
 
     def call(self, c: Children) -> s.Call:
         arguments = nodes(c[1:])

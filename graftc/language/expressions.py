@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NoReturn
 
-from graftc.diagnostics import Note, fail, nearest
+from graftc.diagnostics import Instead, Note, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.evaluate import evaluate, shown
 from graftc.language.rules import Expr, Fact, Literal_, Operation
@@ -166,14 +166,14 @@ def condition(scope: Scope, node: s.Expr) -> Expr:
 
 
 def _not_a(scope: Scope, node: s.Expr, resolved: Expr, kind: Type, wanted: str) -> NoReturn:
-    help: str | None = None
+    help: str | Instead | None = None
     if kind == "symbol" and isinstance(resolved, Literal_):
         word = str(resolved.value)
         if word in FACTS and scope.bindings:
-            help = f"write `{word}({next(iter(scope.bindings))})`"
+            help = Instead(f"{word}({next(iter(scope.bindings))})")
         else:
             near = nearest(word, (*scope.settings, *FACTS))
-            help = f"write `{near}`" if near else f"add `set {word} = …`"
+            help = Instead(near) if near else f"add `set {word} = …`"
     elif wanted == "a condition":
         help = f"compare it: `{shown(resolved)} >= …`"
     fail(
@@ -329,12 +329,13 @@ def _no_fact(fact: Fact) -> Value:
 
 
 def _wrong_kind(scope: Scope, node: s.Expr, resolved: Expr, kind: Type, wanted: str) -> NoReturn:
-    help: str | None = None
+    help: str | Instead | None = None
     if kind == "symbol" and isinstance(resolved, Literal_):
-        near = nearest(str(resolved.value), (*scope.settings, "true", "false"))
-        help = f"write `{near}`" if near else None
+        others = [k for k in scope.settings if k != node.span.text]
+        near = nearest(str(resolved.value), (*others, "true", "false"))
+        help = Instead(near) if near else None
     elif wanted == "int" and isinstance(resolved, Literal_) and isinstance(resolved.value, float):
-        help = f"write `{round(resolved.value)}`"
+        help = Instead(str(round(resolved.value)))
     elif wanted == "symbol" and kind == "text":
         help = f"leave out the quotes: `{getattr(resolved, 'value', '')}`"
     fail(

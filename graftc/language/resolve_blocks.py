@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NoReturn
 
-from graftc.diagnostics import GraftError, Note, Span, fail, nearest
+from graftc.diagnostics import GraftError, Instead, Note, Span, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.expressions import options_of, whole
 from graftc.language.rules import Blocks, Fact, Range
@@ -92,7 +92,7 @@ def _named(scope: Scope, name: s.Name, node: s.BlockRange, depth: int) -> Blocks
             span=name.span,
             wanted="`8..20`, `{8, 10}`, `odd`, `even`, `all`, `first n`, … or a `set` parameter",
             found=f"`{name.text}`",
-            help=f"write `{near}`" if near else f"add `set {name.text} = 8..20`",
+            help=Instead(near) if near else f"add `set {name.text} = 8..20`",
         )
     if depth > 8:
         fail(
@@ -137,7 +137,9 @@ def _bounds(scope: Scope, first: s.Expr, last: s.Expr, step: s.Expr | None, span
             span=span,
             wanted="the smaller end first",
             found=f"{low}..{high}",
-            help=f"write `{high}..{low}`",
+            help=Instead(
+                f"{high}..{low}" + (f" step {step.span.text}" if step is not None else "")
+            ),
         )
     by = 1 if step is None else whole(scope, step, "a step", 1)
     return _checked(Range(low, high, by, span))

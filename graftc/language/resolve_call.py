@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from graftc.diagnostics import Note, fail, nearest
+from graftc.diagnostics import Instead, Note, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.expressions import constant, origin, typed
 from graftc.language.resolve_init import source_of
@@ -83,7 +83,7 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
         span=head.span,
         wanted=listed((*scope.operators, *scope.defined), 30),
         found=f"`{name}`",
-        help=f"write `{near}`"
+        help=Instead(near)
         if near
         else f"define it: `operator {name}(…)`, or bring it in with `use`",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from graftc.diagnostics import Note, fail, nearest
+from graftc.diagnostics import Instead, Note, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.expressions import constant, typed
 from graftc.language.rules import Computed, Init, Literal_
@@ -256,5 +256,5 @@ def _unknown_policy(scope: Scope, name: s.Name) -> NoReturn:
         span=name.span,
         wanted=f"a part such as `a.q`, or {listed(POLICIES, 30)}",
         found=f"`{name.text}`",
-        help=f"write `{near}`" if near else None,
+        help=Instead(near) if near else None,
     )

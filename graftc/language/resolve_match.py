@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from graftc.diagnostics import Note, fail
+from graftc.diagnostics import Instead, Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import whole
 from graftc.language.resolve_blocks import blocks_of, check_groups
@@ -94,16 +94,19 @@ def _item(scope: Scope, item: s.MatchItem) -> tuple[Match, int | None]:
     with scope.log.attempt():
         blocks = blocks_of(scope, item.choice) if item.choice else None
     within = tuple(_role(w) for w in item.within)
+    assert item.what is not None
+    around = item.within[0].span.to(item.within[-1].span) if item.within else None
+    found = SiteMatch(names[0], item.span, within=within, blocks=blocks,
+                      what_span=item.what.span, within_span=around)  # fmt: skip
     if isinstance(item.what, s.Name):
         role = _role(item.what)
         _check_nesting((item.what, *item.within))
-        return SiteMatch(names[0], item.span, role=role, within=within, blocks=blocks), None
-    assert item.what is not None
+        return replace(found, role=role), None
     _check_name(item.what, item.kind)
     text = item.what.value
     if item.kind == "path":
-        return SiteMatch(names[0], item.span, path=text, within=within, blocks=blocks), None
-    return SiteMatch(names[0], item.span, class_name=text, within=within, blocks=blocks), None
+        return replace(found, path=text), None
+    return replace(found, class_name=text), None
 
 
 def _role(name: s.Name) -> str:
@@ -131,7 +134,7 @@ def _check_nesting(roles: tuple[s.Name, ...]) -> None:
                 wanted=f"a role that lies in it: {listed(HOLDS.get(outer.text, ()))}"
                 if outer.text in HOLDS
                 else f"`{inner.text}` in a block, an attention or an mlp",
-                help=f"write `{outer.text} in {inner.text}`"
+                help=Instead(f"{outer.text} in {inner.text}")
                 if outer.text in HOLDS.get(inner.text, ())
                 else None,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graftc.diagnostics import Diagnostic, fail, nearest
+from graftc.diagnostics import Diagnostic, Instead, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.resolve_match import read_names
 from graftc.language.scope import Log, already, listed
@@ -74,7 +74,7 @@ def _check_type(kind: s.Type) -> None:
             f"unknown type `{kind.name.text}`",
             span=kind.name.span,
             wanted=listed(_TYPES),
-            help=f"write `{near}`" if near else None,
+            help=Instead(near) if near else None,
         )
 
 
@@ -88,15 +88,14 @@ def _check_statements(statements: Iterable[s.Statement], known: set[str], log: L
         for name in (n for v in values for n in _values(v)):
             if name.text not in known and name.text not in _WORDS:
                 near = nearest(name.text, known)
-                log.add(
-                    Diagnostic(
+                with log.attempt():
+                    fail(
                         "G105",
                         f"`{name.text}` is not bound",
                         span=name.span,
                         wanted="an input, a parameter or a value computed above",
-                        help=f"write `{near}`" if near else None,
+                        help=Instead(near) if near else None,
                     )
-                )
         if isinstance(statement, s.Assign):
             known |= {t.text for t in statement.targets}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from graftc.diagnostics import Diagnostic, fail, nearest
+from graftc.diagnostics import Diagnostic, Instead, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.scope import Log, already, listed
 
@@ -25,7 +25,7 @@ def check_used_names(names: Sequence[s.Name], document: s.Document) -> None:
                 span=name.span,
                 wanted=listed(known) or "a rule",
                 found=f"`{name.text}`",
-                help=f"write `{near}`" if near else None,
+                help=Instead(near) if near else None,
             )
 
 
@@ -77,14 +77,13 @@ def check_after(items: Sequence[s.RuleItem], log: Log) -> None:
 def unknown_rule(name: s.Name, known: set[str], wanted: str, log: Log) -> None:
     """A diagnostic for a rule that is not there."""
     near = nearest(name.text, sorted(known))
-    log.add(
-        Diagnostic(
+    with log.attempt():
+        fail(
             "G111",
             f"unknown rule `{name.text}`",
             span=name.span,
             wanted=wanted
             + (": " + ", ".join(f"`{k}`" for k in sorted(known)[:12]) if known else ""),
             found=f"`{name.text}`",
-            help=f"write `{near}`" if near else None,
+            help=Instead(near) if near else None,
         )
-    )

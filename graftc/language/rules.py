@@ -90,7 +90,7 @@ class SiteMatch:
     """`a = ROLE [in ROLE] [in blocks …]`, `a = module "glob"`, `a = class "name"`.
 
     Exactly one of `role`, `path`, `class_name` is set. `within` is a role the site must lie in
-    (`linear in mlp in blocks all`).
+    (`linear in mlp in blocks all`). `what_span`, `within_span`: where the role, path or class and the roles around stand.
     """
 
     binding: str
@@ -100,6 +100,8 @@ class SiteMatch:
     class_name: str | None = None
     within: tuple[str, ...] = ()
     blocks: Blocks | None = None
+    what_span: Span | None = None
+    within_span: Span | None = None
 
 
 @dataclass(frozen=True)

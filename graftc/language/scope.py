@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from graftc.diagnostics import Diagnostic, GraftError, Note, Span, fail, nearest
+from graftc.diagnostics import Diagnostic, GraftError, Instead, Note, Span, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.rules import Unapplied
 from graftc.operators.spec import OperatorSpec
@@ -114,7 +114,7 @@ class Scope:
                 span=name.span,
                 wanted=f"a name that `match` binds: {names}",
                 found=f"`{name.text}`",
-                help=f"write `{near or next(iter(self.bindings))}`"
+                help=Instead(near or next(iter(self.bindings)))
                 if self.bindings
                 else f"add `match {name.text} = …`",
             )
@@ -122,10 +122,10 @@ class Scope:
         return found
 
 
-def suggest(name: str, candidates: Mapping[str, object] | tuple[str, ...]) -> str | None:
-    """A help line that names the nearest candidate."""
+def suggest(name: str, candidates: Mapping[str, object] | tuple[str, ...]) -> Instead | None:
+    """Advice to write the nearest candidate instead."""
     near = nearest(name, candidates)
-    return f"write `{near}`" if near else None
+    return Instead(near) if near else None
 
 
 def listed(names: Mapping[str, object] | tuple[str, ...], most: int = 14) -> str:

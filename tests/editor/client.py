@@ -104,6 +104,18 @@ class Editor:
         column = len(line.encode("utf-16-le")) // 2
         return uri, lsp.TextDocumentIdentifier(uri), lsp.Position(before.count("\n"), column)
 
+    def fixes(self, marked: str, name: str = "a.graft") -> list[lsp.CodeAction]:
+        """The quick fixes at a place."""
+        uri, document, position = self._at(marked, name)
+        self.diagnostics(uri)
+        here = lsp.Range(position, position)
+        found = self.wait(
+            self._client.text_document_code_action_async(
+                lsp.CodeActionParams(document, here, lsp.CodeActionContext([]))
+            )
+        )
+        return [a for a in found or [] if isinstance(a, lsp.CodeAction)]
+
     def hover(self, marked: str, name: str = "a.graft") -> str:
         _, document, position = self._at(marked, name)
         found = self.wait(

@@ -47,6 +47,21 @@ def test_mistakes_stand_where_they_are_and_go_when_mended(editor: Editor) -> Non
     assert editor.diagnostics(uri) == []
 
 
+def test_a_mistake_offers_its_edit(editor: Editor) -> None:
+    wrong = RULE.replace("self_attention", "self_atention")
+    (fix,) = editor.fixes(wrong.replace("self_at", "self_|at"), "fixed.graft")
+    assert fix.title == "write `self_attention`"
+    assert fix.kind == "quickfix"
+    assert fix.edit is not None
+    assert fix.edit.changes is not None
+    ((change,),) = fix.edit.changes.values()
+    line = wrong.splitlines()[change.range.start.line]
+    start, end = change.range.start.character, change.range.end.character
+    after = line[:start] + change.new_text + line[end:]
+    assert after == RULE.splitlines()[change.range.start.line]
+    assert editor.fixes(wrong.replace("sliding", "|sliding"), "fixed.graft") == []
+
+
 def test_every_independent_mistake_is_told(editor: Editor) -> None:
     text = RULE.replace("tokens(a)", "tokns(a)").replace("l1", "l7").replace("odd", "step2")
     found = editor.diagnostics(editor.open(text, "many.graft"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from graftc.diagnostics import GraftError, Source, render, to_json
+from graftc.diagnostics import Diagnostic, GraftError, Source, edited, render, to_json
 from graftc.language.check import check
 
 BANK = Path(__file__).parent / "wrong"
@@ -34,6 +34,38 @@ def test_wrong_input(case: dict[str, Any], tmp_path: Path) -> None:
     assert found.help or found.wanted or found.notes, "says what to do, or what was wanted"
     assert render(found)
     assert to_json(found)["code"] == case["code"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_edit_that_is_suggested_ends_the_mistake(case: dict[str, Any], tmp_path: Path) -> None:
+    """Made to the text, it leaves what was wrong there behind; another mistake may then show."""
+    first = told(Source(str(tmp_path / "a.graft"), case["text"]), case.get("set", {}))
+    for wrong in (d for d in first if d.edits):
+        assert "write `" in (wrong.help or "")
+        source = wrong.edits[0].span.source
+        if not source.name.endswith("a.graft"):
+            continue  # a `--set` value, or a used file
+        after = told(edited(source, wrong.edits), case.get("set", {}))
+        said = [(d.code, d.message) for d in after]
+        assert said.count((wrong.code, wrong.message)) < [(d.code, d.message) for d in first].count(
+            (wrong.code, wrong.message)
+        ), f"{wrong.help}: {said}"
+
+
+def told(source: Source, overrides: dict[str, str]) -> tuple[Diagnostic, ...]:
+    try:
+        return check(source, overrides).notes
+    except GraftError as error:
+        return error.diagnostics
+
+
+def test_most_misspellings_carry_an_edit() -> None:
+    carried = 0
+    for case in (c.values[0] for c in CASES):
+        assert isinstance(case, dict)
+        found = told(Source("a.graft", case["text"]), case.get("set", {}))  # pyright: ignore
+        carried += any(d.edits for d in found)
+    assert carried >= 30
 
 
 def test_the_bank_is_large() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from graftc.diagnostics import Note, Span
+from graftc.diagnostics import Note, Span, TextEdit
 from graftc.program.flat import Op
 
 Kind = Literal[
@@ -21,7 +21,8 @@ Kind = Literal[
 class Change:
     """One step between a rule and a place. `cost` 1 is one plain difference; `span` is in the rule.
 
-    `fix`: an edit of the rule that takes this step away. `source`: the model's own line where it shows.
+    `fix`: an edit of the rule that takes this step away, in words; `edits`: the same as data, where the text alone
+    can be told what to become. `source`: the model's own line where it shows.
     """
 
     kind: Kind
@@ -30,6 +31,14 @@ class Change:
     span: Span | None
     fix: str | None = None
     source: str | None = None
+    edits: tuple[TextEdit, ...] = ()
+
+    def edited(self, edits: tuple[TextEdit, ...]) -> Change:
+        """The same with an edit of the text, which then is what `fix` says."""
+        if not edits:
+            return self
+        fix = edits[0].told if len(edits) == 1 else self.fix
+        return replace(self, edits=edits, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,20 @@ class Miss:
         return f"near miss at {self.place}{where}: {'; '.join(c.text for c in self.changes)}{alike}"
 
     @property
+    def first(self) -> Change | None:
+        """The change whose edit is suggested: the dearest that the text can be edited for, else that has advice."""
+        fixes = [c for c in self.changes if c.edits] or [c for c in self.changes if c.fix]
+        return max(fixes, key=lambda c: c.cost) if fixes else None
+
+    @property
     def help(self) -> str | None:
-        """One suggested edit of the rule: what takes the dearest change away."""
-        fixes = [c for c in self.changes if c.fix]
-        return max(fixes, key=lambda c: c.cost).fix if fixes else None
+        """One suggested edit of the rule, in words."""
+        return self.first.fix if self.first else None
+
+    @property
+    def edits(self) -> tuple[TextEdit, ...]:
+        """The suggested edit as data; empty where the text alone cannot help."""
+        return self.first.edits if self.first else ()
 
     def note(self) -> Note:
         return Note(self.text, next((c.span for c in self.changes if c.span), None))

@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graftc.diagnostics import Diagnostic, GraftError, Note, fail, nearest, to_json
+from graftc.diagnostics import (
+    Diagnostic,
+    GraftError,
+    Note,
+    TextEdit,
+    edits_json,
+    fail,
+    nearest,
+    to_json,
+)
 from graftc.language.rules import (
     DataflowMatch,
     GroupMatch,
@@ -47,6 +56,11 @@ class Explanation:
         if not self.misses or (self.selected and not self.problems):
             return None
         return self.misses[0].help
+
+    @property
+    def edits(self) -> tuple[TextEdit, ...]:
+        """The same edit as data; empty where the text alone cannot help."""
+        return self.misses[0].edits if self.help else ()
 
 
 def explain(
@@ -90,7 +104,8 @@ def _explained(rule: Rule, places: Places, at: str | None) -> Explanation:
         selected = tuple(" + ".join(s.path for s in m.sites) for m in found.found)
     except GraftError as error:
         problems = tuple(
-            replace(d, notes=(), help=None) if d.code in _NOT_MET else d for d in error.diagnostics
+            replace(d, notes=(), help=None, edits=()) if d.code in _NOT_MET else d
+            for d in error.diagnostics
         )
     if at is None:
         return Explanation(rule, selected, near_misses(rule, places), problems)
@@ -179,7 +194,7 @@ def _noted(diagnostic: Diagnostic, misses: tuple[Miss, ...]) -> Diagnostic:
     own = diagnostic.help or ""
     expected = own.partition(", or ")[0] if own.startswith("write `expect") else ""
     help_ = (f"{expected}, or {fix}" if expected else fix) if fix else diagnostic.help
-    return replace(diagnostic, notes=tuple(notes), help=help_)
+    return replace(diagnostic, notes=tuple(notes), help=help_, edits=misses[0].edits)
 
 
 def explanations_dict(found: tuple[Explanation, ...]) -> dict[str, Any]:
@@ -199,9 +214,12 @@ def _dict(e: Explanation) -> dict[str, Any]:
                 "alike": m.alike,
                 "changes": [_change_dict(c) for c in m.changes],
                 "help": m.help,
+                "edits": edits_json(m.edits),
             }
             for m in e.misses
         ],
+        "help": e.help,
+        "edits": edits_json(e.edits),
         "problems": [to_json(d) for d in e.problems],
     }
 

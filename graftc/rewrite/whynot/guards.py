@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from graftc.diagnostics import GraftError
 from graftc.language.evaluate import evaluate, holds, shown
-from graftc.language.rules import Expr, Fact, Literal_, Operation
+from graftc.language.rules import Expr, Fact, Operation
 from graftc.operators.spec import Value
 from graftc.program.analysis import Site
 from graftc.rewrite.whynot.change import Change
+from graftc.rewrite.whynot.guard_edits import guard_edit, without_guard
 
-_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
-
-def guard_changes(where: Expr | None, bindings: Mapping[str, Site]) -> list[Change]:
-    """One change for each part of `where` that fails here."""
+def guard_changes(
+    where: Expr | None,
+    bindings: Mapping[str, Site],
+    others: Sequence[Mapping[str, Site]] = (),
+) -> list[Change]:
+    """One change for each part of `where` that fails here. `others`: what is selected as it is, and should stay so."""
     found: list[Change] = []
-    for part in _parts(where):
-
-        def value(fact: Fact) -> Value:
-            facts = bindings[fact.binding.split(".")[0]].facts
-            if fact.name not in facts:
-                raise _Absent(fact)
-            return facts[fact.name]
-
+    parts = list(_parts(where))
+    for part in parts:
+        value = _facts(bindings)
         try:
             verdict = holds(part, value)
         except _Absent as absent:
-            found.append(_absent(part, absent.fact, bindings))
+            change = _absent(part, absent.fact, bindings)
+            found.append(change.edited(without_guard(part.span)))
             continue
         except GraftError as error:
-            found.append(Change("guard", 1.5, error.diagnostics[0].message, part.span))
+            change = Change("guard", 1.5, error.diagnostics[0].message, part.span)
+            found.append(change.edited(without_guard(part.span)))
             continue
         if not verdict.ok:
             cost = 1.0 + 0.5 * _distance(part, value)
-            found.append(Change("guard", cost, verdict.reason, part.span, _fix(part, value)))
+            change = Change("guard", cost, verdict.reason, part.span, f"leave out `{shown(part)}`")
+            edits = guard_edit(part, value, wider=bool(others), alone=len(parts) == 1)
+            found.append(change.edited(edits))
     return found
+
+
+def _facts(bindings: Mapping[str, Site]) -> Callable[[Fact], Value]:
+    def value(fact: Fact) -> Value:
+        facts = bindings[fact.binding.split(".")[0]].facts
+        if fact.name not in facts:
+            raise _Absent(fact)
+        return facts[fact.name]
+
+    return value
 
 
 class _Absent(Exception):
@@ -75,18 +87,3 @@ def _distance(part: Expr, value: Callable[[Fact], Value]) -> float:
     if isinstance(left, bool) or isinstance(right, bool):
         return 1.0
     return min(1.0, abs(left - right) / max(abs(left), abs(right), 1e-12))
-
-
-def _fix(part: Expr, value: Callable[[Fact], Value]) -> str | None:
-    """The guard with its number as it is found."""
-    if not isinstance(part, Operation) or part.op not in ("==", *_MIRRORED):
-        return f"leave out `{shown(part)}`"
-    left, right = part.args
-    op = part.op
-    if isinstance(left, Literal_) and not isinstance(right, Literal_):
-        left, right, op = right, left, _MIRRORED.get(op, op)
-    if not isinstance(right, Literal_):
-        return f"leave out `{shown(part)}`"
-    found = evaluate(left, value)
-    op = {"<": "<=", ">": ">="}.get(op, op)
-    return f"write `{shown(Operation(op, (left, Literal_(found, right.span)), part.span))}`"

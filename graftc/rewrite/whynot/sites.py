@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from graftc.language.rules import GroupMatch, Rule, SiteMatch
-from graftc.program.analysis import Site
+from graftc.language.vocabulary import ATTENTION
+from graftc.program.analysis import ATTENTION_ROLES, Site
 from graftc.rewrite.globs import path_matches
 from graftc.rewrite.whynot.blocks import Chosen, chosen
 from graftc.rewrite.whynot.change import Change, Miss
@@ -14,6 +15,15 @@ from graftc.rewrite.whynot.guards import guard_changes
 from graftc.rewrite.whynot.paths import near_class, near_path
 from graftc.rewrite.whynot.places import Places
 from graftc.rewrite.whynot.roles import role_change
+from graftc.rewrite.whynot.site_edits import (
+    blocks_edits,
+    chain_edits,
+    everywhere_edits,
+    name_edits,
+    neighbours,
+    path_edits,
+    role_edits,
+)
 
 NEAR = 3.9
 """A script of more is no near miss: another role costs 4."""
@@ -26,18 +36,26 @@ def site_misses(
     sets = chosen(pattern.blocks, places.analysis) if pattern.blocks is not None else (None,)
     for block_set in sets:
         if block_set is not None:
-            yield from _beyond(block_set)
-        for site in _worth(pattern, places, taken, block_set):
-            miss = site_miss(rule, pattern, site, places, block_set)
+            yield from _beyond(pattern, block_set)
+        judged = [
+            (s, site_miss(rule, pattern, s, places, block_set))
+            for s in _worth(pattern, places, taken, block_set)
+        ]
+        selected = [s for s, miss in judged if miss is None]
+        for site, miss in judged:
             if miss is not None and miss.cost <= NEAR:
-                yield miss
+                if selected and any(c.kind == "guard" for c in miss.changes):
+                    again = site_miss(rule, pattern, site, places, block_set, selected)
+                    yield again if again is not None else miss
+                else:
+                    yield miss
 
 
-def _beyond(block_set: Chosen) -> Iterator[Miss]:
+def _beyond(pattern: SiteMatch | GroupMatch, block_set: Chosen) -> Iterator[Miss]:
     """Blocks that the rule names and that the chain has not."""
     for index in block_set.beyond[:1]:
-        extra = [block_set.change] if block_set.change else []
-        change = block_set.beyond_change()
+        extra = _chain_change(pattern, block_set)
+        change = block_set.beyond_change().edited(blocks_edits(pattern.blocks, block_set.inside))
         path = block_set.chain.paths[0].rpartition(".")[0] or block_set.chain.name
         yield Miss(f"{path}.{index}", (*extra, change), alike=len(block_set.beyond) - 1)
 
@@ -81,12 +99,20 @@ def site_miss(
     site: Site,
     places: Places,
     block_set: Chosen | None = None,
+    selected: Sequence[Site] = (),
 ) -> Miss | None:
-    """The script that would make the pattern match this site; None where it does already."""
-    changes = [*_kind_changes(pattern, site, places), *_within_changes(pattern, site, places)]
+    """The script that would make the pattern match this site; None where it does already.
+
+    `selected`: sites that the rule selects as it is, and should go on doing so.
+    """
+    changes = [
+        *_kind_changes(pattern, site, places, block_set),
+        *_within_changes(pattern, site, places, block_set),
+    ]
     if block_set is not None:
-        changes += _block_changes(block_set, site)
-    guards = guard_changes(rule.where, {pattern.binding: site})
+        changes += _block_changes(pattern, block_set, site)
+    others = [{pattern.binding: s} for s in selected]
+    guards = guard_changes(rule.where, {pattern.binding: site}, others)
     of_another_kind = any(c.kind == "role" for c in changes)
     changes += [g for g in guards if not (of_another_kind and "has no `" in g.text)]
     if not changes:
@@ -95,10 +121,15 @@ def site_miss(
     return Miss(site.path, tuple(changes), line or places.line(site.path))
 
 
-def _kind_changes(pattern: SiteMatch, site: Site, places: Places) -> list[Change]:
+def _kind_changes(
+    pattern: SiteMatch, site: Site, places: Places, block_set: Chosen | None
+) -> list[Change]:
     if pattern.role is not None:
         change = role_change(pattern.role, site, places, pattern.span)
-        return [change] if change else []
+        if change is None:
+            return []
+        near = pattern.role in ATTENTION and site.role in ATTENTION_ROLES
+        return [change.edited(role_edits(pattern, site, places, block_set, near))]
     if pattern.path is not None:
         near = near_path(pattern.path, site.path)
         if near is None:
@@ -107,7 +138,8 @@ def _kind_changes(pattern: SiteMatch, site: Site, places: Places) -> list[Change
             return []
         said = f'`module "{pattern.path}"` is near: "{near.pattern}" matches it'
         fix = f'write `module "{near.pattern}"`'
-        return [Change("path", 0.5 + near.distance, said, pattern.span, fix)]
+        change = Change("path", 0.5 + near.distance, said, pattern.span, fix)
+        return [change.edited(name_edits(pattern, near.pattern))]
     name = pattern.class_name or ""
     if site.class_name == name or site.class_name.endswith("." + name):
         return []
@@ -116,10 +148,13 @@ def _kind_changes(pattern: SiteMatch, site: Site, places: Places) -> list[Change
         return [Change("class", 4.0, f"is a {site.class_name}", pattern.span)]
     said = f'is a {site.class_name}: class "{near.pattern}" matches it'
     fix = f'write `class "{near.pattern}"`'
-    return [Change("class", 0.5 + near.distance, said, pattern.span, fix)]
+    change = Change("class", 0.5 + near.distance, said, pattern.span, fix)
+    return [change.edited(name_edits(pattern, near.pattern))]
 
 
-def _within_changes(pattern: SiteMatch, site: Site, places: Places) -> list[Change]:
+def _within_changes(
+    pattern: SiteMatch, site: Site, places: Places, block_set: Chosen | None
+) -> list[Change]:
     """What keeps a site from lying in the roles that the rule wants around it."""
     found: list[Change] = []
     for role in pattern.within:
@@ -133,7 +168,8 @@ def _within_changes(pattern: SiteMatch, site: Site, places: Places) -> list[Chan
             fix = near.fix if near is not None else None
             source = near.source if near is not None else None
             said = f"lies in no {role}{why}"
-            found.append(Change("within", cost, said, pattern.span, fix, source))
+            change = Change("within", cost, said, pattern.span, fix, source)
+            found.append(change.edited(path_edits(pattern, site, places, block_set)))
     return found
 
 
@@ -142,19 +178,31 @@ def _above(path: str) -> Iterator[str]:
         yield path
 
 
-def _block_changes(block_set: Chosen, site: Site) -> list[Change]:
-    found = [block_set.change] if block_set.change else []
+def _chain_change(pattern: SiteMatch | GroupMatch, block_set: Chosen) -> list[Change]:
+    """What is wrong with the chain that the rule names, or that it names none."""
+    if block_set.change is None or pattern.blocks is None:
+        return []
+    return [block_set.change.edited(chain_edits(pattern.blocks, block_set.chain.name))]
+
+
+def _block_changes(pattern: SiteMatch, block_set: Chosen, site: Site) -> list[Change]:
+    found = _chain_change(pattern, block_set)
+    assert pattern.blocks is not None
     if site.block is None:
         said = "lies in no block"
-        return [*found, Change("block", 1.5, said, block_set.span, "leave out `in blocks …`")]
+        change = Change("block", 1.5, said, block_set.span, "leave out `in blocks …`")
+        return [*found, change.edited(everywhere_edits(pattern))]
     chain, index = site.block
     if chain != block_set.chain.name:
         said = f"lies in the chain `{chain}`, not `{block_set.chain.name}`"
         fix = f'write `blocks of "{chain}" …`'
         # A misspelt chain is judged by the chain that it is near to, not by all the others.
-        return [*found, Change("chain", 1.5 if not found else 4.0, said, block_set.span, fix)]
+        change = Change("chain", 1.5 if not found else 4.0, said, block_set.span, fix)
+        return [*found, change.edited(chain_edits(pattern.blocks, chain))]
     if index not in block_set.inside:
-        found.append(block_set.outside_change(index))
+        change = block_set.outside_change(index)
+        wider = sorted({*block_set.inside, index})
+        found.append(change.edited(blocks_edits(pattern.blocks, wider)))
     return found
 
 
@@ -163,8 +211,8 @@ def group_misses(rule: Rule, pattern: GroupMatch, places: Places) -> Iterator[Mi
     size = len(pattern.bindings)
     what = "a pair" if size == 2 else f"a run of {size}"
     for block_set in chosen(pattern.blocks, places.analysis):
-        extra = [block_set.change] if block_set.change else []
-        yield from _beyond(block_set)
+        extra = _chain_change(pattern, block_set)
+        yield from _beyond(pattern, block_set)
         paths = block_set.chain.paths
         whole = len(block_set.inside) - len(block_set.inside) % size
         for start in range(0, whole, size):
@@ -174,7 +222,9 @@ def group_misses(rule: Rule, pattern: GroupMatch, places: Places) -> Iterator[Mi
             changes = list(extra)
             if gap is not None:
                 said = f"blocks {gap[0]} and {gap[1]} are no neighbours: {what} is of blocks that follow each other"
-                changes.append(Change("group", 1.0, said, pattern.blocks.span))
+                change = Change("group", 1.0, said, pattern.blocks.span)
+                whole_groups = neighbours(block_set.inside, size)
+                changes.append(change.edited(blocks_edits(pattern.blocks, whole_groups)))
             sites = _bound(pattern, group, block_set, places)
             changes += guard_changes(rule.where, sites)
             if changes:
@@ -184,6 +234,7 @@ def group_misses(rule: Rule, pattern: GroupMatch, places: Places) -> Iterator[Mi
             said = f"left over: {len(block_set.inside)} blocks do not divide into {what.removeprefix('a ')}s"
             fix = f"add `except {{{index}}}`"
             change = Change("group", 1.0, said, pattern.blocks.span, fix)
+            change = change.edited(blocks_edits(pattern.blocks, block_set.inside[:whole]))
             yield Miss(paths[index], (*extra, change))
 
 
