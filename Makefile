@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := cpu,train,diffusers,transformers,report,lsp,examples,serve,dev
+EXTRAS := cpu,train,diffusers,transformers,report,lsp,tensorboard,examples,serve,dev
 SOURCES := graftc tests examples benchmarks
 
 .PHONY: demo test lint format table slow fuzz bench matrix clean

@@ -22,7 +22,7 @@ def doctor() -> list[dict[str, str]]:
     findings += _rungs()
     for name, extra in (
         ("accelerate", "train"), ("peft", "train"), ("diffusers", "diffusers"), ("transformers", "transformers"),
-        ("matplotlib", "report"), ("pygls", "lsp"), ("sklearn", "examples"),
+        ("matplotlib", "report"), ("pygls", "lsp"), ("tensorboard", "tensorboard"), ("sklearn", "examples"),
     ):  # fmt: skip
         package = "scikit-learn" if name == "sklearn" else name
         findings.append(_package(package, f"pip install 'graftc[{extra}]'"))

@@ -284,6 +284,12 @@ def _stage2(finetune: language.Finetune | None, plan: Plan) -> Stage2:
         "clip": finetune.clip,
         "halve_lr_at": finetune.halve_lr_at or None,
         "train": _train(finetune.train) or only,
+        "task": finetune.task,
+        "teacher": finetune.teacher,
+        "features": finetune.features,
+        "precision": finetune.precision,
+        "checkpointing": finetune.checkpointing,
+        "preview": finetune.preview,
     }
     return Stage2(**{k: v for k, v in given.items() if v is not None})  # pyright: ignore[reportArgumentType]
 

@@ -326,6 +326,9 @@ StepsOption = Annotated[
 ]
 BatchOption = Annotated[int | None, typer.Option(help="samples a step")]
 RateOption = Annotated[float | None, typer.Option("--lr", help="learning rate")]
+BoardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="TensorBoard events too, in the run's folder")
+]
 ResumeOption = Annotated[
     str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")
 ]
@@ -341,11 +344,19 @@ def distill(
     lr: RateOption = None,
     seed: MaybeSeed = None,
     resume: ResumeOption = None,
+    tensorboard: BoardOption = False,
     format: FormatOption = "text",
 ) -> None:
     """Stage 1: train each new operator on the teacher's activations."""
     _format(format)
-    options = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume}
+    options = {
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+        "resume": resume,
+        "tensorboard": tensorboard or None,
+    }
     _training("distill", directory, data, task, options)
 
 
@@ -366,12 +377,43 @@ def finetune(
     batch: BatchOption = None,
     lr: RateOption = None,
     seed: MaybeSeed = None,
+    warmup: Annotated[int | None, typer.Option(help="steps over which the rate rises")] = None,
+    ema: Annotated[float | None, typer.Option(help="decay of the averaged weights")] = None,
+    clip: Annotated[float | None, typer.Option(help="largest norm of the gradient")] = None,
+    task_weight: Annotated[float | None, typer.Option(help="weight of the task's loss")] = None,
+    teacher_weight: Annotated[
+        float | None, typer.Option(help="weight of the teacher's output in the loss")
+    ] = None,
+    features_weight: Annotated[
+        float | None, typer.Option(help="weight of the sites' outputs in the loss")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="all, inserted, or lora(RANK)")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast)")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="compute blocks again in the backward pass")
+    ] = False,
+    preview: Annotated[
+        int | None, typer.Option(metavar="N", help="a sheet of samples every N steps")
+    ] = None,
+    preview_steps: Annotated[
+        int | None, typer.Option(help="steps of the sampler for a sheet; default: the task's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     resume: ResumeOption = None,
+    tensorboard: BoardOption = False,
     format: FormatOption = "text",
 ) -> None:
-    """Stage 2: train the whole student on the task's loss."""
+    """Stage 2: train the whole student on the task's loss, and on the teacher where it is asked to."""
     _format(format)
-    options = {"run": run, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume}
+    options: dict[str, Any] = {
+        "run": run, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume, "warmup": warmup,
+        "ema": ema, "clip": clip, "task_weight": task_weight, "teacher_weight": teacher_weight,
+        "features_weight": features_weight, "train": train, "precision": precision, "device": device,
+        "checkpointing": checkpointing or None, "preview": preview, "tensorboard": tensorboard or None,
+        "preview_options": None if preview_steps is None else {"steps": preview_steps},
+    }  # fmt: skip
     _training("finetune", directory, data, task, options)
 
 

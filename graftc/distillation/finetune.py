@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ from graftc.diagnostics import fail
 from graftc.distillation.checkpoint import load_tensors
 from graftc.distillation.data import Task
 from graftc.distillation.optim import align
+from graftc.distillation.preview import Preview
 from graftc.distillation.run import Build, Progress, RunResult, finished, latest, open_run
 from graftc.distillation.scopes import using_threads
 from graftc.distillation.stage2 import Which, finetune_module, terms_of
-from graftc.distillation.targets import Only, Targets, from_dict
+from graftc.distillation.targets import Lora, Only, Site, Stage2, Targets, Train, from_dict
+from graftc.distillation.tensorboard import board_of
 
 UNTRAINED = "untrained"
 """As `run`: start from the student as it was compiled."""
@@ -36,6 +40,15 @@ def finetune(
     ema: float | None = None,
     clip: float | None = None,
     samples: int | None = None,
+    task_weight: float | None = None,
+    teacher_weight: float | None = None,
+    features_weight: float | None = None,
+    train: str | None = None,
+    precision: str | None = None,
+    checkpointing: bool | None = None,
+    preview: int | None = None,
+    preview_options: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
     validation: Any = None,
     resume: str | None = None,
     device: str = "cpu",
@@ -48,8 +61,10 @@ def finetune(
 
     `run` is the stage-1 run to start from: an ID, "untrained", or None for the newest that is
     finished (untrained where there is none). `model="teacher"` gives the teacher the same stage 2
-    (parent: none). What is given overrides `stage2` of the targets; `resume` and
-    `sources` as in `distill`. The
+    (parent: none). What is given overrides `stage2` of the targets: the weights of its terms, `train`
+    ("all", "inserted" or "lora(RANK)"), `precision` ("float32" or "bfloat16"), activation
+    `checkpointing`, `preview` (a sheet of samples every so many steps, drawn with `preview_options` for
+    the Task's `sample`); `resume`, `tensorboard` and `sources` as in `distill`. The
     result's weights are the EMA ones; its metrics are the task's loss over the held-out samples.
     """
     targets = from_dict(build.targets)
@@ -65,6 +80,14 @@ def finetune(
         "ema": ema,
         "clip": clip,
         "samples": samples,
+        "task": task_weight,
+        "teacher": teacher_weight,
+        "features": features_weight,
+        "train": train,
+        "precision": precision,
+        "checkpointing": checkpointing,
+        "preview": preview,
+        "preview_options": None if preview_options is None else dict(preview_options),
         "threads": threads,
     }
     defaults = {"seed": 0, "threads": torch.get_num_threads()}
@@ -80,14 +103,18 @@ def finetune(
         if (done := opened.result()) is not None:
             return done
         chosen = opened.options
-        changes = {name: chosen[name] for name in ("warmup", "ema", "clip", "samples")}
-        with using_threads(chosen["threads"]):
+        changes = {name: chosen.get(name) for name in _TERMS}
+        if isinstance(changes["train"], str):
+            changes["train"] = train_of(changes["train"], targets.stage2)
+        terms = terms_of(targets.stage2, changes)
+        with using_threads(chosen["threads"]), board_of(opened, tensorboard):
             module = _module(build, model, opened.facts["parent"])
+            needed = terms.teacher > 0 or terms.features > 0 or terms.preview is not None
             result = finetune_module(
                 module,
                 task,
                 data,
-                stage2=terms_of(targets.stage2, changes),
+                stage2=terms,
                 inserted=_inserted(targets, model),
                 inputs=targets.inputs,
                 seed=chosen["seed"],
@@ -99,6 +126,9 @@ def finetune(
                 run=opened,
                 checkpoint_every=checkpoint_every,
                 progress=progress,
+                teacher=align(build.teacher()) if needed else None,
+                sites=_sites(targets, model),
+                preview=_preview(terms, chosen.get("preview_options")),
             )
         return opened.finish(
             module.state_dict(),
@@ -117,6 +147,50 @@ def finetune(
                 },
             ),
         )
+
+
+_TERMS = (
+    "warmup",
+    "ema",
+    "clip",
+    "samples",
+    "task",
+    "teacher",
+    "features",
+    "train",
+    "precision",
+    "checkpointing",
+    "preview",
+)
+
+
+def train_of(text: str, stage2: Stage2) -> Train:
+    """`all`, `inserted` (what the targets call so), `lora(8)`, `lora(8, 16)`: what stage 2 trains.
+
+    Raises GraftError (G556) for anything else.
+
+    >>> train_of("lora(8, 16)", Stage2())
+    Lora(rank=8, alpha=16.0)
+    """
+    if text == "all":
+        return "all"
+    if text == "inserted":
+        return stage2.train if isinstance(stage2.train, Only) else "inserted"
+    found = re.fullmatch(r"lora\(\s*(\d+)\s*(?:,\s*([\d.]+)\s*)?\)", text)
+    if found is None or int(found[1]) < 1:
+        fail("G556", f"stage 2 cannot train `{text}`", site="train", found=text,
+             wanted="all, inserted, lora(RANK) or lora(RANK, ALPHA)")  # fmt: skip
+    return Lora(int(found[1]), float(found[2]) if found[2] else None)
+
+
+def _sites(targets: Targets, model: Which) -> list[Site]:
+    """The sites whose outputs the features term compares; of the teacher, against itself as it was."""
+    sites = list(targets.sites)
+    return sites if model == "student" else [replace(s, student=s.teacher) for s in sites]
+
+
+def _preview(terms: Stage2, options: Mapping[str, Any] | None) -> Preview | None:
+    return None if terms.preview is None else Preview(terms.preview, options=options or {})
 
 
 def _module(build: Build, model: Which, parent: str | None) -> nn.Module:

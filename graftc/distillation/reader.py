@@ -114,6 +114,13 @@ class Table:
             self.wrong(name, f"`{name}` must be from 0 to below 1, not {value}")
         return value
 
+    def weight(self, name: str, default: float) -> float:
+        """A number from 0 up."""
+        value = float(self._typed(name, (int, float), "a number", default))
+        if not value >= 0:
+            self.wrong(name, f"`{name}` is negative: {value}")
+        return value
+
     def choice(self, name: str, among: Sequence[str], default: str) -> str:
         value = self.text(name, default)
         if value not in among:

@@ -89,6 +89,7 @@ class Run:
         self.path = path
         self.facts = facts
         self._log = path / "log.jsonl"
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     @property
     def id(self) -> str:
@@ -107,6 +108,8 @@ class Run:
         except OSError as error:
             fail("G550", f"cannot write `{self._log.name}`: {error}", site=str(self._log),
                  help="free some space, then resume")  # fmt: skip
+        for listener in self.listeners:
+            listener(values)
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replace the checkpoint. It remembers the log's length, so that a resumed log has no doubles."""

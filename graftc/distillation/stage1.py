@@ -28,6 +28,7 @@ from graftc.distillation.stacked import Mode
 from graftc.distillation.student_inputs import StudentInputs
 from graftc.distillation.students import Student, students_of, trainable_names
 from graftc.distillation.targets import Site, Targets, from_dict
+from graftc.distillation.tensorboard import board_of
 
 DEFAULT_OPTIMISER: Kind = "muon"
 CHECKPOINT_SECONDS = 60.0
@@ -52,6 +53,7 @@ def distill(
     threads: int | None = None,
     checkpoint_every: int | None = None,
     sources: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
     """Train every site of a build on the teacher's activations; the run is `DIR/runs/ID`.
@@ -64,6 +66,7 @@ def distill(
     (unsaid: every minute). `resume` continues a run that was killed, with its own options, and
     ends with the same bits as an uninterrupted run on the same CPU and threads. `sources` is plain
     data on where DATA and the task came from, kept in `run.yaml` and not compared on `resume`.
+    With `tensorboard` the log is written as TensorBoard events too.
 
     Raises GraftError for bad data or a teacher that is not finite; the last checkpoint stays.
     """
@@ -90,7 +93,7 @@ def distill(
     with open_run(build, "distill", options=options, resume=resume, sources=sources) as run:
         if (done := run.result()) is not None:
             return done
-        with using_threads(run.options["threads"]):
+        with using_threads(run.options["threads"]), board_of(run, tensorboard):
             source = _data(run, targets, data, validation)
             setting = Setting(
                 align(build.teacher()).eval().to(device),

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graftc.diagnostics import GraftError, fail
+from graftc.diagnostics import fail
 from graftc.distillation import lora
 from graftc.distillation.budget import Plan, stage2_plan
 from graftc.distillation.data import Data, Task, open_data
 from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm, named
+from graftc.distillation.preview import Preview, draw, grid, write_png
+from graftc.distillation.recompute import recomputed
 from graftc.distillation.run import Progress, Run
 from graftc.distillation.scopes import random_of
-from graftc.distillation.sources import describe
 from graftc.distillation.stage1 import Saver, silent, under
 from graftc.distillation.students import is_under
-from graftc.distillation.targets import Lora, ModelInput, Stage2
-from graftc.program.model import user_error
+from graftc.distillation.targets import Lora, ModelInput, Site, Stage2
+from graftc.distillation.terms import Terms, told
 
 PHASE = "stage2"
+ADAPTER = "adapter"
+"""The folder of a run that keeps LoRA's adapters, as peft writes them."""
 _HOPELESS = 20
 _VALIDATIONS = 8
 
@@ -68,6 +71,9 @@ def finetune_module(
     run: Run | None = None,
     checkpoint_every: int | None = None,
     progress: Progress | None = None,
+    teacher: nn.Module | None = None,
+    sites: Sequence[Site] = (),
+    preview: Preview | None = None,
 ) -> Finetuned:
     """Train `module` in place on `task.loss`; it ends with the EMA weights, in its own mode.
 
@@ -77,7 +83,9 @@ def finetune_module(
     all), stays, and halves at each of `halve_lr_at`. The average's decay is min(ema, (1+s)/(10+s))
     at step s, so that a short run does not average in its first weights. Steps without a finite
     gradient are skipped and counted; 20 in a row are an error (G545). With `run`, checkpoints go
-    there, and one that is there is resumed.
+    there, and one that is there is resumed; adapters are kept there, and sheets of samples where
+    `preview` (or `stage2.preview`) asks for them. Of `stage2`'s terms, `teacher` and `features` need the
+    teacher, and the second the sites. What is measured and returned is the task's loss alone.
 
     >>> class Half:
     ...     def prepare(self, sample, generator):
@@ -113,17 +121,27 @@ def finetune_module(
     if not names:
         fail("G542", "stage 2 has no parameter to train", site="stage2.train",
              wanted=", ".join(inserted) or "inserted modules", found="none of them in the model")  # fmt: skip
-    engine = _Stage2(module.to(device), task, source, terms, plan, names, inputs, seed, device, run)
+    module = module.to(device)
+    loss = Terms(module, task, terms, teacher=teacher, sites=sites, device=device)
+    engine = _Stage2(module, loss, source, terms, plan, names, inputs, seed, device, run)
+    if preview is None and terms.preview is not None:
+        preview = Preview(terms.preview)
     before = {p: p.requires_grad for p in module.parameters()}
+    again = recomputed(module, loss.graphs) if terms.checkpointing else nullcontext()
     try:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in engine.parameters)
-        result = engine.run_all(Saver(checkpoint_every), progress or silent)
+        with again:
+            result = engine.run_all(
+                Saver(checkpoint_every), progress or silent, sheets(engine, preview, teacher)
+            )
     finally:
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
         module.train(was_training)
     if adapted:
+        if run is not None:
+            lora.save(module, run.path / ADAPTER)
         lora.merge(module)
         module.requires_grad_(True)
         module.train(was_training)
@@ -145,7 +163,7 @@ class _Stage2:
     def __init__(
         self,
         module: nn.Module,
-        task: Task,
+        loss: Terms,
         data: Data,
         terms: Stage2,
         plan: Plan,
@@ -155,7 +173,8 @@ class _Stage2:
         device: str,
         run: Run | None,
     ) -> None:
-        self.module, self.task, self.data, self.plan = module, task, data, plan
+        self.module, self.loss, self.data, self.plan = module, loss, data, plan
+        self.task = loss.task
         self.terms, self.inputs, self.seed, self.device = terms, inputs, seed, device
         self.run = run
         everything = dict(named(module.named_parameters()))
@@ -167,29 +186,32 @@ class _Stage2:
         self.optimiser = Optimiser("adamw", [Group("model", self.parameters, plan.lr, schedule)])
         self.started = time.monotonic()
 
-    def run_all(self, saver: Saver, progress: Progress) -> Finetuned:
+    def run_all(self, saver: Saver, progress: Progress, sheet: Sheets) -> Finetuned:
         self._load()
         if self.state.step == 0:
             self.state.loss_start = self.validate()
             self._log(event="start", steps=self.plan.steps, batch=self.plan.batch,
                       lr=self.plan.lr, samples=self.data.size, parameters=len(self.parameters),
                       held_out=len(self.data.held_out), loss=self.state.loss_start)  # fmt: skip
+            self._log(event="step", step=0, held_out=self.state.loss_start)
+            sheet(0)
         total, in_a_row = self.plan.steps, 0
         every = max(1, -(-total // _VALIDATIONS))
         for step in range(self.state.step, total):
-            loss, norm, good = self._step(step)
+            loss, norm, good, parts = self._step(step)
             in_a_row = 0 if good else in_a_row + 1
             if in_a_row >= _HOPELESS:
                 fail("G545", f"stage 2 gave no finite gradient in {_HOPELESS} steps", site="stage 2",
                      found=f"loss {loss} at step {step}",
                      help="lower `lr`; the last checkpoint is whole")  # fmt: skip
             done = self.state.step = step + 1
-            values = {"loss": loss, "norm": norm}
+            values = {"loss": loss, "norm": norm, **parts}
             if done % every == 0 and done < total:
                 values["held_out"] = self.validate()
                 self.state.curve.append((done, values["held_out"]))
             if done % max(1, total // 200) == 0 or done % every == 0 or done == total:
                 self._log(event="step", step=done, **values)
+            sheet(done)
             if done < total and saver.due(done):
                 self._save()
             progress("finetune", done, total, values)
@@ -198,6 +220,7 @@ class _Stage2:
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.ema[name])
         end = self.validate()
+        self._log(event="step", step=total, held_out=raw, held_out_average=end)
         self._log(event="finished", loss_raw=raw, loss=end, skipped_steps=self.state.skipped)
         curve = ((0, self.state.loss_start), *self.state.curve, (total, raw))
         return Finetuned(
@@ -205,17 +228,22 @@ class _Stage2:
             round(self._elapsed(), 2), curve,
         )  # fmt: skip
 
-    def _step(self, step: int) -> tuple[float, float, bool]:
+    def _step(self, step: int) -> tuple[float, float, bool, dict[str, float]]:
         self.module.train()
         prepared = self._checked(
             self.data.prepared(self.task, step, self.plan.batch, PHASE), f"step {step}"
         )
         self.optimiser.zero()
         with random_of(self.seed, PHASE, step):
-            loss = self._loss(prepared)
+            loss, parts = self.loss(prepared)
             loss.backward()
         parameters = list(self.parameters.values())
-        value, norm = torch.stack([loss.detach().float(), gradient_norm(parameters)]).tolist()
+        # One transfer for all numbers; a term of its own is told where there are several.
+        names = list(parts) if len(parts) > 1 else []
+        told_parts = [parts[name].detach().float().reshape(()) for name in names]
+        value, norm, *numbers = torch.stack(
+            [loss.detach(), gradient_norm(parameters), *told_parts]
+        ).tolist()
         good = clip_or_drop(parameters, norm + 0 * value, self.terms.clip)
         if good:
             self.optimiser.step(step)
@@ -226,7 +254,21 @@ class _Stage2:
             average: list[Tensor] = list(self.ema.values())
             newest: list[Tensor] = list(parameters)
             torch._foreach_lerp_(average, newest, 1 - decay)
-        return value, norm, good
+        return value, norm, good, dict(zip(names, numbers, strict=True))
+
+    @contextmanager
+    def averaged(self) -> Generator[nn.Module]:
+        """The module with the averaged weights, which is what will be saved; then as it was."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.ema[name])
+        try:
+            yield self.module
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(kept[name])
 
     def validate(self) -> float:
         """The task's mean loss over the held-out samples, always with the same noise."""
@@ -236,24 +278,16 @@ class _Stage2:
             for i, made in enumerate(self.data.validation(self.task, self.plan.batch)):
                 prepared = self._checked(made, f"held-out batch {i}")
                 size = len(next(iter(prepared.inputs.values())))
-                loss = self._loss(prepared)
+                with self.loss.cast():
+                    loss = self.loss.task_loss(self.module(**prepared.inputs), prepared)
                 total, count = total + float(loss) * size, count + size
         return total / count
 
-    def _loss(self, prepared: Any) -> Tensor:
-        """The task's loss; what the user's code raises, or returns in its place, is told (G203)."""
-        outputs = self.module(**prepared.inputs)
-        with _told("TASK.loss"):
-            loss = self.task.loss(outputs, prepared)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"`loss` returned {describe(loss)}, not a tensor of one number")
-        return loss
-
     def _checked(self, prepared: Any, where: str) -> Any:
-        with _told("TASK.prepare"):
+        with told("TASK.prepare"):
             inputs = prepared.inputs
         check_inputs(inputs, self.inputs, where)
-        with _told("TASK.prepare"):
+        with told("TASK.prepare"):
             return prepared.to(self.device)
 
     def _elapsed(self) -> float:
@@ -289,15 +323,37 @@ class _Stage2:
         self.state.curve = [(int(s), float(x)) for s, x in facts["state"]["curve"]]
 
 
-@contextmanager
-def _told(site: str) -> Generator[None]:
-    """Tell what the user's Task raises as a diagnostic; a GraftError stays as it is."""
-    try:
-        yield
-    except GraftError:
-        raise
-    except Exception as error:
-        raise user_error(error, "TASK", site) from error
+Sheets = Callable[[int], None]
+
+
+def sheets(engine: _Stage2, preview: Preview | None, teacher: nn.Module | None) -> Sheets:
+    """Writes a sheet of samples when it is due: at step 0, every `preview.every` steps, and at the end.
+
+    The last is `samples/student.png`, with the averaged weights; with step 0's comes the teacher's, from
+    the same noise. Without a run there is nowhere to write them, and nothing is drawn.
+    """
+    run = engine.run
+    if preview is None or run is None:
+        return lambda step: None
+
+    def sheet(step: int) -> None:
+        last = step == engine.plan.steps
+        if step % preview.every and not last:
+            return
+        with engine.averaged() as module:
+            found = draw(module, engine.task, preview, engine.data.held_out, engine.seed)
+        name = "student" if last else f"step-{step:06d}"
+        about = {"seed": engine.seed, "step": step, "count": preview.count,
+                 "noise": f"seeded('preview', {engine.seed})"}  # fmt: skip
+        write_png(run.path / "samples" / f"{name}.png", grid(found), about)
+        run.log(event="samples", file=f"samples/{name}.png", **about)
+        if step == 0 and teacher is not None:
+            theirs = draw(teacher, engine.task, preview, engine.data.held_out, engine.seed)
+            write_png(
+                run.path / "samples" / "teacher.png", grid(theirs), {**about, "step": "teacher"}
+            )
+
+    return sheet
 
 
 def terms_of(stage2: Stage2, changes: Mapping[str, Any]) -> Stage2:

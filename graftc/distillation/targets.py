@@ -32,6 +32,7 @@ READ = (1, 2)
 """Versions that are read: the first says nothing of arguments, first weights, sizes and the noise."""
 
 LOSSES = ("l1", "l2", "huber", "auto")
+PRECISIONS = ("float32", "bfloat16")
 FILE = "targets.yaml"
 
 
@@ -188,7 +189,12 @@ Train = Union[Literal["all", "inserted"], Only, Lora]
 
 @dataclass(frozen=True)
 class Stage2:
-    """End-to-end finetuning. The defaults are the paper's (arXiv 2506.05340, section 2)."""
+    """End-to-end finetuning. The defaults are the paper's (arXiv 2506.05340, section 2).
+
+    `task`, `teacher` and `features` are the weights of the loss's terms: the task's own loss, the
+    teacher's output, the outputs of the sites. `checkpointing` computes the blocks' inner values again
+    in the backward pass; `preview` is a number of steps between two sheets of samples.
+    """
 
     data: float | None = None
     samples: int | None = None
@@ -201,6 +207,12 @@ class Stage2:
     clip: float = 1.0
     halve_lr_at: tuple[int, ...] = ()
     train: Train = "all"
+    task: float = 1.0
+    teacher: float = 0.0
+    features: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
+    preview: int | None = None
 
 
 @dataclass(frozen=True)
@@ -462,7 +474,15 @@ def _stage2(table: Table) -> Stage2:
         clip=table.positive("clip", 1.0),
         halve_lr_at=tuple(table.integers("halve_lr_at", ())),
         train=train,
+        task=table.weight("task", 1.0),
+        teacher=table.weight("teacher", 0.0),
+        features=table.weight("features", 0.0),
+        precision=table.choice("precision", PRECISIONS, "float32"),  # pyright: ignore[reportArgumentType]
+        checkpointing=table.boolean("checkpointing", False),
+        preview=table.count("preview"),
     )
+    if not made.task + made.teacher + made.features > 0:
+        table.wrong("task", "every term of stage 2 has the weight 0: `task`, `teacher`, `features`")
     table.done()
     return made
 

@@ -114,7 +114,33 @@ def finetune_of(scope: Scope, item: s.FinetuneItem) -> Finetune:
                 wanted=f"at most {steps} steps",
                 found=str(warmup),
             )
+    with scope.log.attempt():
+        _check_terms(item, values)
     return Finetune(item.span, **values)
+
+
+def _check_terms(item: s.FinetuneItem, values: Mapping[str, Any]) -> None:
+    """A precision that there is, and a loss that is not nothing."""
+    precision = values.get("precision")
+    if precision not in (None, "float32", "bfloat16"):
+        at = next(o for o in item.options if o.name.text == "precision")
+        fail(
+            "G121",
+            f"`precision` cannot be `{precision}`",
+            span=at.span,
+            wanted="`float32` or `bfloat16`",
+            help={"bf16": "write `bfloat16`", "fp32": "write `float32`"}.get(str(precision))
+            or suggest(str(precision), ("float32", "bfloat16")),
+        )
+    if values.get("task") == 0 and not (values.get("teacher") or values.get("features")):
+        at = next(o for o in item.options if o.name.text == "task")
+        fail(
+            "G122",
+            "the loss of stage 2 has no term left",
+            span=at.span,
+            wanted="`task`, `teacher` or `features` above 0",
+            help="write `teacher = 1`",
+        )
 
 
 def _options(

@@ -459,6 +459,12 @@ class Finetune:
     clip: float | None = None
     halve_lr_at: tuple[int, ...] = ()
     train: Literal["all", "inserted"] | Lora | None = None
+    task: float | None = None
+    teacher: float | None = None
+    features: float | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    checkpointing: bool | None = None
+    preview: int | None = None
 
 
 @dataclass(frozen=True)

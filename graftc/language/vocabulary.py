@@ -216,6 +216,14 @@ FINETUNE: Mapping[str, OptionWord] = {
     "clip": OptionWord("float", "clip", 0, above=True, doc="largest norm of the gradient"),
     "halve_lr_at": OptionWord("counts", "halve_lr_at", 1, doc="steps at which lr halves"),
     "train": OptionWord("train", "train", doc="`all`, `inserted` or `lora(rank = …)`"),
+    "task": OptionWord("float", "task", 0, doc="weight of the task's own loss"),
+    "teacher": OptionWord("float", "teacher", 0, doc="weight of the teacher's output in the loss"),
+    "features": OptionWord("float", "features", 0, doc="weight of the sites' outputs in the loss"),
+    "precision": OptionWord("word", "precision", doc="`float32`, or `bfloat16` by autocast"),
+    "checkpointing": OptionWord(
+        "bool", "checkpointing", doc="blocks are computed again in the backward pass"
+    ),
+    "preview": OptionWord("int", "preview", 1, doc="steps between two sheets of samples"),
 }
 
 DROPS: Mapping[str, str] = {

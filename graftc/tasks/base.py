@@ -85,6 +85,21 @@ def primary(outputs: Any) -> Tensor:
     )
 
 
+def divergence(logits: Tensor, wanted: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean KL(teacher ‖ student) in nats over the last axis of logits [B, …, K]; `counted` [B, …] says where.
+
+    Source: Hinton et al. 2015 (arXiv 1503.02531), at temperature 1.
+
+    >>> divergence(torch.zeros(2, 3), torch.zeros(2, 3)).item()
+    0.0
+    """
+    ours, theirs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    found = (theirs.exp() * (theirs - ours)).sum(-1)
+    if counted is None:
+        return found.mean()
+    return (found * counted).sum() / counted.sum().clamp(min=1)
+
+
 def entry(sample: Mapping[str, Tensor], name: str, task: str) -> Tensor:
     """`sample[name]`, or a KeyError that says which task asked and what the sample holds."""
     if name not in sample:

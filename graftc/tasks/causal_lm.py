@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Prepared, entry, primary
+from .base import Prepared, divergence, entry, primary
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class CausalLM:
         return F.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=self.ignore
         )
+
+    def imitate(self, outputs: Any, wanted: Any, prepared: Prepared) -> Tensor:
+        """Mean KL of the teacher's next-token distribution from the model's, over the tokens that count."""
+        counted = prepared.targets["labels"] != self.ignore
+        return divergence(primary(outputs), primary(wanted), counted)
 
     def metrics(self, outputs: Any, prepared: Prepared) -> dict[str, float]:
         """`loss` in nats, `perplexity`, and `accuracy` of the most likely token."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Prepared, entry, primary
+from .base import Prepared, divergence, entry, primary
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Classification:
         return F.cross_entropy(
             primary(outputs).float(), prepared.targets["label"], label_smoothing=self.smoothing
         )
+
+    def imitate(self, outputs: Any, wanted: Any, prepared: Prepared) -> Tensor:
+        """Mean KL of the teacher's distribution over labels from the model's."""
+        return divergence(primary(outputs), primary(wanted))
 
     def metrics(self, outputs: Any, prepared: Prepared) -> dict[str, float]:
         """`loss` (smoothed as in training) and `accuracy`."""

@@ -1,0 +1,127 @@
+"""Stage 2's loss: the task's own, the teacher's output, and the outputs of the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.diagnostics import GraftError, fail
+from graftc.distillation.cuts import capture_graph
+from graftc.distillation.data import Task
+from graftc.distillation.sources import describe
+from graftc.distillation.targets import Site, Stage2
+from graftc.program.model import user_error
+from graftc.tasks.base import primary
+
+_TINY = 1e-12
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """‖output − target‖² / ‖target‖² over a batch, in float32.
+
+    >>> relative_error(torch.zeros(3), torch.ones(3))
+    tensor(1.)
+    """
+    wide = target.float()
+    return (output.float() - wide).square().sum() / wide.square().sum().clamp(min=_TINY)
+
+
+class Terms:
+    """The loss of a batch, as the sum of its terms, each times its weight.
+
+    The teacher's output is compared by the task's `imitate(outputs, of_teacher, prepared)` where it has
+    one (KL divergence, of logits), and else by the relative squared error of the output. The features
+    term is the mean over the sites of the relative squared error between the student's output at its
+    cut and the teacher's, each model on its own inputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task: Task,
+        stage2: Stage2,
+        *,
+        teacher: nn.Module | None = None,
+        sites: Sequence[Site] = (),
+        device: str = "cpu",
+    ) -> None:
+        self.module, self.task, self.stage2 = module, task, stage2
+        self._device = torch.device(device).type
+        wanted = [n for n in ("teacher", "features") if getattr(stage2, n) > 0]
+        if wanted and teacher is None:
+            fail("G553", f"the term `{wanted[0]}` of stage 2 needs the teacher", site=f"stage2.{wanted[0]}",
+                 help="give `teacher=`, or set the term's weight to 0")  # fmt: skip
+        if stage2.features > 0 and not sites:
+            fail("G553", "the term `features` of stage 2 needs sites, and there are none",
+                 site="stage2.features", help="set its weight to 0")  # fmt: skip
+        if not (stage2.task > 0 or wanted):
+            fail("G553", "stage 2 has no term: every weight is 0", site="stage2.task",
+                 wanted="task, teacher or features above 0")  # fmt: skip
+        self._teacher = teacher.eval().to(device) if teacher is not None and wanted else None
+        self.graphs: list[nn.Module] = []
+        if stage2.features > 0 and self._teacher is not None:
+            self._teacher = capture_graph(self._teacher, [s.teacher for s in sites], result=True)
+            self.graphs = [capture_graph(module, [s.student for s in sites], result=True)]
+
+    def __call__(self, prepared: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a scalar, and its terms without their weights."""
+        weights = self.stage2
+        with self.cast():
+            outputs, features = self._run(self.graphs[0] if self.graphs else self.module, prepared)
+            parts: dict[str, Tensor] = {}
+            if weights.task > 0:
+                parts["task"] = self.task_loss(outputs, prepared)
+            if self._teacher is not None:
+                with torch.no_grad():
+                    wanted, wanted_features = self._run(self._teacher, prepared)
+                if weights.teacher > 0:
+                    parts["teacher"] = self._imitation(outputs, wanted, prepared)
+                if weights.features > 0:
+                    pairs = zip(features, wanted_features, strict=True)
+                    errors = [relative_error(ours[-1], theirs[-1]) for ours, theirs in pairs]
+                    parts["features"] = torch.stack(errors).mean()
+            total = [getattr(weights, name) * part for name, part in parts.items()]
+            return torch.stack([t.float().reshape(()) for t in total]).sum(), parts
+
+    def cast(self) -> Any:
+        """The precision of the forward passes: bfloat16 by autocast, weights and optimiser in float32."""
+        if self.stage2.precision == "bfloat16":
+            return torch.autocast(self._device, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def task_loss(self, outputs: Any, prepared: Any) -> Tensor:
+        """The task's loss; what the user's code raises, or returns in its place, is told (G203)."""
+        return self._scalar("loss", self.task.loss, outputs, prepared)
+
+    def _run(self, module: nn.Module, prepared: Any) -> tuple[Any, Any]:
+        found = module(**prepared.inputs)
+        return (found[1], found[0]) if self.stage2.features > 0 else (found, ())
+
+    def _imitation(self, outputs: Any, wanted: Any, prepared: Any) -> Tensor:
+        own = getattr(self.task, "imitate", None)
+        if own is not None:
+            return self._scalar("imitate", own, outputs, wanted, prepared)
+        with told("the model's output"):
+            return relative_error(primary(outputs), primary(wanted))
+
+    def _scalar(self, name: str, function: Any, *given: Any) -> Tensor:
+        with told(f"TASK.{name}"):
+            value = function(*given)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise TypeError(f"`{name}` returned {describe(value)}, not a tensor of one number")
+        return value
+
+
+@contextmanager
+def told(site: str) -> Generator[None]:
+    """Tell what the user's Task raises as a diagnostic; a GraftError stays as it is."""
+    try:
+        yield
+    except GraftError:
+        raise
+    except Exception as error:
+        raise user_error(error, "TASK", site) from error
