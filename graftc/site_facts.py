@@ -39,7 +39,10 @@ def arguments_of(edit: Edit, new: NewModule | None = None) -> dict[str, Any]:
 
 
 def definition_of(edit: Edit, new: NewModule | None = None) -> str:
-    """What computes: the operators' classes, or a hash of one that is written in a file; and how they join."""
+    """What computes: the operators' classes, or a hash of one that is written in a file; and how they join.
+
+    Of a class in a Python file, that file is hashed; what it imports is not.
+    """
     chosen = edit.new if new is None else (new,)
     parts = [_definition(n) for n in chosen]
     if edit.kind != "replace":
@@ -54,6 +57,8 @@ def _definition(new: NewModule) -> str:
     if (written := new.spec.written) is not None:
         text = repr((written.inputs, written.steps, written.returns))
         return f"{new.spec.name} sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    if (user := new.spec.user) is not None:
+        return f"{user.name} sha256:{hashlib.sha256(user.file.read_bytes()).hexdigest()[:32]}"
     return new.spec.module
 
 

@@ -14,6 +14,7 @@ from graftc.language.check import check
 if TYPE_CHECKING:
     from graftc.deploy.profile import Comparison
     from graftc.distillation import RunResult
+    from graftc.distillation.assemble import Assembly
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
     from graftc.program.analysis import Analysis
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "report", "serve_editor", "test_files", "verify",
+    "assemble", "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "report", "serve_editor", "test_files", "verify",
 ]  # fmt: skip
 
 
@@ -137,6 +138,7 @@ def compile(
     seed: int = 0,
     copy_teacher: bool = False,
     student_weights: str | Path | None = None,
+    bank: str | Path | None = None,
     command: str = "",
 ) -> Build:
     """The student and its distillation targets, as a build directory at `output`.
@@ -148,7 +150,7 @@ def compile(
     """
     from graftc.compiler import compile_build
 
-    return compile_build(
+    build = compile_build(
         Path(file),
         model,
         Path(output),
@@ -161,6 +163,30 @@ def compile(
         command=command,
         student_weights=None if student_weights is None else Path(student_weights),
     )
+    if bank is not None:
+        assemble(build, bank, data, task=task, command=command)
+    return build
+
+
+def assemble(
+    build: str | Path | Build,
+    bank: str | Path,
+    data: str | Any = None,
+    *,
+    task: str | Any = None,
+    command: str = "",
+) -> Assembly:
+    """What `bank` has for a build: where that is every site, the student is put together of it, as a finished run.
+
+    With `data`, only what was trained on it counts. Raises GraftError.
+    """
+    from graftc.distillation.assemble import assemble as engine
+
+    opened = _build(build)
+    given = None if data is None else load_data(data)
+    chosen = None if data is None else _task(opened, task)
+    sources = {"command": command} if data is None else _sources(opened, data, task, command)
+    return engine(opened, bank, data=given, task=chosen, sources=sources)
 
 
 def distill(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graftc.cli import sites
 from graftc.cli.progress import Progress
 
 app = typer.Typer(
@@ -60,6 +61,10 @@ GraphOption = Annotated[
 BuildArgument = Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")]
 MaybeSeed = Annotated[
     int | None, typer.Option("--seed", help="seed of every random choice; default 0")
+]
+BankOption = Annotated[
+    Path | None,
+    typer.Option("--bank", metavar="BANK", help="a directory of trained sites, used and added to"),
 ]
 SeedOption = Annotated[int, typer.Option(help="seed of every random choice")]
 
@@ -276,6 +281,7 @@ def compile_(
             help="a trained student's state dict: safetensors, or of torch.save (key `ema`)",
         ),
     ] = None,
+    bank: BankOption = None,
     format: FormatOption = "text",
 ) -> None:
     """Make the student and its distillation targets."""
@@ -296,7 +302,11 @@ def compile_(
         student_weights=student_weights,
         command=_command(),
     )
-    show_build(build)
+    show_build(build, say_next=bank is None)
+    if bank is not None:
+        from graftc.cli.sites import show_assembly
+
+        show_assembly(build, verbs.assemble(build, bank, data, task=task, command=_command()))
 
 
 def _training(
@@ -344,6 +354,7 @@ def distill(
     lr: RateOption = None,
     seed: MaybeSeed = None,
     resume: ResumeOption = None,
+    bank: BankOption = None,
     tensorboard: BoardOption = False,
     format: FormatOption = "text",
 ) -> None:
@@ -355,6 +366,7 @@ def distill(
         "lr": lr,
         "seed": seed,
         "resume": resume,
+        "bank": bank,
         "tensorboard": tensorboard or None,
     }
     _training("distill", directory, data, task, options)
@@ -543,6 +555,9 @@ def doctor(format: FormatOption = "text") -> None:
     _format(format)
     findings = verbs.doctor()
     _json(findings) if format == "json" else show_doctor(findings)
+
+
+app.command()(sites.bank)
 
 
 @app.callback(invoke_without_command=True)

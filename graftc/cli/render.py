@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SHOWN = ("self_attention", "cross_attention", "joint_attention", "mlp", "unknown_attention")
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Wide where there is no terminal: a table in a log or a pipe is not cut."""
     import sys
 
@@ -42,7 +42,7 @@ def count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _table(*columns: str) -> Table:
+def wide_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(
@@ -52,7 +52,7 @@ def _table(*columns: str) -> Table:
 
 
 def show_analysis(analysis: Analysis) -> None:
-    console = _console()
+    console = wide_console()
     program = analysis.program
     console.print(
         f"{count(analysis.parameters)} parameters, {count(analysis.flops.get('', 0))} FLOPs a forward pass of one sample"
@@ -65,7 +65,7 @@ def show_analysis(analysis: Analysis) -> None:
         console.print(f"  note: {note}")
     for chain in analysis.chains:
         console.print(f"\nchain `{chain.name}`: {len(chain)} blocks, 0..{len(chain) - 1}")
-        table = _table("block", "site", "role", "facts", "parameters", "FLOPs")
+        table = wide_table("block", "site", "role", "facts", "parameters", "FLOPs")
         for index, path in enumerate(chain.paths):
             inside = [s for s in analysis.sites if s.block == (chain.name, index)]
             block = next(s for s in inside if s.path == path)
@@ -91,7 +91,7 @@ def show_analysis(analysis: Analysis) -> None:
     outside = [s for s in analysis.sites if s.block is None and s.role != "unknown"]
     if outside:
         console.print("\noutside the chains")
-        table = _table("site", "role", "facts", "parameters", "FLOPs")
+        table = wide_table("site", "role", "facts", "parameters", "FLOPs")
         for site in outside:
             table.add_row(
                 site.path,
@@ -149,8 +149,8 @@ def analysis_dict(analysis: Analysis) -> dict[str, Any]:
 
 
 def show_plan(plan: Plan) -> None:
-    console = _console()
-    table = _table("site", "rule", "becomes", "parameters", "FLOPs")
+    console = wide_console()
+    table = wide_table("site", "rule", "becomes", "parameters", "FLOPs")
     for step in plan.steps:
         table.add_row(
             step.edit.name,
@@ -214,8 +214,8 @@ def _percent(before: int, after: int) -> str:
     return f"{100 * (after - before) / before:+.2f} %" if before else "new"
 
 
-def show_build(build: Build) -> None:
-    console = _console()
+def show_build(build: Build, *, say_next: bool = True) -> None:
+    console = wide_console()
     totals = build.plan["totals"]["parameters"]
     console.print(
         f"built {build.path}: {len(build.plan['edits'])} edits, "
@@ -232,16 +232,17 @@ def show_build(build: Build) -> None:
             f"  {len(sites)} sites to distil"
             + (f", {pending} with first weights that wait for data" if pending else "")
         )
-        console.print(f"next: graftc distill {build.path} -d DATA")
+        if say_next:
+            console.print(f"next: graftc distill {build.path} -d DATA")
 
 
 def show_run(result: RunResult) -> None:
-    console = _console()
+    console = wide_console()
     console.print(
         f"run {result.id}: {result.steps} steps in {result.seconds:.0f} s; weights in {result.weights}"
     )
     if result.sites:
-        table = _table("site", "operator", "error at start", "error at end", "steps")
+        table = wide_table("site", "operator", "error at start", "error at end", "steps")
         for site in result.sites:
             skipped = f", {site.skipped_steps} skipped" if site.skipped_steps else ""
             table.add_row(
@@ -249,17 +250,20 @@ def show_run(result: RunResult) -> None:
                 site.operator,
                 f"{site.error_start:.4f}",
                 f"{site.error_end:.4f}",
-                f"{site.steps}{skipped}",
+                f"{site.steps}{skipped}" + (" (from the bank)" if site.reused else ""),
             )
         console.print(table)
         console.print("errors are of the site's output on held-out samples, relative to its energy")
+        for site in result.sites:
+            if site.reused:
+                console.print(f"  {site.key} was not trained again: {site.reused}")
     for name, value in result.metrics.items():
         console.print(f"  {name}: {value:.5g}")
 
 
 def show_export(written: Path) -> None:
     """Where an export is, and for a directory what it is for, what was proved and what stays in float32."""
-    console = _console()
+    console = wide_console()
     console.print(f"wrote {written}")
     if not written.is_dir():
         return
@@ -311,7 +315,7 @@ def comparison_dict(found: Comparison) -> dict[str, Any]:
 
 
 def show_comparison(found: Comparison) -> None:
-    console = _console()
+    console = wide_console()
     for timing in (found.ours, found.other):
         console.print(
             f"{timing.path}: {timing.milliseconds:.2f} ms a call (median {timing.median:.2f})"
@@ -337,14 +341,14 @@ def verification_dict(result: Verification) -> dict[str, Any]:
 
 
 def show_verification(result: Verification) -> None:
-    table = _table("check", "", "detail")
+    table = wide_table("check", "", "detail")
     for rung in result.rungs:
         table.add_row(rung.name, rung.state, rung.detail)
-    _console().print(table)
+    wide_console().print(table)
 
 
 def show_doctor(findings: list[dict[str, str]]) -> None:
-    table = _table("what", "", "detail")
+    table = wide_table("what", "", "detail")
     for f in findings:
         table.add_row(f["what"], f["state"], f["detail"])
-    _console().print(table)
+    wide_console().print(table)

@@ -49,6 +49,7 @@ class SiteResult:
     own. `skipped_steps` counts steps whose gradient was no number. A site that was exact from the
     start has 0 steps. `candidate` counts those of `one of`: 0 is the one in the student. `bins`: errors
     by bins of the task's time (`edges`, one more than `errors`), None where the task has no time.
+    `reused`: where the weights came from, of a site that a bank had; it has 0 steps too.
     """
 
     name: str
@@ -61,6 +62,7 @@ class SiteResult:
     skipped_steps: int = 0
     candidate: int = 0
     bins: Mapping[str, list[float]] | None = None
+    reused: str = ""
 
     @property
     def key(self) -> str:
@@ -110,6 +112,12 @@ class Run:
                  help="free some space, then resume")  # fmt: skip
         for listener in self.listeners:
             listener(values)
+
+    def record(self, **facts: Any) -> None:
+        """Add to `run.yaml`."""
+        if any(self.facts.get(name) != value for name, value in facts.items()):
+            self.facts.update(facts)
+            save_yaml(self.path / "run.yaml", self.facts)
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replace the checkpoint. It remembers the log's length, so that a resumed log has no doubles."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from graftc.distillation.generation import Generation, Setting, State
 from graftc.distillation.loss import chosen
 from graftc.distillation.optim import Kind, Optimiser, align
 from graftc.distillation.pending import solve_pending
+from graftc.distillation.reuse import Reuse, result_of, reuse_of, state_as_chosen, take
 from graftc.distillation.run import Build, Progress, Run, RunResult, SiteResult, open_run
 from graftc.distillation.scopes import using_threads
 from graftc.distillation.stacked import Mode
@@ -48,6 +50,7 @@ def distill(
     stacked: Mode | None = None,
     validation: Any = None,
     resume: str | None = None,
+    bank: str | Path | None = None,
     device: str = "cpu",
     compile: bool = False,
     threads: int | None = None,
@@ -64,7 +67,9 @@ def distill(
     and draws the noise. `validation` is a DATA to measure errors on; unsaid, a tenth of DATA.
     `stacked` is "auto", "never" or "always". A checkpoint is written every `checkpoint_every` steps
     (unsaid: every minute). `resume` continues a run that was killed, with its own options, and
-    ends with the same bits as an uninterrupted run on the same CPU and threads. `sources` is plain
+    ends with the same bits as an uninterrupted run on the same CPU and threads. `bank` is a directory
+    of trained sites: what it has is not trained again, what is trained is added (`docs/targets.md`, "The
+    bank"); a resumed run keeps its own. `sources` is plain
     data on where DATA and the task came from, kept in `run.yaml` and not compared on `resume`.
     With `tensorboard` the log is written as TensorBoard events too.
 
@@ -108,7 +113,10 @@ def distill(
             )
             student = align(build.student()).to(device)
             loaded = load_candidates(build, targets.sites, device)
-            made = _Stage1(run, targets, setting, student, loaded, checkpoint_every, progress)
+            reuse = _reuse(run, build, targets, student, bank, data, task, source.size, validation)
+            made = _Stage1(
+                run, targets, setting, student, loaded, checkpoint_every, progress, reuse
+            )
             return made.run_all()
 
 
@@ -117,6 +125,28 @@ def _data(run: Run, targets: Targets, data: Any, validation: Any) -> Data:
     count = run.options["samples"] or count
     seed = run.options["seed"]
     return open_data(data, seed=seed, fraction=share, samples=count, validation=validation)
+
+
+def _reuse(
+    run: Run,
+    build: Build,
+    targets: Targets,
+    student: nn.Module,
+    bank: str | Path | None,
+    data: Any,
+    task: Task,
+    size: int | None,
+    validation: Any,
+) -> Reuse | None:
+    """The bank that was given, or that the run was begun with; recorded in `run.yaml`."""
+    chosen = run.facts.get("bank") if bank is None else str(Path(bank).absolute())
+    if chosen is None:
+        return None
+    run.record(bank=chosen)
+    return reuse_of(
+        chosen, build, targets, run, student,
+        data=data, task=task, size=size, validation=validation,
+    )  # fmt: skip
 
 
 class _Stage1:
@@ -131,8 +161,10 @@ class _Stage1:
         candidates: Sequence[Loaded],
         checkpoint_every: int | None,
         progress: Progress | None,
+        reuse: Reuse | None = None,
     ) -> None:
         self.run = run
+        self.reuse = reuse
         self.setting = setting
         self.student = student.train()
         self.candidates = {one.site.name: one for one in candidates}
@@ -182,6 +214,23 @@ class _Stage1:
         others = [one for name, one in self.candidates.items() if name in chosen]
         return (*students_of(self.student, sites), *candidate_students(others))
 
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return state_as_chosen(self.student, self.candidates.get(name))
+
+    def _from_bank(self, students: Sequence[Student]) -> set[str]:
+        """Take what the bank has; returns the names of those that it had."""
+        found: set[str] = set()
+        for name in (s.site.name for s in students):
+            if self.reuse is None or (entry := self.reuse.entry(name)) is None:
+                continue
+            identity = self.reuse.identities[name]
+            take(entry, identity, self._state(name))
+            self.results[name] = result_of(entry, identity)
+            said = {k: v for k, v in vars(self.results[name]).items() if k != "bins"}
+            self.run.log(event="reused", **said)
+            found.add(name)
+        return found
+
     def _result(
         self, generation: Generation, site: Site, bins: Mapping[str, list[float]] | None
     ) -> SiteResult:
@@ -199,6 +248,12 @@ class _Stage1:
             lr=self.run.options["lr"],
         )
         students = self._students(sites)
+        reused = self._from_bank(students) if state is None else set[str]()
+        if state is not None:  # as it was decided when the generation began
+            reused = {s.site.name for s in students} - state.start.keys()
+        students = tuple(s for s in students if s.site.name not in reused)
+        if not students:
+            return
         for name, one in self.candidates.items():
             if one.of.name in plans:
                 plans[name] = plans[one.of.name]
@@ -223,6 +278,8 @@ class _Stage1:
             if done < total and self.saver.due(done):
                 self._save(generation, optimiser)
             self.progress(f"distill {number + 1}/{len(self.generations)}", done, total, values)
+        if self.reuse is not None:  # should the bank have no room, nothing is trained twice
+            self._save(generation, optimiser)
         generation.restore_best()
         self.steps += generation.state.step
         bins = generation.measure_bins()
@@ -233,6 +290,8 @@ class _Stage1:
             if result.bins is not None:
                 self.run.log(event="bins", site=name, **result.bins)
             self.run.log(event="site", **{k: v for k, v in vars(result).items() if k != "bins"})
+            if self.reuse is not None:
+                self.reuse.store(result, self._state(name))
 
     # -- log and checkpoint -----------------------------------------------------------------
 

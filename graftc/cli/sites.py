@@ -1,0 +1,159 @@
+"""The commands on trained sites: what a bank holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from graftc.distillation.assemble import Assembly
+    from graftc.distillation.bank import Entry, Merged
+    from graftc.emit.build import Build
+
+FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
+
+
+def bank(
+    directory: Annotated[Path, typer.Argument(metavar="BANK", help="a bank's directory")],
+    action: Annotated[
+        str, typer.Argument(metavar="[list|prune|merge]", help="what to do; default: list")
+    ] = "list",
+    others: Annotated[
+        list[Path] | None, typer.Argument(metavar="[OTHER...]", help="banks to merge into BANK")
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option("--site", metavar="GLOB", help="only these sites")
+    ] = None,
+    operator: Annotated[
+        str | None, typer.Option("--operator", metavar="GLOB", help="only these operators")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", metavar="DAYS", help="prune: written before")
+    ] = None,
+    not_best: Annotated[
+        bool,
+        typer.Option("--not-best", help="prune: where another run of the same has a lower error"),
+    ] = False,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="prune: whose files are not those that were written")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="prune: say what would go, remove nothing")
+    ] = False,
+    format: FormatOption = "text",
+) -> None:
+    """List, prune or merge trained sites that `--bank` stored."""
+    from graftc.diagnostics import fail
+    from graftc.distillation.bank import Bank
+    from graftc.distillation.bank_prune import Chosen, select
+
+    if format not in ("text", "json"):
+        raise typer.BadParameter(f"--format is text or json, found {format!r}")
+    if action not in ("list", "prune", "merge"):
+        raise typer.BadParameter(f"wanted list, prune or merge, found {action!r}")
+    if bool(others) != (action == "merge"):
+        raise typer.BadParameter("merge takes the banks to merge: graftc bank BANK merge OTHER")
+    as_json = format == "json"
+    if action == "merge":
+        merged = [
+            (other, Bank.open(directory, create=True).merge(Bank.open(other)))
+            for other in others or []
+        ]
+        _json([_merged_dict(o, m) for o, m in merged]) if as_json else _show_merged(merged)
+        if any(m.conflicts for _, m in merged):
+            raise typer.Exit(1)
+        return
+    opened = Bank.open(directory)
+    wanted = Chosen(site, operator, older_than, not_best, damaged)
+    if action == "list":
+        found = select(opened, wanted)
+        _json([e.to_dict() for e in found]) if as_json else _show(found)
+        return
+    if not wanted.anything:
+        fail("G577", "prune needs to know what", site=str(directory),
+             wanted="--site, --operator, --older-than, --not-best or --damaged")  # fmt: skip
+    gone = select(opened, wanted)
+    broken = [p for p in opened.damaged() if isinstance(p, Path)] if damaged else []
+    if not dry_run:
+        opened.remove(gone)
+        opened.remove_folders(broken)
+    if as_json:
+        _json({"removed": [e.key for e in gone], "unreadable": [p.name for p in broken], "dry_run": dry_run})  # fmt: skip
+        return
+    _show(gone)
+    for folder in broken:
+        print(f"unreadable: {folder}")
+    count = len(gone) + len(broken)
+    print(f"{'would remove' if dry_run else 'removed'} {_entries(count)}")
+
+
+def show_assembly(build: Build, found: Assembly) -> None:
+    """What a bank had for a build, and what comes next."""
+    for name, entry in found.found.items():
+        print(
+            f"  {name}: from the bank, error {entry.error:.4f} "
+            f"(run {entry.source['run']} of {entry.source['build']})"
+        )
+    for missing in found.missing:
+        print(f"  {missing.site}: to be trained; {missing.why}")
+    if found.run is not None:
+        print(f"assembled: run {found.run.id}, {len(found.found)} sites, nothing was trained")
+        print(f"next: graftc finetune {build.path} -d DATA")
+    elif found.missing:
+        print(f"next: graftc distill {build.path} -d DATA --bank {found.bank}")
+
+
+def _show(entries: list[Entry]) -> None:
+    from graftc.cli.render import wide_console, wide_table
+
+    rows = wide_table("site", "operator", "error at start", "error at end", "steps", "from", "key")
+    for e in entries:
+        rows.add_row(
+            e.identity.site,
+            e.identity.operator,
+            f"{e.result['error_start']:.4f}",
+            f"{e.error:.4f}",
+            str(e.result["steps"]),
+            f"{e.source['run']} of {Path(e.source['build']).name}",
+            e.key[:12],
+        )
+    if entries:
+        wide_console().print(rows)
+    size = sum(e.bytes for e in entries)
+    print(f"{_entries(len(entries))}, {size / 2**20:.1f} MiB")
+
+
+def _show_merged(merged: list[tuple[Path, Merged]]) -> None:
+    for other, done in merged:
+        print(
+            f"{other}: {_entries(len(done.added))} added, {len(done.same)} were there, "
+            f"{len(done.conflicts)} in conflict"
+        )
+        for ours, theirs in done.conflicts:
+            print(
+                f"  {ours.identity.site} {ours.identity.operator} ({ours.key[:12]}): other weights under "
+                f"the same key; ours (error {ours.error:.6f}, run {ours.source['run']}) stay, theirs have "
+                f"error {theirs.error:.6f} (run {theirs.source['run']} of {theirs.source['build']})",
+                file=sys.stderr,
+            )
+
+
+def _merged_dict(other: Path, done: Merged) -> dict[str, Any]:
+    return {
+        "from": str(other),
+        "added": [e.key for e in done.added],
+        "same": [e.key for e in done.same],
+        "conflicts": [{"ours": a.to_dict(), "theirs": b.to_dict()} for a, b in done.conflicts],
+    }
+
+
+def _entries(count: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'}"
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
