@@ -8,9 +8,10 @@ from itertools import pairwise
 from graftc.diagnostics import Instead, Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import whole
+from graftc.language.python_names import python_match
 from graftc.language.resolve_blocks import blocks_of, check_groups
 from graftc.language.resolve_dataflow import dataflow_match
-from graftc.language.rules import Blocks, GroupMatch, Match, SequenceMatch, SiteMatch, Unapplied
+from graftc.language.rules import Blocks, GroupMatch, Match, SequenceMatch, SiteMatch
 from graftc.language.scope import Binding, Scope, already, listed, suggest
 from graftc.language.vocabulary import HOLDS, ROLES, covers
 
@@ -34,7 +35,8 @@ def matches_of(
             with scope.log.attempt():
                 found.append(dataflow_match(scope, clause))
         elif isinstance(clause, s.MatchPython):
-            found.append(Unapplied("a pattern captured from Python", clause.span))
+            with scope.log.attempt():
+                found.append(python_match(scope, clause))
         else:
             for item in clause.items:
                 _bind(scope, item)

@@ -15,6 +15,7 @@ from graftc.language.rules import (
     DataflowMatch,
     GraphInput,
     GraphTest,
+    PythonMatch,
     Ref,
     Rewrite,
     Rule,
@@ -44,7 +45,7 @@ def check_test_names(items: Sequence[s.TestItem], log: Log) -> None:
 def test_of(outer: Scope, item: s.TestItem, rule: Rule) -> GraphTest:
     """A test of a rule on ops. Raises GraftError."""
     if not isinstance(rule.edit, Rewrite) or not all(
-        isinstance(m, DataflowMatch) for m in rule.matches
+        isinstance(m, (DataflowMatch, PythonMatch)) for m in rule.matches
     ):
         fail(
             "G470",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Union
 
 from graftc.diagnostics import Diagnostic, Span
-from graftc.operators.spec import Const, InitSource, OperatorSpec, Part, Value
+from graftc.operators.spec import Const, InitSource, OperatorSpec, Part, UserClass, Value
 
 # -- expressions of `where` and of arguments -------------------------------------------------
 
@@ -251,10 +251,15 @@ class DataflowMatch:
 
 @dataclass(frozen=True)
 class PythonMatch:
-    """`match python("file.py:function")`: the pattern is what the function does to its arguments."""
+    """`match python("file.py:function")`: the pattern is what the function does to its arguments.
 
-    file: str
-    function: str
+    `inputs` and `outputs` are names: of its parameters, and of what it returns. `graftc.rewrite.user_files`
+    makes a DataflowMatch of it, once the file may be imported.
+    """
+
+    user: UserClass
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     span: Span
 
 

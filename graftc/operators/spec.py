@@ -132,9 +132,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class UserClass:
-    """The class of a Python file that a rule names: `python("ops.py:Mixer")`.
+    """A class or function of a Python file that a rule names: `python("ops.py:Mixer")`.
 
-    `written`: what stands in the rule. `file`: its path, and `folder` the `.graft` file's. `found`: the class,
+    `written`: what stands in the rule. `file`: its path, and `folder` the `.graft` file's. `found`: what it names,
     once the file is imported, which only its user can allow.
     """
 

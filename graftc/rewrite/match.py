@@ -31,6 +31,7 @@ from graftc.rewrite.dataflow.view import ProgramView, program_view
 from graftc.rewrite.facts import site_fact
 from graftc.rewrite.globs import path_matches
 from graftc.rewrite.sequence import sequences
+from graftc.rewrite.user_files import unread
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ def match(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -> Ma
 
 def selection(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -> Matches:
     """As `match`; what it raises names no near misses."""
-    if any(isinstance(m, DataflowMatch) for m in rule.matches):
+    if any(isinstance(m, (DataflowMatch, PythonMatch)) for m in rule.matches):
         made = find_matches(rule, analysis, view or program_view(analysis.flat))
         turned = [Match(rule, {}) for _ in made.filtered]
         _check_expectation(rule, list(made.found), list(made.filtered), [*made.found, *turned])
@@ -107,7 +108,9 @@ def selection(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -
 def find_matches(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
     """The matches of a rule with a dataflow pattern, be there any or none; names may be bound to sites too."""
     for pattern in rule.matches:
-        if isinstance(pattern, (Unapplied, GroupMatch, PythonMatch)):
+        if isinstance(pattern, PythonMatch):
+            unread(pattern, pattern.span)
+        if isinstance(pattern, (Unapplied, GroupMatch)):
             what = (
                 pattern.what if isinstance(pattern, Unapplied) else "this beside a dataflow pattern"
             )

@@ -17,9 +17,21 @@ from typing import Any
 from torch import nn
 
 from graftc.diagnostics import Diagnostic, GraftError, Span, fail, nearest
-from graftc.language.rules import Edit, Insert, OneOf, OperatorCall, Parallel, Replace, Rule, Rules
+from graftc.language.rules import (
+    Edit,
+    Insert,
+    Match,
+    OneOf,
+    OperatorCall,
+    Parallel,
+    PythonMatch,
+    Replace,
+    Rule,
+    Rules,
+)
 from graftc.operators.spec import Arg, Kind, OfSite, OperatorSpec, UserClass
 from graftc.program.model import Reference
+from graftc.rewrite.dataflow.captured import captured
 
 Words = Sequence[str | Path]
 """What was given with `--allow-python`, from the current folder."""
@@ -83,7 +95,18 @@ def _bound(rule: Rule, allowed: Words, hashes: dict[str, str]) -> Rule:
         found = load(user, call.span, allowed, hashes)
         return _with_class(call, replace(user, found=found))
 
-    return replace(rule, edit=with_calls(rule.edit, read))
+    matches = tuple(_captured(m, allowed, hashes) for m in rule.matches)
+    return replace(rule, edit=with_calls(rule.edit, read), matches=matches)
+
+
+def _captured(match: Match, allowed: Words, hashes: dict[str, str]) -> Match:
+    if not isinstance(match, PythonMatch):
+        return match
+    function = load(match.user, match.span, allowed, hashes)
+    if not inspect.isfunction(function):
+        fail("G435", f"`{match.user.written}` is no function", span=match.span,
+             found=type(function).__name__)  # fmt: skip
+    return captured(function, match)
 
 
 def with_calls(edit: Edit, change: Callable[[OperatorCall], OperatorCall]) -> Edit:
@@ -186,7 +209,7 @@ def _arg(parameter: inspect.Parameter, given: bool) -> Arg | None:
     return Arg(parameter.name, kind, default)
 
 
-def unread(spec: OperatorSpec, span: Span) -> None:
-    """Raise for an operator whose file nobody allowed: a plan was made without `bind`."""
-    if spec.user is not None and spec.user.found is None:
-        _check_allowed(spec.user, spec.user.file.resolve(), span, ())
+def unread(what: OperatorSpec | PythonMatch, span: Span) -> None:
+    """Raise for what stands in a file that nobody allowed: a plan was made without `bind`."""
+    if what.user is not None and what.user.found is None:
+        _check_allowed(what.user, what.user.file.resolve(), span, ())

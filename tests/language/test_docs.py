@@ -18,8 +18,10 @@ EXAMPLES = re.findall(r"```graft\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_an_example_checks(number: int) -> None:
-    rules = check(Source(f"example{number}.graft", EXAMPLES[number]))
+def test_an_example_checks(number: int, tmp_path: Path) -> None:
+    for name, source in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL):
+        (tmp_path / name).write_text(source)  # a pattern's names are read from it
+    rules = check(Source(str(tmp_path / f"example{number}.graft"), EXAMPLES[number]))
     assert rules.rules
 
 
