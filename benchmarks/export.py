@@ -138,11 +138,11 @@ def export_xl(folder: Path) -> dict[str, Any]:
 
 
 def child(folder: Path) -> None:
-    """The export itself: seconds, and the most memory that the process held."""
+    """The export itself: seconds, and the most memory that the process held, Python and torch in it."""
     import graftc.emit.files as files
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     config = files.read_yaml(folder / "package" / "config.yaml")
     model = load_package(folder / "package")
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -150,8 +150,10 @@ def child(folder: Path) -> None:
         model, config, folder / "out", read_request(config, to="tensorrt", dynamic="batch=1:2:2")
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    said = {"seconds": time.perf_counter() - start, "weights": weights, "peak": peak, "before": before,
-            "share": (peak - before) / weights}  # fmt: skip
+    said = {
+        "parameters": sum(p.numel() for p in model.parameters()), "weights": weights, "before": before, "peak": peak,
+        "share": peak / weights, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used,
+    }  # fmt: skip
     print(json.dumps(said))
 
 

@@ -64,22 +64,33 @@ def _library(what: str, name: str, need: str) -> dict[str, str]:
 
 def _rungs() -> list[dict[str, str]]:
     """What each rung of `graftc verify` would need here."""
-    providers: list[str] = []
-    if find_spec("onnxruntime") is not None:
-        import onnxruntime
-
-        providers = list(onnxruntime.get_available_providers())
+    providers = _providers()
+    there = [] if isinstance(providers, str) else providers
+    driver = _library("", "libcuda.so.1", "")["state"] == "ok"
+    engine = _version("tensorrt") is not None and _version("polygraphy") is not None
     needs = [
-        ("rung: ONNX Runtime CPU", "CPUExecutionProvider" in providers, "pip install 'graftc[cpu]'"),
-        ("rung: ONNX Runtime CUDA", "CUDAExecutionProvider" in providers, "a GPU and pip install 'graftc[gpu]'"),
+        ("rung: checker, reference evaluator", _version("onnx") is not None, "pip install onnx"),
+        ("rung: ONNX Runtime CPU", "CPUExecutionProvider" in there, "pip install 'graftc[cpu]'"),
+        ("rung: ONNX Runtime CUDA", driver and "CUDAExecutionProvider" in there, "a GPU and pip install 'graftc[gpu]'"),
         ("rung: TensorRT-RTX", _version("tensorrt-rtx") is not None, "pip install 'graftc[rtx]'"),
-        ("rung: TensorRT engine", _version("tensorrt") is not None and _version("polygraphy") is not None,
-         "a GPU, tensorrt, polygraphy and OUT/trt/build.sh"),
+        ("rung: TensorRT engine", driver and engine, "a GPU, tensorrt, polygraphy and OUT/trt/build.sh"),
     ]  # fmt: skip
     return [
         _finding(n, "ok" if ok else "missing", "can run here" if ok else f"NOT RUN: needs {need}")
         for n, ok, need in needs
     ]
+
+
+def _providers() -> list[str] | str:
+    """What ONNX Runtime offers; or why it does not load."""
+    if find_spec("onnxruntime") is None:
+        return "its module is gone"
+    try:
+        import onnxruntime
+
+        return list(onnxruntime.get_available_providers())
+    except (ImportError, AttributeError) as error:  # a half-overwritten installation
+        return f"its module does not load: {error}"
 
 
 def versions() -> dict[str, str]:
@@ -131,13 +142,11 @@ def _runtime() -> dict[str, str]:
         return _finding(
             "onnxruntime", "missing", "verify needs it: pip install 'graftc[cpu]' or 'graftc[gpu]'"
         )
-    if find_spec("onnxruntime") is None:
-        return _finding(
-            "onnxruntime", "problem", "installed, but its module is gone; install it again"
-        )
-    import onnxruntime
-
-    providers = ", ".join(onnxruntime.get_available_providers())
+    providers = _providers()
+    if isinstance(providers, str):
+        return _finding("onnxruntime", "problem", f"installed, but {providers}; install it again")
     return _finding(
-        "onnxruntime-gpu" if gpu else "onnxruntime", "ok", f"{gpu or cpu}; providers: {providers}"
+        "onnxruntime-gpu" if gpu else "onnxruntime",
+        "ok",
+        f"{gpu or cpu}; providers: {', '.join(providers)}",
     )

@@ -278,13 +278,9 @@ def _described(
             for r in regions
             if graph.nodes.get(r.path) or r.path in graph.values
         ],
-        "weights": {n: _weight_text(w) for n, w in graph.weights.items() if n != w["source"]},
+        "merged_weights": dict(graph.merged),
         "repairs": dict(graph.repairs),
     }  # fmt: skip
-
-
-def _weight_text(entry: Mapping[str, Any]) -> str:
-    return f"{entry['source']}{', transposed' if entry.get('transposed') else ''}"
 
 
 def _write_index(

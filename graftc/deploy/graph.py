@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from graftc.deploy.translations import translations
 from graftc.emit.onnx import output_names, quiet, refused
 
 _MARK = "graftc-region:"
+_SMALL = 1024
+"""Elements up to which onnxscript's optimiser compares weights with each other."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Graph:
     program: Any
     values: Mapping[str, tuple[str, ...]]
     nodes: Mapping[str, int]
-    weights: Mapping[str, dict[str, Any]]
+    merged: Mapping[str, str]
     repairs: Mapping[str, int]
 
     @property
@@ -61,21 +63,68 @@ def build_graph(
             if traced is None:
                 traced = trace(model, inputs, shapes, [r.path for r in regions])
             exported, counts = traced
-            program = torch.onnx.export(
-                exported, dynamo=True, opset_version=opset, verbose=False, dynamic_shapes=shapes,
-                input_names=list(inputs), output_names=_names(names, exported, counts),
-                custom_translation_table=translations(),
-            )  # fmt: skip
+            with withheld(exported) as weights:
+                program = torch.onnx.export(
+                    exported, dynamo=True, opset_version=opset, verbose=False, dynamic_shapes=shapes,
+                    input_names=list(inputs),
+                    custom_translation_table=translations(), optimize=False,
+                )  # fmt: skip
+                assert program is not None
+                _optimise(program.model, weights)
     except Exception as error:
-        raise refused(error, model, dict(inputs), shapes) from error
-    assert program is not None
+        raise refused(error, model, dict(inputs), shapes, sites) from error
     found = program.model
+    for value, name in zip(found.graph.outputs, _names(names, exported, counts), strict=True):
+        value.name = name
+    # References, not copies: each tensor is read from the model when it is written to the file.
+    program.apply_weights({n: t for n, t in weights.items() if n in found.graph.initializers})
     values = _take_regions(found, counts)
     repairs = repair(found)
     _clean(found)
-    weights = _name_weights(found, model)
     nodes = _name_nodes(found, sites)
-    return Graph(program, _value_names(values), nodes, weights, dict(repairs))
+    return Graph(program, _value_names(values), nodes, _merged(found, weights), dict(repairs))
+
+
+@contextmanager
+def withheld(exported: torch.export.ExportedProgram) -> Generator[dict[str, Tensor]]:
+    """Fake tensors in place of a traced model's weights: the exporter knows their shapes and cannot copy them.
+
+    Gives the real weights by name; they are back in the traced model when the block ends. Those that rules of
+    the optimiser read stay real: vectors, convolutions, small ones, and all where there is a batch norm.
+    """
+    state = exported.state_dict
+    places = {
+        str(spec.target): spec.arg.name
+        for spec in exported.graph_signature.input_specs
+        if spec.target in state and state[spec.target].is_floating_point()
+    }
+    real = {name: state[name] for name in places}
+    fakes = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
+    if not any("batch_norm" in str(n.target) for n in exported.graph.nodes):
+        for name, tensor in real.items():
+            if tensor.ndim == 2 and tensor.numel() > _SMALL:
+                fake = fakes[places[name]]
+                state[name] = (
+                    nn.Parameter(fake, False)
+                    if name in exported.graph_signature.parameters
+                    else fake
+                )
+    try:
+        yield real
+    finally:
+        state.update(real)
+
+
+def _optimise(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """What the exporter itself would do, but for folding weights: they keep their names and their layout."""
+    from onnxscript.optimizer import optimize_ir
+    from onnxscript.rewriter import onnx_fusions
+
+    def foldable(node: ir.Node) -> bool | None:
+        return False if any(v is not None and v.name in weights for v in node.inputs) else None
+
+    optimize_ir(model, should_fold=foldable)
+    onnx_fusions.fuse(model)
 
 
 def _names(own: list[str] | None, exported: Any, counts: Mapping[str, int]) -> list[str]:
@@ -134,52 +183,20 @@ def _clean(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _name_weights(model: ir.Model, module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Give folded weights their names back; returns ONNX name → the state's name and whether it is transposed.
-
-    The optimiser folds the transposition of a linear layer's weight into a new constant with a name of
-    its own; such a one is known by its shape and its numbers.
-    """
-    state: dict[str, Tensor] = {
-        **dict(module.named_buffers(remove_duplicate=False)), **dict(module.named_parameters(remove_duplicate=False))
-    }  # fmt: skip
+def _merged(model: ir.Model, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Weights that the file holds under another's name, for their numbers are the same."""
+    kept = {n: t for n, t in weights.items() if n in model.graph.initializers}
     by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and tensor.ndim == 2:
-            by_shape.setdefault(tuple(tensor.shape), []).append(name)
-    table: dict[str, dict[str, Any]] = {}
-    taken = {str(n) for n in model.graph.initializers}
-    for name, value in list(model.graph.initializers.items()):
-        if name in state:
-            table[name] = {"source": name}
-            continue
-        tensor = value.const_value
-        if tensor is None or len(tensor.shape) != 2 or not tensor.dtype.is_floating_point():
-            continue
-        numbers = tensor.numpy()
-        shape = tuple(int(s) for s in numbers.shape)
-        source = next(
-            (n for n in by_shape.get(shape[::-1], []) if f"{n}.T" not in taken and _same(state[n], numbers)), None
-        )  # fmt: skip
-        if source is not None:
-            value.name = f"{source}.T"
-            taken.add(f"{source}.T")
-            table[f"{source}.T"] = {"source": source, "transposed": True}
-    return table
-
-
-def _same(tensor: Tensor, transposed: Any) -> bool:
-    """Whether an array is a tensor's transpose: a row first, which settles nearly all."""
-    own = tensor.detach()
-    if own.dtype == torch.bfloat16:
-        theirs = torch.from_numpy(numpy.ascontiguousarray(transposed).view(numpy.int16)).view(
-            torch.bfloat16
-        )
-    else:
-        theirs = torch.from_numpy(numpy.ascontiguousarray(transposed))
-    if theirs.dtype != own.dtype:
-        return False
-    return bool(torch.equal(own[:, 0], theirs[0])) and bool(torch.equal(own.T, theirs))
+    for name, tensor in kept.items():
+        by_shape.setdefault(tuple(tensor.shape), []).append(name)
+    found: dict[str, str] = {}
+    for name, tensor in weights.items():
+        if name not in kept:
+            alike = by_shape.get(tuple(tensor.shape), ())
+            same = next((n for n in alike if torch.equal(kept[n], tensor)), None)
+            if same is not None:
+                found[name] = same
+    return found
 
 
 def _name_nodes(model: ir.Model, sites: Mapping[str, str]) -> dict[str, int]:

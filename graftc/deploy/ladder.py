@@ -6,6 +6,7 @@ rung is PASS, FAIL or NOT RUN with its reason, and has a control that must fail.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -120,7 +121,7 @@ def _build(export: Export, folder: Path, model: Path) -> tuple[State, str]:
         for t in (done.stdout + "\n" + done.stderr).splitlines()
         if t.startswith(("wrote", "FAIL", "NOT RUN"))
     ]
-    said = (lines[-1] if lines else f"exit code {done.returncode}").partition(": ")[2][:200]
+    said = lines[-1].partition(": ")[2][:200] if lines else f"it ended with code {done.returncode}"
     return ("PASS" if done.returncode == 0 else "NOT RUN" if done.returncode == 3 else "FAIL"), said
 
 
@@ -139,23 +140,22 @@ def _engine(export: Export, *, asked: bool) -> list[Rung]:
                 asked,
             )
         ]
-    if find_spec("tensorrt") is None or find_spec("polygraphy") is None:
-        return [Rung(name, "NOT RUN", "tensorrt and polygraphy are not installed", asked)]
-    done = subprocess.run(
-        [sys.executable, str(export.path / "trt" / "build_engine.py"), "--check", str(engine)],
-        capture_output=True, text=True, timeout=_SECONDS, check=False,
-    )  # fmt: skip
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    if not lines:
-        return [
-            Rung(
-                name,
-                "NOT RUN",
-                done.stderr.strip().splitlines()[-1][:200] if done.stderr else "no GPU",
-                asked,
-            )
-        ]
+    script = export.path / "trt" / "build_engine.py"
+    command = [sys.executable, str(script), "--check", str(engine), "--json"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [Rung(name, "NOT RUN", f"stopped after {_SECONDS} s", asked)]
+    try:
+        found: list[tuple[str, State, str]] = [(n, s, d) for n, s, d in json.loads(done.stdout)]
+    except ValueError:  # the runtime ended the process: a traceback, or a crash
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [Rung(name, "FAIL", last[:200], asked)]
+    if done.returncode == 3:
+        return [Rung(name, "NOT RUN", found[0][2], asked)]
     return [
-        Rung(f"{name}, {line.split()[0]}", "PASS" if " PASS " in line else "FAIL", line, asked)
-        for line in lines
+        Rung(f"  {case}" if case.startswith("control") else f"{name}, {case}", state, detail, asked)
+        for case, state, detail in found
     ]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from graftc.deploy.regions import WHOLE, Region, watched
+from graftc.deploy.regions import WHOLE, Region
 from graftc.deploy.runtimes import TOLERANCE, Precision
 from graftc.diagnostics import fail
 from graftc.emit.examples import tensors_of
@@ -41,25 +41,52 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map(one, value)
 
 
-def lowered(model: nn.Module, precision: Precision, islands: Sequence[str] = ()) -> nn.Module:
-    """A copy of `model` in a precision, float32 on the outside: its inputs and outputs keep their types.
+class _Narrow(TorchFunctionMode):
+    """Weights are cast as an operation takes them: one at a time, and none is kept."""
 
-    `islands`: paths of modules that are computed in float32 all the same.
-    """
-    made = copy.deepcopy(model)
-    lower(made, precision, islands)
-    return made
+    def __init__(self, weights: frozenset[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weights, self.dtype = weights, dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        def one(value: Any) -> Any:
+            mine = isinstance(value, Tensor) and id(value) in self.weights
+            return value.detach().to(self.dtype) if mine else value
+
+        args, kwargs = pytree.tree_map(one, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def narrowed(
+    model: nn.Module, precision: Precision, islands: Sequence[str] = ()
+) -> Generator[None]:
+    """Within the block, `model` computes as `lower` would leave it, and its weights stay as they are."""
+    if precision == "fp32":
+        yield
+        return
+    islands_of = [model.get_submodule(p) for p in islands]
+    hooks = _casts(model, islands_of, DTYPES[precision])
+    try:
+        with _Narrow(_weights(model) - _held(islands_of), DTYPES[precision]):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def lower(model: nn.Module, precision: Precision, islands: Sequence[str] = ()) -> None:
-    """The same in place: no second copy of the weights in float32."""
+    """Put `model` in a precision, float32 on the outside: its inputs and outputs keep their types.
+
+    In place, a weight at a time. `islands`: paths of modules that are computed in float32 all the same.
+    """
     if precision == "fp32":
         return
     half = DTYPES[precision]
     kept = [model.get_submodule(p) for p in islands]
-    held = {
-        id(t) for m in kept for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()
-    }  # fmt: skip
+    held = _held(kept)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -69,15 +96,30 @@ def lower(model: nn.Module, precision: Precision, islands: Sequence[str] = ()) -
                         "Any",
                         nn.Parameter(value, False) if tensors is module._parameters else value,
                     )
-    for module in kept:
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs: (_cast(args, torch.float32), _cast(kwargs, torch.float32)), with_kwargs=True
-        )  # fmt: skip
-        module.register_forward_hook(lambda _, __, output: _cast(output, half))
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: (_cast(args, half), _cast(kwargs, half)), with_kwargs=True
-    )
-    model.register_forward_hook(lambda _, __, output: _cast(output, torch.float32))
+    _casts(model, kept, half)
+
+
+def _weights(model: nn.Module) -> frozenset[int]:
+    tensors = (*model.parameters(), *model.buffers())
+    return frozenset(id(t) for t in tensors if t.is_floating_point())
+
+
+def _held(modules: Sequence[nn.Module]) -> frozenset[int]:
+    return frozenset().union(*(_weights(m) for m in modules))
+
+
+def _casts(model: nn.Module, islands: Sequence[nn.Module], half: torch.dtype) -> list[Any]:
+    """Hooks that cast what goes into islands and out of them, and into the model and out of it."""
+    pairs = [(m, torch.float32, half) for m in islands] + [(model, half, torch.float32)]
+    hooks: list[Any] = []
+    for module, into, out in pairs:
+        hooks.append(
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, d=into: (_cast(args, d), _cast(kwargs, d)), with_kwargs=True
+            )
+        )
+        hooks.append(module.register_forward_hook(lambda _, __, output, d=out: _cast(output, d)))
+    return hooks
 
 
 def choose_islands(
@@ -95,18 +137,15 @@ def choose_islands(
     if precision == "fp32":
         return Choice({}, 0.0, {})
     limit = TOLERANCE[precision]
-    with torch.no_grad(), watched(model, [r.path for r in regions]) as seen:
+    seen = _Observed(precision)
+    with torch.no_grad(), seen.watching(model, regions):
         wanted = tensors_of(model(**inputs))
     most = float(torch.finfo(DTYPES[precision]).max)
-    for path, tensors in seen.items():
-        largest = max(float(t.abs().max()) for t in tensors)
+    for path, largest in seen.largest.items():
         if not largest <= most:
             fail("G665", f"values reach {largest:.3g} at `{path}`: {precision} holds {most:.3g}", site="--precision",
                  found=precision, help="--precision bf16, which has float32's range")  # fmt: skip
-    inner = [
-        r.path for r in regions if r.path in seen and r.path != WHOLE and not _is_block(r.path)
-    ]
-    errors = _own_errors(model, precision, inner, inputs)
+    inner, errors = list(seen.errors), seen.errors
     islands = {p: why for p, why in declared.items() if p}
     queue = [p for p in sorted(inner, key=lambda p: -_rank(errors.get(p, 0.0))) if p not in islands]
     for path in [p for p in queue if not errors[p] < float("inf")]:
@@ -144,50 +183,60 @@ def _error(
     inputs: Mapping[str, Tensor],
     wanted: list[Tensor],
 ) -> float:
-    with torch.no_grad():
-        found = tensors_of(lowered(model, precision, islands)(**inputs))
+    with torch.no_grad(), narrowed(model, precision, islands):
+        found = tensors_of(model(**inputs))
     norm = compare(wanted, found).norm
     return norm if norm == norm else float("inf")
 
 
-def _own_errors(
-    model: nn.Module, precision: Precision, paths: Sequence[str], inputs: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Each region in half on float32's own inputs: relative L2 of what it returns."""
-    half = DTYPES[precision]
-    found: dict[str, float] = {}
-    with _recorded(model, paths) as calls, torch.no_grad():
-        model(**inputs)
-    for path, (args, kwargs, output) in calls.items():
-        module = copy.deepcopy(model.get_submodule(path)).to(half)
+@dataclass
+class _Observed:
+    """What a forward pass shows of each region as it returns: its largest value, and its own error in a half type.
+
+    The region runs a second time, narrowed, on what float32 gave it; so nothing needs to be kept.
+    """
+
+    precision: Precision
+    largest: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    busy: bool = False
+
+    @contextmanager
+    def watching(self, model: nn.Module, regions: Sequence[Region]) -> Generator[None]:
+        hooks: list[Any] = []
+        for region in regions:
+            try:
+                module = model.get_submodule(region.path)
+            except AttributeError:
+                continue
+            hooks.append(module.register_forward_hook(self._hook(region.path), with_kwargs=True))
         try:
-            with torch.no_grad():
-                got = tensors_of(module(*_cast(args, half), **_cast(kwargs, half)))
-        except RuntimeError:  # an op without a half kernel on this device
-            found[path] = float("inf")
-            continue
-        norm = compare(tensors_of(output), got).norm
-        found[path] = norm if norm == norm else float("inf")
-    return found
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-
-@contextmanager
-def _recorded(model: nn.Module, paths: Sequence[str]) -> Generator[dict[str, tuple[Any, Any, Any]]]:
-    calls: dict[str, tuple[Any, Any, Any]] = {}
-    hooks: list[Any] = []
-
-    def record(path: str) -> Any:
-        def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.setdefault(path, (args, kwargs, output))
+    def _hook(self, path: str) -> Any:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            found = [t for t in tensors_of(output) if t.is_floating_point()]
+            if self.busy or not found or path in self.largest:
+                return
+            self.largest[path] = max(float(t.abs().max()) for t in found)
+            if path != WHOLE and not _is_block(path):
+                self.busy = True
+                try:
+                    self.errors[path] = self._error(module, args, kwargs, found)
+                finally:
+                    self.busy = False
 
         return see
 
-    for path in paths:
-        hooks.append(
-            model.get_submodule(path).register_forward_hook(record(path), with_kwargs=True)
-        )
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def _error(self, module: nn.Module, args: Any, kwargs: Any, wanted: list[Tensor]) -> float:
+        half = DTYPES[self.precision]
+        try:
+            with _Narrow(_weights(module), half):
+                output = module(*_cast(args, half), **_cast(kwargs, half))
+        except RuntimeError:  # an op without a half kernel on this device
+            return float("inf")
+        norm = compare(wanted, [t for t in tensors_of(output) if t.is_floating_point()]).norm
+        return norm if norm == norm else float("inf")

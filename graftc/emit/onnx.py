@@ -177,7 +177,7 @@ def _export(model: nn.Module, config: Mapping[str, Any], opset: int) -> Any:
                 dynamic_shapes=shapes, input_names=list(inputs), output_names=output_names(config),
             )  # fmt: skip
     except Exception as error:
-        raise refused(error, model, inputs, shapes) from error
+        raise refused(error, model, inputs, shapes, config.get("provenance", {})) from error
     assert program is not None
     return program
 
@@ -202,9 +202,16 @@ def output_names(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def refused(
-    error: Exception, model: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]
+    error: Exception,
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    shapes: dict[str, Any],
+    provenance: Mapping[str, str],
 ) -> Exception:
-    """The exporter's error as a diagnostic: which operator, and in which module it stands."""
+    """The exporter's error as a diagnostic: which operator, in which module it stands, and which rule made that.
+
+    `provenance`: edited site → rule and line, of `config.yaml`.
+    """
     texts: list[str] = []
     seen: BaseException | None = error
     while seen is not None:
@@ -218,7 +225,11 @@ def refused(
         name, site = _where(f"{found[1]}.{found[2]}", model, inputs, shapes)
         message = f"ONNX has no form of `{name}`" + (f", which `{site}` uses" if site else "")
         help_ = "write that module with operators that ONNX has"
-        return GraftError(Diagnostic("G642", message, site=site or "the student", help=help_))
+        rules = [r for s, r in provenance.items() if f"{site}.".startswith(f"{s}.")]
+        notes = tuple(Note(f"made by rule {r}") for r in rules[-1:])
+        return GraftError(
+            Diagnostic("G642", message, site=site or "the student", help=help_, notes=notes)
+        )
     first = next((line for line in whole.splitlines() if line.strip()), type(error).__name__)
     return GraftError(
         Diagnostic(

@@ -49,16 +49,19 @@ def load_weights(model: nn.Module, path: str | Path, *, part: bool = False) -> n
     The file holds a shared tensor once, under its first name. Raises KeyError for a name that is
     missing or unknown; with `part`, buffers outside of the state dict may be missing.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    stored = load_file(path)
+    with safe_open(path, "pt") as file:
+        stored = set(file.keys())
     fresh: dict[int, Tensor] = {{}}
     missing: list[str] = []
     state = model.state_dict(keep_vars=True)
     extra = {{n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in state}}
     for name, old in {{**state, **extra}}.items():
         if name in stored:
-            new = stored.pop(name).clone()  # its own aligned memory: kernels round by alignment
+            stored.remove(name)
+            with safe_open(path, "pt") as file:  # opened for each: the pages that were read go with it
+                new = file.get_tensor(name).clone()  # aligned memory: kernels round by alignment
             if new.shape != old.shape:
                 raise ValueError(f"{{name}} is {{tuple(new.shape)}}, wanted {{tuple(old.shape)}}")
             if id(old) not in fresh:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.deploy.forms import check_forms
-from graftc.deploy.precision import choose_islands, lowered
+from graftc.deploy.precision import choose_islands, lower, narrowed
 from graftc.deploy.regions import regions_of
 from graftc.deploy.repair import repair
 from graftc.deploy.tensorrt import unsupported
@@ -171,15 +171,15 @@ def test_a_region_that_overflows_becomes_an_island():
     torch.manual_seed(0)
     x = torch.randn(2, 8, 16)
     model = Wide(inner=1e5, stream=1.0)
-    with torch.no_grad():
-        assert not lowered(model, "fp16")(x=x).isfinite().all()  # the black image
+    with torch.no_grad(), narrowed(model, "fp16"):
+        assert not model(x=x).isfinite().all()  # the black image
     choice = chosen(model, "fp16", x)
     assert set(choice.islands) == {"blocks.0.mlp", "blocks.1.mlp"}
     assert "overflows" in choice.islands["blocks.0.mlp"]
     assert choice.error < 2e-3
     assert chosen(model, "bf16", x).error < 2e-2
-    with torch.no_grad():
-        found = lowered(model, "fp16", list(choice.islands))(x=x)
+    with torch.no_grad(), narrowed(model, "fp16", list(choice.islands)):
+        found = model(x=x)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
 
@@ -202,3 +202,19 @@ def test_what_needs_no_island_has_none():
     before = copy.deepcopy(model.state_dict())
     assert not chosen(model, "bf16", torch.randn(2, 8, 16)).islands
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("islands", [(), ("blocks.0.mlp",)])
+def test_what_islands_are_chosen_by_is_what_is_written(islands):
+    """Cast as they are used, or cast for good: the same numbers, and no weight is changed by trying."""
+    torch.manual_seed(0)
+    model, x = Wide(inner=1.0, stream=1.0).eval(), torch.randn(2, 8, 16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad(), narrowed(model, "bf16", islands):
+        tried = model(x=x)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    lower(model, "bf16", islands)
+    with torch.no_grad():
+        assert torch.equal(tried, model(x=x))
+    kept = {str(p.dtype) for p in model.blocks[0].mlp.parameters()}
+    assert kept == {"torch.float32" if islands else "torch.bfloat16"}

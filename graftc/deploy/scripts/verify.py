@@ -18,8 +18,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -154,6 +155,56 @@ def _scratch() -> Path:
     return Path(_scratches[-1].name)
 
 
+def runtime_missing() -> str | None:
+    """Why ONNX Runtime cannot be imported; None where it can."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name == "onnxruntime":
+            return "onnxruntime is not installed: pip install onnxruntime"
+        return f"onnxruntime does not load: {error}"
+    except ImportError as error:
+        return f"onnxruntime does not load: {first_line(error)}"
+    if not hasattr(onnxruntime, "InferenceSession"):
+        return "onnxruntime is an empty folder: what is left of an installation; install it again"
+    return None
+
+
+def both_runtimes() -> str:
+    """A hint, where both packages are installed: they overwrite each other's files."""
+    from importlib import metadata
+
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return ""
+    return "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other: keep one"
+
+
+class NotHere(RuntimeError):
+    """This machine or this ONNX Runtime does not have what was asked for."""
+
+
+class FellBack(RuntimeError):
+    """The session is on another provider than was asked for."""
+
+
+def no_gpu() -> str | None:
+    """Why no CUDA device can be used here; None where one can."""
+    import ctypes
+
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return f"no NVIDIA driver: {name} is missing"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "the NVIDIA driver finds no device"
+    return None
+
+
 def session(model: str | bytes, ep: str = "cpu", extra: dict[str, Any] | None = None) -> Any:
     """A session on that provider, or an error: ONNX Runtime falls back to the CPU in silence otherwise."""
     import onnxruntime
@@ -163,17 +214,43 @@ def session(model: str | bytes, ep: str = "cpu", extra: dict[str, Any] | None = 
     options.log_severity_level = 4
     for key, value in (extra or {}).items():
         setattr(options, key, value)
-    if wanted not in onnxruntime.get_available_providers():
-        raise RuntimeError(
-            f"this ONNX Runtime has no {wanted}: it has {', '.join(onnxruntime.get_available_providers())}"
+    there = onnxruntime.get_available_providers()
+    if wanted not in there:
+        raise NotHere(
+            f"this ONNX Runtime has no {wanted}: it has {', '.join(there)}{both_runtimes()}"
         )
+    if ep != "cpu" and (why := no_gpu()) is not None:
+        raise NotHere(why)
+    providers: list[Any] = [wanted]
     if ep == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    providers = [wanted] if ep != "tensorrt" else [wanted, PROVIDERS["cuda"]]
+        providers = [(wanted, {"use_tf32": "0"})]  # TF32 has ten bits: float32 would be 1e-3 off
+    if ep == "tensorrt":
+        providers = [wanted, PROVIDERS["cuda"]]
     made = onnxruntime.InferenceSession(model, options, providers=providers)
-    if made.get_providers()[0] != wanted:
-        raise RuntimeError(f"asked for {wanted}, got {made.get_providers()[0]}")
+    on_provider(made, ep)
     return made
+
+
+def on_provider(made: Any, ep: str) -> None:
+    """Raises FellBack for a session on another provider."""
+    found = made.get_providers()[0]
+    if found != PROVIDERS[ep]:
+        raise FellBack(
+            f"asked for {PROVIDERS[ep]}, got {found}: its libraries did not load, or it takes no node"
+        )
+
+
+def control_provider(export: Export, ep: str) -> Rung:
+    """A session that is on the CPU, whatever was asked for, must be seen to be."""
+    name = "  control: a session on the CPU"
+    try:
+        on_provider(session(str(export.model)), ep)
+    except FellBack as error:
+        return Rung(name, "PASS", f"refused: {first_line(error)}")
+    except Exception as error:
+        return Rung(name, "NOT RUN", first_line(error))
+    return Rung(name, "FAIL", f"it is taken for {PROVIDERS[ep]}")
 
 
 def run(made: Any, inputs: dict[str, Any], names: list[str] | None = None) -> list[Any]:
@@ -185,22 +262,23 @@ def check_runtime(export: Export, check: Check, ep: str) -> Iterator[Rung]:
     """ONNX Runtime against the golden outputs at every corner; then with one weight changed, and outside."""
     asked = ep != "cpu"
     title = f"ONNX Runtime {ep.upper()}"
-    try:
-        import onnxruntime
-    except ImportError:
-        reason = "onnxruntime is not installed: pip install onnxruntime"
+    if (reason := runtime_missing()) is not None:
         yield Rung(title, "NOT RUN", reason, True)
         return
+    import onnxruntime
+
+    if asked:
+        yield control_provider(export, ep)
+    if ep == "tensorrt" and not check.half:
+        check = Check(export.about, max(check.limit, 2e-3))  # TensorRT multiplies float32 in TF32
     try:
         made = session(str(export.model), ep)
+    except NotHere as error:
+        yield Rung(title, "NOT RUN", str(error), asked)
+        return
     except Exception as error:
-        missing = isinstance(error, RuntimeError) and (
-            "has no" in str(error) or "asked for" in str(error)
-        )
         if export.about["precision"] == "bf16" and ep == "cpu" and "NOT_IMPLEMENTED" in str(error):
             yield Rung(title, "NOT RUN", f"no bfloat16 kernels on the CPU: {first_line(error)}")
-        elif missing or "libcuda" in str(error) or "CUDA" in str(error):
-            yield Rung(title, "NOT RUN", first_line(error), asked)
         else:
             yield Rung(title, "FAIL", first_line(error), asked)
         return
@@ -227,7 +305,7 @@ def check_runtime(export: Export, check: Check, ep: str) -> Iterator[Rung]:
     del made
     if ep == "cpu":
         yield check_outside(export)
-        yield control_weight(export, check)
+    yield control_weight(export, check, ep)
 
 
 def check_outside(export: Export) -> Rung:
@@ -258,7 +336,7 @@ def _widened(array: Any, axis: int, size: int) -> Any:
     return numpy.take(array, [i % array.shape[axis] for i in range(size)], axis=axis)
 
 
-def control_weight(export: Export, check: Check) -> Rung:
+def control_weight(export: Export, check: Check, ep: str = "cpu") -> Rung:
     """One weight is changed: the comparison must fail then. Edited sites come first."""
     name = "  control: a weight changed"
     case = export.cases[0]
@@ -267,7 +345,8 @@ def control_weight(export: Export, check: Check) -> Rung:
     for weight, changed in changed_weights(export):
         try:
             value = check.value(
-                [wanted[n] for n in case["outputs"]], run(session(changed), inputs, case["outputs"])
+                [wanted[n] for n in case["outputs"]],
+                run(session(changed, ep), inputs, case["outputs"]),
             )
         except Exception as error:
             return Rung(name, "FAIL", first_line(error))
@@ -437,6 +516,8 @@ def _region_runner(export: Export) -> tuple[Callable[[Any], Callable[..., Any]] 
                 "bfloat16 runs on a CPU only in the reference evaluator, and this model is too large for it",
             )
         return _with_evaluator, "reference evaluator"
+    if (reason := runtime_missing()) is not None:
+        return None, reason
     return _with_runtime, "ONNX Runtime CPU"
 
 
@@ -567,10 +648,16 @@ def exit_code(rungs: list[Rung]) -> int:
     return 3 if any(r.state == "NOT RUN" and r.asked for r in rungs) else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """What it cannot read is exit code 1, as every other fault of what was given."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"error: {message}\n")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Check an exported model against its golden files."
-    )
+    parser = _Parser(description="Check an exported model against its golden files.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--ep", choices=sorted(PROVIDERS), default="cpu")
     parser.add_argument(
@@ -581,6 +668,10 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, help="in place of the export's own")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    missing = [n for n in ("numpy", "onnx") if find_spec(n) is None]
+    if missing:
+        print(f"NOT RUN: pip install {' '.join(missing)}", file=sys.stderr)
+        return 3
     try:
         rungs = verify(given.folder, ep=given.ep, regions=given.regions, tolerance=given.tolerance)
     except NoExport as error:
