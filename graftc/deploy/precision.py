@@ -55,8 +55,9 @@ class _Narrow(TorchFunctionMode):
             mine = isinstance(value, Tensor) and id(value) in self.weights
             return value.detach().to(self.dtype) if mine else value
 
-        args, kwargs = pytree.tree_map(one, (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        positional: Any = pytree.tree_map(one, args)
+        named: dict[str, Any] = pytree.tree_map(one, dict(kwargs or {}))
+        return func(*positional, **named)
 
 
 @contextmanager

@@ -135,16 +135,20 @@ def check_file(export: Export) -> Iterator[Rung]:
         f"onnx {onnx.__version__}, opset {export.about['opset']}",
     )
     wrong = export.proto(weights=False)
+    # Weights as inputs: the checker would miss their data first, and say so in place of what is tried here.
+    for weight in wrong.graph.initializer:
+        port = onnx.helper.make_tensor_value_info(weight.name, weight.data_type, list(weight.dims))
+        wrong.graph.input.append(port)
+    del wrong.graph.initializer[:]
     wrong.graph.node[len(wrong.graph.node) // 2].op_type = "NoSuchOperator"
+    name = "  control: unknown operator"
     try:
         onnx.checker.check_model(wrong.SerializeToString(), full_check=False)
-        yield Rung(
-            "  control: unknown operator",
-            "FAIL",
-            "the checker accepts an operator that does not exist",
-        )
     except Exception as error:
-        yield Rung("  control: unknown operator", "PASS", f"refused: {first_line(error)}")
+        seen = "NoSuchOperator" in str(error)
+        yield Rung(name, "PASS" if seen else "FAIL", f"refused: {first_line(error)}")
+        return
+    yield Rung(name, "FAIL", "the checker accepts an operator that does not exist")
 
 
 _scratches: list[Any] = []
