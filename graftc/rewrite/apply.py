@@ -12,6 +12,7 @@ from graftc.rewrite.apply_common import class_name, exists, parent_path
 from graftc.rewrite.apply_insert import insert_after
 from graftc.rewrite.apply_parallel import parallel_branches
 from graftc.rewrite.apply_sites import remove_site, replace_site, skip_block
+from graftc.rewrite.apply_stream import fold_stream
 from graftc.rewrite.apply_together import run_together
 from graftc.rewrite.claims import inner_first
 from graftc.rewrite.dataflow.rewriting import Opening, rewrite_region
@@ -56,6 +57,8 @@ def apply(
     for edit in chosen:
         if edit.ops is None:
             APPLY[edit.kind](root, program, edit, on_meta)
+            if edit.stream is not None:
+                fold_stream(root, program, edit.stream)
     # Ops after sites: opening a module moves nodes, which an edit of sites finds by name.
     opening = Opening(root)
     for edit in sorted(chosen, key=lambda e: -e.graph.count(".")):
@@ -69,6 +72,9 @@ def apply(
         module.recompile()
     prune(root, program.root)
     parameters = _swap_parameters(root, program.root, {e.graph for e in chosen if e.ops})
+    if any("" in _refitted(e) for e in chosen):
+        source = program.root
+        parameters.setdefault("", (dict(source._parameters), dict(source._buffers)))
     student = replace(program, root=root, classes=_classes(program, chosen))
     return student, _patch(program, student, before, chosen, parameters)
 
@@ -100,7 +106,8 @@ def undo(student: Program, patch: Patch) -> Program:
 
 def _refitted(edit: Edit) -> list[str]:
     """Paths of the modules that stay and get other weights."""
-    return [w[0].rpartition(".")[0] for w in edit.fold.weights] if edit.fold else []
+    moved = [w[0].rpartition(".")[0] for w in edit.fold.weights] if edit.fold else []
+    return [*moved, *(edit.stream.modules if edit.stream else ())]
 
 
 def _classes(program: Program, edits: list[Edit]) -> dict[str, str]:

@@ -44,7 +44,7 @@ def _fold(root: fx.GraphModule, program: Program, edit: Edit, fold: Fold) -> Non
                 bias.detach() + moved, bias.requires_grad
             )
         elif fold.first[1] is not None or fold.second[1] is not None:
-            _add_bias(module, leaf, nn.Parameter(moved, old.requires_grad))
+            add_bias(module, leaf, nn.Parameter(moved, old.requires_grad))
         if isinstance(module, fx.GraphModule):
             module.recompile()
         set_module(root, path, module)
@@ -74,7 +74,7 @@ def _between(program: Program, edit: Edit, fold: Fold) -> tuple[Tensor, Tensor]:
     return scale, shift2 - scale * shift1
 
 
-def _add_bias(module: nn.Module, weight: str, bias: nn.Parameter) -> None:
+def add_bias(module: nn.Module, weight: str, bias: nn.Parameter) -> None:
     """Give a linear without a bias one: in its parameters, and in the call of its op."""
     assert isinstance(module, fx.GraphModule)
     module._parameters["bias"] = bias

@@ -16,6 +16,7 @@ class Claim:
     `replace a` claims site a and all below it; `parallel(a, b)` the call edges of a and b only. `kind`
     is the edit's; `after` names the rules whose edits it may touch, as they are made before it. A dataflow
     rule claims `nodes` (a graph's path and a node of it) and the modules that it opens, which are then no calls.
+    `weights`: modules that stay and whose weights change.
     """
 
     rule: str
@@ -26,6 +27,7 @@ class Claim:
     after: tuple[str, ...] = ()
     nodes: frozenset[tuple[str, str]] = frozenset()
     opened: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
 
 _FOLLOWS = frozenset(
@@ -95,6 +97,12 @@ def _conflict(a: Claim, b: Claim) -> str | None:
             inside = [g for g, _ in other.nodes if one.inside and _is_in(g, x)]
             opened = [o for o in other.opened if _is_in(x, o)]
             if not other.paths and (inside or opened):
+                return x
+    for one, other in ((a, b), (b, a)):
+        for x in one.weights:
+            if other.inside and any(_is_in(x, y) for y in other.paths):
+                return x
+            if x in other.opened or (one.rule != other.rule and x in other.weights):
                 return x
     for x in a.paths:
         for y in b.paths:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from graftc.diagnostics import fail
-from graftc.language.rules import OperatorCall, Remove, Replace, Rule, Skip, Unapplied
-from graftc.operators.spec import OperatorSpec, Value
+from graftc.diagnostics import Span, fail
+from graftc.language.rules import Init, OperatorCall, Remove, Replace, Rule, Skip, Unapplied
+from graftc.operators.spec import Apply, OperatorSpec, Part, Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import PartRef
 from graftc.rewrite.arguments import check_fits, check_role, resolve_arguments
@@ -16,6 +16,7 @@ from graftc.rewrite.claims import Claim
 from graftc.rewrite.dataflow.region import Region
 from graftc.rewrite.inputs import kept_inputs
 from graftc.rewrite.match import Match
+from graftc.rewrite.stream import StreamFold, stream_fold
 from graftc.rewrite.user_files import unread
 from graftc.rewrite.user_operator import spec_at
 
@@ -75,7 +76,7 @@ class Edit:
     `fold`: for 'together', what moves into the linears of the second site. `region`: for 'together',
     the block that holds them: what is distilled. `candidates`: for `one of`, what the site can become,
     each built beside the student (None: it stays); the first is the student's. `ops`: for 'rewrite', the
-    ops of the graph that it rewrites.
+    ops of the graph that it rewrites. `stream`: for `init fold(n)`, the weights of other modules that change.
     """
 
     kind: Kind
@@ -92,6 +93,7 @@ class Edit:
     region: Site | None = None
     candidates: tuple[NewModule | None, ...] = ()
     ops: Region | None = None
+    stream: StreamFold | None = None
 
     @property
     def name(self) -> str:
@@ -120,6 +122,7 @@ class Edit:
             nodes=frozenset((s.graph, s.node) for s in self.sites)
             | frozenset((p.graph, p.node) for p in (self.ops.gone if self.ops else ())),
             opened=self.ops.opened if self.ops else (),
+            weights=self.stream.modules if self.stream else (),
         )
 
 
@@ -159,6 +162,10 @@ def edits_of(
         fail("G300", f"this version of graftc cannot apply {edit.what} yet", span=edit.span)
     make: Callable[[Place, Any], Edit] = EDITS[type(edit)]
     edits = [make(Place(rule, m, i, analysis, taken), edit) for i, m in enumerate(matches)]
+    if any(e.stream for e in edits):
+        edits = _written_once(edits)
+    elif (fold := _fold_of(rule)) is not None:
+        _no_norm(fold.span)
     for made in edits:
         for site in made.sites:
             _check_called_once(made, site, analysis)
@@ -194,7 +201,47 @@ def new_module(place: Place, call: OperatorCall, site: Site, path: str) -> NewMo
 def replace_edit(place: Place, edit: Replace) -> Edit:
     site = place.match.bindings[edit.binding]
     new = new_module(place, edit.operator, site, site.path)
-    return Edit("replace", place.rule, place.match, (site,), site.graph, (new,))
+    stream = None
+    fold = _fold_of(place.rule)
+    if fold is not None:
+        if new.spec.name != "rms_norm" or site.role != "norm" or _folded(fold) != edit.binding:
+            _no_norm(fold.span)
+        stream = stream_fold(place.analysis, site, edit.binding, fold.span)
+    return Edit("replace", place.rule, place.match, (site,), site.graph, (new,), stream=stream)
+
+
+def _fold_of(rule: Rule) -> Init | None:
+    """The rule's `init fold(n)`."""
+    for init in rule.inits:
+        if isinstance(init.source, Apply) and init.source.policy == "fold":
+            return init
+    return None
+
+
+def _folded(init: Init) -> str | None:
+    source = init.source.args[0] if isinstance(init.source, Apply) else None
+    return source.site if isinstance(source, Part) and source.name is None else None
+
+
+def _no_norm(span: Span) -> NoReturn:
+    fail(
+        "G436",
+        "`fold` is for a norm that becomes an rms_norm",
+        span=span,
+        wanted="replace n with rms_norm(eps = eps(n)), init fold(n)",
+    )
+
+
+def _written_once(edits: list[Edit]) -> list[Edit]:
+    """Norms of one stream share its writers: the first edit takes their mean out, for all."""
+    taken: set[str] = set()
+    found: list[Edit] = []
+    for edit in edits:
+        assert edit.stream is not None
+        writers = tuple(w for w in edit.stream.writers if w[0] not in taken)
+        taken |= {name for name, _ in writers}
+        found.append(replace(edit, stream=replace(edit.stream, writers=writers)))
+    return found
 
 
 def remove_edit(place: Place, edit: Remove) -> Edit:

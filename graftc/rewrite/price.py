@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from graftc.diagnostics import Span
 from graftc.language.evaluate import settled
-from graftc.operators.spec import Apply, Cost, InitSource
+from graftc.operators.spec import Apply, Cost, InitSource, Part
 from graftc.operators.tokens import Tokens
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import part_refs
@@ -16,6 +16,7 @@ from graftc.program.program import Program
 from graftc.rewrite.edit_rewrite import rewrite_price
 from graftc.rewrite.edits import Edit, Fold, NewModule
 from graftc.rewrite.facts import site_fact
+from graftc.rewrite.stream import StreamFold
 from graftc.weights.initialise import Origin, plan_init
 
 
@@ -54,6 +55,8 @@ def price(edit: Edit, analysis: Analysis, student: Program) -> Step:
         origins += _origins(edit, module, analysis)
     if edit.fold is not None:
         origins += _fold_origins(edit, edit.fold)
+    if edit.stream is not None:
+        origins += _stream_origins(edit, edit.stream)
     if edit.kind in ("parallel", "insert", "together"):  # what is there stays
         return Step(edit, Cost(0, 0, 0), new, tuple(origins), ())
     if edit.ops is not None:
@@ -107,6 +110,18 @@ def _fold_origins(edit: Edit, fold: Fold) -> list[Origin]:
     ]
 
 
+def _stream_origins(edit: Edit, fold: StreamFold) -> list[Origin]:
+    """Writers of the residual stream without their mean, and what the norm's scale and shift move into."""
+    norm = edit.sites[0].path
+    said = [Origin(n, "", "itself, with the mean taken out", "") for n, _ in fold.writers]
+    return said + [
+        Origin(name, "", f"itself, with the scale and shift of {norm}", "")
+        for weight, bias, _ in fold.readers
+        for name in (weight, bias)
+        if name is not None
+    ]
+
+
 def copy_origins(program: Program, new: NewModule) -> list[Origin]:
     """A copy's parameters: the source's, or zero."""
     assert new.copied is not None
@@ -154,7 +169,9 @@ def init_clause(edit: Edit, module: NewModule) -> InitClause:
         return InitClause((), {}, name)
     bound = edit.match.bindings
     sources = tuple(
-        (i.slot, settled(i.source, lambda f: site_fact(bound[f.binding], f.name, f.span)))
+        ("norm", Apply("fold"))
+        if i.source == Apply("fold", (Part(name),))
+        else (i.slot, settled(i.source, lambda f: site_fact(bound[f.binding], f.name, f.span)))
         for i in edit.rule.inits
     )
     if not sources and module.spec.fitted is not None:

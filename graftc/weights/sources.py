@@ -126,6 +126,8 @@ def evaluate(
             span=context.span,
             site=context.path,
         )
+    if source.policy == "fold":  # the norm's own went into the maps that read it
+        return Affine(torch.ones_like(submodule.get_parameter("weight").detach()), None)
     inner = [
         evaluate(a, context, submodule, path, repeats and source.policy not in _PER_HEAD)
         for a in source.args

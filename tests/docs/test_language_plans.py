@@ -22,8 +22,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text(encoding="
 EXAMPLES = re.findall(r"```graft\n(.*?)```", PAGE, re.DOTALL)
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
 """Python files that an example names, shown above it."""
-REFUSED = {"rule sdpa": "G332", "rule rms exact": "G332"}
-"""An example → the refusal: this model writes no attention and no norm out."""
+REFUSED = {"rule sdpa": "G332", "rule rms exact": "G332", "fold(n)": "G436"}
+"""An example → the refusal: this model writes no attention and no norm out, and returns its stream."""
 
 
 class Attention(nn.Module):
