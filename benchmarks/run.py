@@ -12,7 +12,9 @@ from pathlib import Path
 import dataflow
 import matching
 import operators
+import overhead
 import stage1
+import steps_to_error
 import student
 import torch
 import whynot
@@ -30,6 +32,8 @@ def main() -> None:
         dataflow.measure(),
         whynot.measure(),
         stage1.measure(),
+        overhead.measure(),
+        steps_to_error.measure(),
         operators.measure(),
     ]
     head = (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from math import isfinite
 from typing import Any
 
 from graftc.reporting.charts import bars, lines
 from graftc.reporting.drawing import draw
-from graftc.reporting.gather import Facts, RunFacts
+from graftc.reporting.gather import Facts, Image, RunFacts
 
 _STYLE = """
 body { font: 15px/1.5 "DejaVu Sans", Verdana, Helvetica, Arial, sans-serif; color: #1b1f24; background: #fff;
@@ -22,6 +23,7 @@ pre { background: #f6f8fa; padding: .8em; overflow-x: auto; } code, pre { font-f
 .PASS::before { content: "✓ "; } .FAIL { font-weight: bold; } .FAIL::before { content: "✗ "; } .NOT::before { content: "– "; }
 figure { display: inline-block; margin: 0 1em 1em 0; } figure img { max-width: 480px; image-rendering: pixelated; border: 1px solid #d0d7de; }
 nav a { margin-right: 1em; }
+.pair { display: flex; flex-wrap: wrap; } .heat { display: inline-block; padding: 0 .4em; min-width: 3.5em; }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NOT_RECORDED = "NOT RECORDED"
@@ -184,9 +186,24 @@ def _errors(runs: Sequence[RunFacts]) -> str:
 def _bins(run: RunFacts) -> str:
     if not run.bins:
         return _note(f"By timestep bin: {NOT_RECORDED} by this run.")
-    names = [name for name, _ in next(iter(run.bins.values()))]
-    rows = [(site, *(f"{e:.4g}" for _, e in found)) for site, found in run.bins.items()]
-    return "<h3>by timestep</h3>" + _table(("site", *names), rows, range(1, len(names) + 1))
+    out = "<h3>by timestep</h3>"
+    groups: dict[tuple[str, ...], list[tuple[str, list[float]]]] = {}
+    for site, found in run.bins.items():  # sites measured on the same samples share a table
+        key = tuple(name for name, _ in found)
+        groups.setdefault(key, []).append((site, [e for _, e in found]))
+    for names, sites in groups.items():
+        worst = max((e for _, errors in sites for e in errors if isfinite(e)), default=0.0)
+        rows = [(site, *(_heat(e, worst) for e in errors)) for site, errors in sites]
+        out += _table(("site", *names), rows, range(1, len(names) + 1))
+    return out + _note("The darker, the larger the error beside the largest of the table.")
+
+
+def _heat(error: float, worst: float) -> _Html:
+    """A number on a ground that darkens with it; the text stays dark on light."""
+    share = min(1.0, error / worst) if worst > 0 and isfinite(error) else 0.0
+    return _Html(
+        f'<span class="heat" style="background: rgba(0, 114, 178, {0.45 * share:.2f})">{error:.4g}</span>'
+    )
 
 
 def _curves(runs: Sequence[RunFacts]) -> str:
@@ -205,15 +222,36 @@ def _curves(runs: Sequence[RunFacts]) -> str:
 
 
 def _samples(facts: Facts) -> str:
-    out = "".join(
-        f'<figure><img src="{i.uri}" alt="{escape(i.name)}"><figcaption>{escape(i.name)}</figcaption></figure>'
-        for i in facts.images
-    )
+    """Folder by folder: the teacher's beside the student's, then those along the way."""
+    folders: dict[str, list[Image]] = {}
+    for image in facts.images:
+        folders.setdefault(image.name.rpartition("/")[0], []).append(image)
+    out = ""
+    for folder, images in folders.items():
+        out += f"<h3>{escape(folder or facts.name)}</h3>"
+        ends = sorted((i for i in images if _place(i) < 2), key=_place)
+        others = [i for i in images if _place(i) == 2]
+        if ends:
+            out += f'<div class="pair">{"".join(map(_figure, ends))}</div>'
+        out += "".join(map(_figure, others))
     if facts.images_left_out:
         out += _note(
             f"{facts.images_left_out} more images are not shown (too many, or larger than 4 MB)."
         )
-    return out or _note(f"{NOT_RECORDED}: no PNG lies in this build, its `samples/` or its runs.")
+    return out or _note(
+        f"{NOT_RECORDED}: no PNG lies in this build, its `samples/` or its runs (`graftc finetune DIR --preview N` draws them)."
+    )
+
+
+def _place(image: Image) -> int:
+    stem = image.name.rpartition("/")[2].removesuffix(".png")
+    return {"teacher": 0, "student": 1}.get(stem, 2)
+
+
+def _figure(image: Image) -> str:
+    name = escape(image.name)
+    shown = escape(image.name.rpartition("/")[2].removesuffix(".png"))
+    return f'<figure><img src="{image.uri}" alt="{name}" title="{name}"><figcaption>{shown}</figcaption></figure>'
 
 
 def _verification(facts: Facts) -> str:

@@ -192,7 +192,12 @@ def test_each_section_says_its_part(whole: Read) -> None:
     assert "0.25" in said["errors"]
     assert "run 0001-distill" in said["curves"]
     assert "0.0891799" in said["curves"]
-    assert "samples/student.png" in said["samples"]
+    assert said["samples"].split() == [
+        "Samples",
+        "samples",
+        "teacher",
+        "student",
+    ]  # side by side, in this order
     assert all(w in said["verification"] for w in ("PASS", "FAIL", "NOT RUN", "no device"))
     for words in (
         "graftc compile r.graft",
@@ -212,6 +217,29 @@ def test_the_pictures_are_inside(whole: Read) -> None:
     pictures = [link for link in whole.links if link.startswith("data:")]
     assert len(pictures) == 2
     assert base64.b64decode(pictures[0].partition(",")[2]) == PNG
+
+
+def test_errors_by_timestep_darken_with_the_error(tmp_path: Path) -> None:
+    text = page(gather(make(tmp_path), VERIFIED))
+    grounds = re.findall(r"rgba\(0, 114, 178, ([\d.]+)\)\">([\d.]+)<", text)
+    assert [float(e) for _, e in grounds] == [0.5, 0.25]
+    assert [float(g) for g, _ in grounds] == pytest.approx([0.45, 0.225], abs=0.01)
+
+
+def test_samples_along_the_way_stand_after_the_ends(tmp_path: Path) -> None:
+    build = make(tmp_path)
+    folder = tmp_path / "runs" / "0002-finetune" / "samples"
+    folder.mkdir()
+    for name in ("step-000000", "step-000010", "student", "teacher"):
+        (folder / f"{name}.png").write_bytes(PNG)
+    said = Read(page(gather(build))).sections["samples"].split()
+    assert said[4:] == [
+        "runs/0002-finetune/samples",
+        "teacher",
+        "student",
+        "step-000000",
+        "step-000010",
+    ]
 
 
 def test_every_drawing_is_well_formed(tmp_path: Path) -> None:
