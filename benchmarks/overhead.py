@@ -107,7 +107,9 @@ def stage1(
     for step in range(STEPS1):
         seconds: dict[str, float] = {}
         validated = False
-        for name in ("ours", "theirs") if step % 2 else ("theirs", "ours"):  # no one is always second
+        for name in (
+            ("ours", "theirs") if step % 2 else ("theirs", "ours")
+        ):  # no one is always second
             started = time.process_time()
             if name == "ours":
                 validated = next(engine)
