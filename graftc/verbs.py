@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftc.diagnostics import Diagnostic, NotRunError, fail
+from graftc.diagnostics import Diagnostic, GraftError, NotRunError, fail
 from graftc.environment import doctor
 from graftc.language.check import check
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graftc.deploy.profile import Comparison
     from graftc.distillation import RunResult
     from graftc.distillation.assemble import Assembly
+    from graftc.distillation.plain import Distillation
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
     from graftc.program.analysis import Analysis
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "assemble", "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "plan", "report", "serve_editor", "test_files", "verify",
+    "assemble", "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "report", "serve_editor", "test_files", "verify",
 ]  # fmt: skip
 
 
@@ -187,6 +188,23 @@ def assemble(
     chosen = None if data is None else _task(opened, task)
     sources = {"command": command} if data is None else _sources(opened, data, task, command)
     return engine(opened, bank, data=given, task=chosen, sources=sources)
+
+
+def load_targets(build: str | Path | Build, *, task: str | Any = None) -> Distillation:
+    """A build's distillation targets as plain PyTorch: capture, students, losses and merge, for any training loop.
+
+    `task`: by default the build's own, where there is one. Raises GraftError.
+    """
+    from graftc.distillation.plain import Distillation
+
+    opened = _build(build)
+    try:
+        chosen = _task(opened, task)
+    except GraftError as error:
+        if error.diagnostics[0].code != "G231":
+            raise
+        chosen = None  # said once it is asked for
+    return Distillation(opened, chosen)
 
 
 def distill(

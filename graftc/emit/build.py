@@ -14,6 +14,7 @@ from torch import nn
 
 import graftc.emit.files as files
 from graftc.diagnostics import fail
+from graftc.emit.loop_example import EXAMPLE
 from graftc.emit.package import State, load_package, stored_state, write_package
 from graftc.program.program import Program
 
@@ -152,6 +153,8 @@ def write_build(
             write_package(candidate, partial / path, made_by=made_by)
         files.write_yaml(partial / "plan.yaml", plan)
         files.write_yaml(partial / "targets.yaml", targets)
+        if targets.get("sites"):
+            files.write_text(partial / "distill_example.py", EXAMPLE)
         said = {
             "graftc_build": FORMAT,
             **manifest,
