@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graftc.deploy.profile import Comparison
     from graftc.distillation import RunResult
     from graftc.distillation.assemble import Assembly
+    from graftc.distillation.overfit import SiteCheck
     from graftc.distillation.plain import Distillation
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "assemble", "bench", "check", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "report", "serve_editor", "test_files", "verify",
+    "assemble", "bench", "check", "check_distill", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "report", "serve_editor", "test_files", "verify",
 ]  # fmt: skip
 
 
@@ -205,6 +206,15 @@ def load_targets(build: str | Path | Build, *, task: str | Any = None) -> Distil
             raise
         chosen = None  # said once it is asked for
     return Distillation(opened, chosen)
+
+
+def check_distill(
+    build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any
+) -> tuple[SiteCheck, ...]:
+    """Before a long run: whether each site can learn a few samples by heart; see `graftc.distillation.overfit`."""
+    from graftc.distillation.overfit import check_distill as engine
+
+    return engine(load_targets(build, task=task), load_data(data), **options)
 
 
 def distill(

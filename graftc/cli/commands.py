@@ -558,6 +558,7 @@ def doctor(format: FormatOption = "text") -> None:
 
 
 app.command()(sites.bank)
+app.command(name="check-distill")(sites.check_distill)
 
 
 @app.callback(invoke_without_command=True)

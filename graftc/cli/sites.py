@@ -91,6 +91,41 @@ def bank(
     print(f"{'would remove' if dry_run else 'removed'} {_entries(count)}")
 
 
+def check_distill(
+    directory: Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")],
+    data: Annotated[str, typer.Option("-d", "--data", help="DATA: a function that yields samples")],
+    task: Annotated[str | None, typer.Option("-t", "--task", help="TASK, as for distill")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="how many to learn by heart")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="at most so many for a site")] = 1000,
+    seed: Annotated[int, typer.Option(help="of the data's order and the noise")] = 0,
+    format: FormatOption = "text",
+) -> None:
+    """Before a long run: can each site learn 8 samples by heart? Exit code 1 where one cannot."""
+    from dataclasses import asdict
+
+    from graftc import verbs
+    from graftc.cli.render import wide_console, wide_table
+
+    if format not in ("text", "json"):
+        raise typer.BadParameter(f"--format is text or json, found {format!r}")
+    found = verbs.check_distill(directory, data, task=task, samples=samples, steps=steps, seed=seed)
+    if format == "json":
+        _json([{**asdict(c), "passed": c.passed} for c in found])
+    else:
+        rows = wide_table(
+            "site", "", "self-graft", "error at start", "error at end", "wanted", "steps"
+        )
+        for c in found:
+            figures = (c.self_graft, c.error_start, c.error_end, c.wanted)
+            rows.add_row(c.name, "PASS" if c.passed else "FAIL", *(f"{x:.2g}" for x in figures), str(c.steps))  # fmt: skip
+        wide_console().print(rows)
+        for c in found:
+            if not c.passed:
+                print(f"{c.name} ({c.operator}): {c.reason}", file=sys.stderr)
+    if not all(c.passed for c in found):
+        raise typer.Exit(1)
+
+
 def show_assembly(build: Build, found: Assembly) -> None:
     """What a bank had for a build, and what comes next."""
     for name, entry in found.found.items():
