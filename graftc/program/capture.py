@@ -18,12 +18,23 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graftc.diagnostics import GraftError
 from graftc.program.dtypes import follow_weights
 from graftc.program.export import export
 from graftc.program.model import USER_MODULE, Model
 from graftc.program.normalise import normalise
 from graftc.program.outline import outline
-from graftc.program.program import Facts, Outputs, Port, Program, size_hint, structure_hash, value
+from graftc.program.program import (
+    Facts,
+    Outputs,
+    Port,
+    Program,
+    set_graph,
+    size_hint,
+    structure_hash,
+    value,
+)
+from graftc.program.repeats import NotShared, expand
 from graftc.program.unsupported import check_supported
 
 
@@ -37,17 +48,26 @@ def capture(model: Model) -> Program:
     ['0', '1']
     """
     check_supported(model)
+    try:
+        return _capture(model, share=True)
+    except (NotShared, GraftError):  # then the model's own error is told, not one of sharing
+        return _capture(model, share=False)
+
+
+def _capture(model: Model, share: bool) -> Program:
     inputs = dict(model.inputs.items())
     dynamic, notes = _dynamic_dimensions(model)
     inputs = _at_least_two(inputs, dynamic)
-    exported, dynamic, fixed = export(model.module, inputs, dynamic)
-    notes += fixed
+    traced = export(model.module, inputs, dynamic, share)
+    exported, dynamic = traced.program, traced.dynamic
+    notes += traced.notes
     _forget_values(exported, model.module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         tree = torch.export.unflatten(exported)
     root = _plain(tree, {})
     assert isinstance(root, fx.GraphModule)
+    expand(root, traced.blocks, lambda module: _plain(module, {}))
     _bind(root, model.module)
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     dropped = _drop_constant_inputs(root)
@@ -128,7 +148,7 @@ def _plain(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
         for node in copied.nodes:
             if node.name == "self":  # BERT's `attention.self`; in generated code it is the module
                 node._rename("self_")
-        plain.graph = copied
+        set_graph(plain, copied)
     return plain
 
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from graftc.program.flat import Call, Op, flatten
 from graftc.program.ops import CONVS, LINEARS
-from graftc.program.program import ATEN, Program
+from graftc.program.program import ATEN, Program, generate_code
 
 _CREATIONS = frozenset(
     getattr(getattr(ATEN, name), overload)
@@ -44,7 +44,7 @@ def follow_weights(program: Program) -> Program:
             continue
         pinned[op.index] = _is_pinned(op, pinned)
     for module in touched:
-        module.recompile()
+        generate_code(module)
     return replace(program, root=program.root)
 
 

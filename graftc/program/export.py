@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -16,44 +18,67 @@ from torch.utils import _pytree as pytree
 from graftc.diagnostics import Diagnostic, GraftError, Note
 from graftc.program.model import user_error
 from graftc.program.program import ATEN
+from graftc.program.repeats import Blocks, NotShared, traced_once
 
 Dynamic = Mapping[str, Mapping[int, str]]
+Traced = tuple[torch.export.ExportedProgram, Blocks]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What tracing gave: the program, the blocks that it holds only once, the dimensions that stayed
+    dynamic, and sentences on those that did not."""
+
+    program: torch.export.ExportedProgram
+    blocks: Blocks
+    dynamic: dict[str, dict[int, str]]
+    notes: list[str]
 
 
 def export(
-    module: nn.Module, inputs: dict[str, Any], dynamic: Dynamic
-) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, str]], list[str]]:
-    """The exported program, the dimensions that stayed dynamic, and sentences on those that did not.
+    module: nn.Module, inputs: dict[str, Any], dynamic: Dynamic, share: bool = True
+) -> Exported:
+    """Trace a module; with `share`, blocks that repeat are traced once (`graftc.program.repeats`).
 
-    Raises GraftError with the user's own line where the model cannot be traced.
+    Raises GraftError with the user's own line where the model cannot be traced, NotShared where it has
+    to be traced without sharing.
     """
+    run = partial(_run, share=share)
     dims = {d: torch.export.Dim(d) for by in dynamic.values() for d in by.values()}
     left = {k: dict(v) for k, v in dynamic.items()}
     notes: list[str] = []
     try:
-        exported = _run(module, inputs, _shapes(inputs, dynamic, lambda d: dims[d]))
+        exported, blocks = run(module, inputs, _shapes(inputs, dynamic, lambda d: dims[d]))
+    except NotShared:
+        raise
     except Exception as error:
         if not dims or not _is_shape_error(error):
             raise cannot_capture(error) from error
-        exported = _what_stays_dynamic(module, inputs, dynamic)
+        exported, blocks = _what_stays_dynamic(run, module, inputs, dynamic)
         left = _still_dynamic(exported, dynamic)
         fixed = sorted(set(dims) - {d for by in left.values() for d in by.values()})
         reason = _reason(error)
         notes = [f"{', '.join(fixed)} fixed at the example's size: {reason}"] if fixed else []
+    if blocks.kinds and _mutates(exported):
+        raise NotShared("the model writes to tensors, perhaps to a block's inputs")
     exported = _functional(exported)
     inline_regions(exported.graph_module)
-    return exported, {k: v for k, v in left.items() if v}, notes
+    return Exported(exported, blocks, {k: v for k, v in left.items() if v}, notes)
 
 
 def _what_stays_dynamic(
-    module: nn.Module, inputs: dict[str, Any], dynamic: Dynamic
-) -> torch.export.ExportedProgram:
+    run: Callable[..., Traced], module: nn.Module, inputs: dict[str, Any], dynamic: Dynamic
+) -> Traced:
     """Each dimension dynamic that can be: one that the model fixes does not fix the others."""
     try:
-        return _run(module, inputs, _shapes(inputs, dynamic, lambda _: torch.export.Dim.AUTO))
+        return run(module, inputs, _shapes(inputs, dynamic, lambda _: torch.export.Dim.AUTO))
+    except NotShared:
+        raise
     except Exception:  # e.g. a guard that only a fixed size satisfies
         try:
-            return _run(module, inputs, None)
+            return run(module, inputs, None)
+        except NotShared:
+            raise
         except Exception as again:
             raise cannot_capture(again) from again
 
@@ -67,9 +92,13 @@ def _shapes(inputs: Mapping[str, Any], dynamic: Dynamic, dim: Any) -> dict[str, 
     }
 
 
-def _run(module: nn.Module, inputs: dict[str, Any], shapes: Any) -> torch.export.ExportedProgram:
-    with _silent(), torch.no_grad(), _no_fast_path():
-        return torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+def _run(module: nn.Module, inputs: dict[str, Any], shapes: Any, share: bool) -> Traced:
+    once = traced_once(module) if share else nullcontext(Blocks())
+    with _silent(), torch.no_grad(), _no_fast_path(), once as blocks:
+        exported = torch.export.export(
+            module, (), dict(inputs), dynamic_shapes=shapes, strict=False
+        )
+        return exported, blocks
 
 
 @contextmanager
@@ -115,8 +144,7 @@ def _settled(size: int | torch.SymInt) -> bool:
 
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Without mutation, so that a value's operands are all that it depends on."""
-    mutable = [n for n in exported.graph.nodes if n.op == "call_function" and _mutates(n)]
-    if not mutable:
+    if not _mutates(exported):
         return exported
     with warnings.catch_warnings(), torch.no_grad(), _no_fast_path():
         warnings.simplefilter("ignore")
@@ -126,9 +154,13 @@ def _functional(exported: torch.export.ExportedProgram) -> torch.export.Exported
 _HARMLESS = frozenset({ATEN.detach_.default})
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable and node.target not in _HARMLESS
+def _mutates(exported: torch.export.ExportedProgram) -> bool:
+    schemas = [
+        getattr(n.target, "_schema", None)
+        for n in exported.graph.nodes
+        if n.op == "call_function" and n.target not in _HARMLESS
+    ]
+    return any(s is not None and s.is_mutable for s in schemas)
 
 
 def inline_regions(root: fx.GraphModule) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from graftc.program import einsum, sizes
-from graftc.program.program import ATEN, graphs, join, value
+from graftc.program.program import ATEN, generate_code, graphs, join, sweep, value
 
 _ASSERTIONS = {
     ATEN._assert_tensor_metadata.default,
@@ -39,13 +39,13 @@ def normalise(root: fx.GraphModule) -> fx.GraphModule:
                 _unpin_device(node)
                 _forward_no_op(node)
         einsum.to_matmul(module.graph)
-        module.graph.eliminate_dead_code()
+        sweep(module.graph)
     _inline_identities(root)
     sizes.unthread(root)
     for _, module in graphs(root):
-        module.graph.eliminate_dead_code()
+        sweep(module.graph)
         module.graph.lint()
-        module.recompile()
+        generate_code(module)
     _drop_uncalled(root)
     return root
 

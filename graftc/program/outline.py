@@ -18,7 +18,7 @@ from graftc.program import sizes
 from graftc.program.evaluate import data_operands
 from graftc.program.flat import Flat, Op, common_path, flatten
 from graftc.program.ops import MOVEMENTS
-from graftc.program.program import ATEN, Program, join
+from graftc.program.program import ATEN, Program, generate_code, join
 from graftc.program.regions import Nodes, inline_call, outline_nodes
 from graftc.program.roles import attentions, linear_input, mlps
 
@@ -58,7 +58,7 @@ def outline(program: Program) -> Program:
     sizes.unthread(program.root)
     for _, module in program.graphs():
         module.graph.lint()
-        module.recompile()
+        generate_code(module)
     return replace(program, moved=moved, classes=classes)
 
 

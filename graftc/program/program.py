@@ -100,6 +100,29 @@ def graphs(root: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
             yield path, module
 
 
+def set_graph(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give a module a graph; its code is for `generate_code`, once the passes are done."""
+    module._graph = graph
+    graph.owning_module = module
+
+
+def generate_code(module: fx.GraphModule) -> None:
+    """Regenerate one module's code. `recompile` would do all GraphModules inside it again as well."""
+    children = module._modules
+    module.__dict__["_modules"] = {}
+    try:
+        module.recompile()
+    finally:
+        module.__dict__["_modules"] = children
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Remove nodes that nobody uses. As `eliminate_dead_code`, which checks the whole graph first."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op != "placeholder" and not node.is_impure():
+            graph.erase_node(node)
+
+
 def value(node: fx.Node) -> Any:
     """The fake value that capture recorded for a node (None if there is none)."""
     return node.meta.get("val")

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from graftc.program.program import ATEN, graphs, value
+from graftc.program.program import ATEN, graphs, sweep, value
 
 _BINARY: dict[str, Callable[..., Any]] = {
     "Mul": operator.mul,
@@ -32,9 +32,8 @@ def unthread(root: fx.GraphModule) -> None:
     sites = call_sites(root)
     for path, module in reversed(list(graphs(root))):
         if path:
-            for node in [n for n in module.graph.nodes if n.op == "placeholder" and n.users]:
-                if isinstance(value(node), torch.SymInt):
-                    _read_here(module.graph, node)
+            sweep(module.graph)
+            read_sizes_here(module.graph)
             _drop_unused_inputs(module.graph, sites.get(id(module), []))
     for path, module in reversed(list(graphs(root))):
         if path:
@@ -42,10 +41,25 @@ def unthread(root: fx.GraphModule) -> None:
     for path, module in graphs(root):
         if path:
             drop_unused_outputs(module, sites.get(id(module), []))
-        module.graph.eliminate_dead_code()
+        sweep(module.graph)
+    drop_unused_inputs(root)
+
+
+def read_sizes_here(graph: fx.Graph) -> None:
+    """Let a graph compute the sizes that are its inputs from its tensor inputs, where they determine them."""
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.users]:
+        if isinstance(value(node), torch.SymInt):
+            _read_here(graph, node)
+
+
+def drop_unused_inputs(root: fx.GraphModule) -> None:
+    """Remove inputs that nobody uses from every inner graph, and from its calls."""
+    sites = call_sites(root)
     for path, module in reversed(list(graphs(root))):
         if path:
+            sweep(module.graph)
             _drop_unused_inputs(module.graph, sites.get(id(module), []))
+    sweep(root.graph)
 
 
 def call_sites(root: nn.Module) -> dict[int, list[fx.Node]]:
@@ -114,7 +128,6 @@ def _drop_unused_inputs(graph: fx.Graph, sites: list[fx.Node]) -> None:
         return
     for site in sites:
         site.args = tuple(a for i, a in enumerate(site.args) if i not in unused)
-        site.graph.eliminate_dead_code()
     for i in unused:
         graph.erase_node(placeholders[i])
 

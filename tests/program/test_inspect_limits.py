@@ -6,33 +6,20 @@ Limits on time and memory: no part of the ordinary tests.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.program.limits import ROOT, measured
+
 SECONDS = 30
 BYTES = 1.5e9
 
 
 def inspect(function: str) -> tuple[dict[str, object], float, int]:
-    """What `graftc inspect` prints, its CPU seconds, its peak memory in bytes."""
-    code = "import sys; from graftc.cli.main import main; main(sys.argv[1:])"
     model = f"{ROOT}/examples/diffusers/models.py:{function}"
-    command = [sys.executable, "-c", code, "inspect", model, "--format", "json"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return json.loads(text), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    text, seconds, peak = measured("inspect", model, "--format", "json")
+    return json.loads(text), seconds, peak
 
 
 @pytest.mark.slow
