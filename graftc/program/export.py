@@ -262,6 +262,8 @@ def cannot_capture(error: BaseException) -> Exception:
     help_ = "make this part static for the example inputs, or move it out of the model's forward"
     if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
         help_ = "this line branches on the values of a tensor; use torch.where or torch.cond"
+    elif "Cache'> in output" in text:  # transformers' caches
+        help_ = 'give `use_cache` as an input of the model: `{…, "use_cache": False}`'
     return GraftError(
         Diagnostic(
             "G210",

@@ -258,10 +258,28 @@ def expand(root: fx.GraphModule, blocks: Blocks, copy: Any) -> None:
         inputs, _ = found[kind.number]
         if any(n not in inputs for n in first.graph.nodes if n.op == "placeholder" and n.users):
             raise NotShared(f"`{kind.path}` reads values that are not its inputs")
+    callers = sizes.call_sites(root)
     for path, kind in blocks.repeats.items():
-        first = _graph_module(root, kind.path)
-        _fill(_graph_module(root, path), kind, first, *found[kind.number], copy)
+        first, repeat = _graph_module(root, kind.path), _graph_module(root, path)
+        given = _fill(repeat, kind, first, *found[kind.number], copy)
+        _order_inputs(repeat, given, callers)
+    for kind in blocks.kinds:
+        _order_inputs(_graph_module(root, kind.path), found[kind.number][0], callers)
     sizes.drop_unused_inputs(root)
+
+
+def _order_inputs(
+    module: fx.GraphModule, wanted: list[fx.Node], callers: Mapping[int, list[fx.Node]]
+) -> None:
+    """Inputs in the order of the block's own forward."""
+    before = [n for n in module.graph.nodes if n.op == "placeholder"]
+    after = [n for n in dict.fromkeys(wanted) if n in before]
+    after += [n for n in before if n not in after]
+    for node in reversed(after):
+        next(iter(module.graph.nodes)).prepend(node)
+    for call in callers.get(id(module), []):
+        given = dict(zip(before, call.args, strict=True))
+        call.args = tuple(given[n] for n in after)
 
 
 def _graph_module(root: nn.Module, path: str) -> fx.GraphModule:
@@ -307,8 +325,8 @@ def _fill(
     inputs: list[fx.Node],
     outputs: list[fx.Node],
     copy: Any,
-) -> None:
-    """The graph of a repeated block: its kind's, on its own inputs and parameters."""
+) -> list[fx.Node]:
+    """The graph of a repeated block: its kind's, on its own inputs (which are returned) and parameters."""
     calls = _calls(module.graph, _OPS.repeat.default, kind.number)
     if len(calls) != 1:
         raise NotShared("a repeated block is not called as a module")
@@ -328,3 +346,4 @@ def _fill(
     for name, buffer in first._buffers.items():
         if name not in module._buffers:
             module.register_buffer(name, buffer, name not in first._non_persistent_buffers_set)
+    return given

@@ -149,3 +149,17 @@ def test_train_and_eval_are_captured_apart() -> None:
     evaluated = capture(Model(module.eval(), {"input": X}))
     assert evaluated.facts.mode == "eval"
     assert not any("dropout" in str(n.target) for _, m in evaluated.graphs() for n in m.graph.nodes)
+
+
+class Cached(nn.Module):
+    """Returns a cache, as transformers' decoders do unless told otherwise."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        from transformers import DynamicCache
+
+        return x, DynamicCache()
+
+
+def test_a_cache_among_the_outputs_is_refused_with_what_to_do() -> None:
+    with pytest.raises(GraftError, match=r"G210(.|\n)*use_cache"):
+        capture(Model(Cached(), {"x": torch.zeros(2, 3)}))
