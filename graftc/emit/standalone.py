@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: bool = False) -> n
     for name, old in {{**state, **extra}}.items():
         if name in stored:
             stored.remove(name)
-            with safe_open(path, "pt") as file:  # opened for each: the pages that were read go with it
+            with safe_open(path, "pt") as file:  # opened for each: its pages go with it
                 new = file.get_tensor(name).clone()  # aligned memory: kernels round by alignment
             if new.shape != old.shape:
                 raise ValueError(f"{{name}} is {{tuple(new.shape)}}, wanted {{tuple(old.shape)}}")
