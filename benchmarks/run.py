@@ -9,6 +9,7 @@ import argparse
 import platform
 from pathlib import Path
 
+import check
 import dataflow
 import matching
 import operators
@@ -31,6 +32,7 @@ def main() -> None:
         matching.measure(),
         dataflow.measure(),
         whynot.measure(),
+        check.measure(),
         stage1.measure(),
         overhead.measure(),
         steps_to_error.measure(),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import Any, Literal
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, Span
@@ -38,17 +37,65 @@ def conflicts(rules: Sequence[Rule]) -> Iterator[Diagnostic]:
     for rule in rules:
         yield from _too_wide(rule)
     told: set[str] = set()
-    for first, second in combinations(rules, 2):
+    known: _Known = {}
+    for at, earlier in _meetings(rules):
+        second = rules[at]
         if second.name in told:
             continue
-        how = _shared(first, second)
-        if how is None:
-            continue
-        told.add(second.name)
-        yield _diagnostic(first, second, how)
+        for one in earlier:
+            how = _shared(rules[one], second, known)
+            if how is not None:
+                told.add(second.name)
+                yield _diagnostic(rules[one], second, how)
+                break
 
 
 Sharing = Literal["same", "part", "some"]
+_Known = dict[tuple[Any, Any], "Sharing | None"]
+"""What pairs of block sets share: most files say the same few sets over and over."""
+
+_MOST_NAMED = 64
+"""A set of more blocks is compared with every other."""
+
+
+def _meetings(rules: Sequence[Rule]) -> Iterator[tuple[int, Sequence[int]]]:
+    """Each rule with those before it that may share something, by their places in the file, in its order.
+
+    Rules that name their blocks one by one meet only where they name the same; all others meet each other.
+    """
+    by_block: dict[int, list[int]] = {}
+    others: list[int] = []
+    seen: list[int] = []
+    by_text: dict[Any, int] = {}
+    for at, rule in enumerate(rules):
+        if rule.where is not None or rule.guards or len(rule.matches) != 1:
+            continue  # where a guard decides, `plan` tells
+        match = rule.matches[0]
+        if isinstance(match, DataflowMatch):
+            first = by_text.setdefault(_plain(match.statements), at)
+            if first != at:
+                yield at, (first,)
+            continue
+        blocks = match.blocks if isinstance(match, (SiteMatch, GroupMatch)) else None
+        named = _named(blocks)
+        if named is None:
+            meets = seen
+            others.append(at)
+        else:
+            meets = sorted({*others, *(i for n in named for i in by_block.get(n, ()))})
+            for n in named:
+                by_block.setdefault(n, []).append(at)
+        yield at, meets
+        seen.append(at)
+
+
+def _named(blocks: Blocks | None) -> set[int] | None:
+    """The blocks of a set that says them one by one; None for any other, and for a large one."""
+    if blocks is None or blocks.kind != "ranges":
+        return None
+    if sum((r.last - r.first) // max(1, r.step) + 1 for r in blocks.ranges) > _MOST_NAMED:
+        return None
+    return {i for r in blocks.ranges for i in range(r.first, r.last + 1, max(1, r.step))}
 
 
 def _diagnostic(first: Rule, second: Rule, how: Sharing) -> Diagnostic:
@@ -76,35 +123,35 @@ def _diagnostic(first: Rule, second: Rule, how: Sharing) -> Diagnostic:
     )
 
 
-def _shared(first: Rule, second: Rule) -> Sharing | None:
+def _shared(first: Rule, second: Rule, known: _Known) -> Sharing | None:
     """What places two rules share in every model, None where that cannot be told or is nothing."""
-    if first.where is not None or second.where is not None or first.guards or second.guards:
-        return None
-    if len(first.matches) != 1 or len(second.matches) != 1:
-        return None
     one, other = first.matches[0], second.matches[0]
     if isinstance(one, DataflowMatch) and isinstance(other, DataflowMatch):
         both = isinstance(first.edit, Rewrite) and isinstance(second.edit, Rewrite)
-        return "same" if both and _plain(one.statements) == _plain(other.statements) else None
+        return "same" if both else None  # their texts are the same, or they would be no pair
     if isinstance(one, GroupMatch) and isinstance(other, GroupMatch):
         both = isinstance(first.edit, Parallel) and isinstance(second.edit, Parallel)
-        return _of_blocks(one.blocks, other.blocks) if both else None
+        return _of_blocks(one.blocks, other.blocks, known) if both else None
     if not isinstance(one, SiteMatch) or not isinstance(other, SiteMatch):
         return None
     if not isinstance(first.edit, _TAKES) or not isinstance(second.edit, _TAKES):
         return None
-    return _of_sites(one, other)
+    return _of_sites(one, other, known)
 
 
-def _of_sites(one: SiteMatch, other: SiteMatch) -> Sharing | None:
+def _of_sites(one: SiteMatch, other: SiteMatch, known: _Known) -> Sharing | None:
     if one.path is not None or other.path is not None or one.class_name or other.class_name:
         kind = (one.path, one.class_name) == (other.path, other.class_name)
-        return _of_blocks(one.blocks, other.blocks) if kind and one.within == other.within else None
+        return (
+            _of_blocks(one.blocks, other.blocks, known)
+            if kind and one.within == other.within
+            else None
+        )
     assert one.role is not None
     assert other.role is not None
     if one.within != other.within:
         return None
-    blocks = _of_blocks(one.blocks, other.blocks)
+    blocks = _of_blocks(one.blocks, other.blocks, known)
     if one.role == other.role:
         return blocks
     if "block" in (one.role, other.role):  # a site of a block that goes, or is replaced
@@ -115,12 +162,19 @@ def _of_sites(one: SiteMatch, other: SiteMatch) -> Sharing | None:
     return "some" if blocks and covers(other.role, one.role) else None
 
 
-def _of_blocks(one: Blocks | None, other: Blocks | None) -> Sharing | None:
+def _of_blocks(one: Blocks | None, other: Blocks | None, known: _Known) -> Sharing | None:
     """What two block sets share, whatever the chain's length."""
     if one is None or other is None:
         return "same" if one is other else "part" if one is None else "some"
     if one.chain != other.chain:
         return None
+    key = (_plain(one), _plain(other))
+    if key not in known:
+        known[key] = _of_chains(one, other)
+    return known[key]
+
+
+def _of_chains(one: Blocks, other: Blocks) -> Sharing | None:
     found: set[Sharing | None] = set()
     needed = max((r.last for b in (one, other) for r in (*b.ranges, *b.excluded)), default=0) + 1
     for length in {*(n for n in _LENGTHS if n >= needed), needed, needed + 1}:

@@ -23,8 +23,6 @@ from graftc.language.resources import grammar_text
 from graftc.language.syntax_errors import ITEM_WORDS, no_value, unexpected
 from graftc.language.tokens import Terminals, Token, lay_out, nested_too_deep, scan
 
-Table = Mapping[int, Mapping[str, tuple[Any, Any]]]
-
 _MOST_ERRORS = 20
 _DEEPEST_STACK = 1000
 
@@ -81,72 +79,119 @@ class _Stop(Exception):
     diagnostic: Diagnostic
 
 
+_Reduction = tuple[int, Any, str]
+"""How many values a rule takes off the stack, what makes one of them, and the symbol that it is then."""
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Lark's tables for a start symbol, as plain dicts of plain strings.
+
+    `steps`: state → terminal → the state to shift to, or a reduction. `gotos`: state → symbol → state.
+    """
+
+    steps: Mapping[int, Mapping[str, int | _Reduction]]
+    gotos: Mapping[int, Mapping[str, int]]
+    start: int
+    end: int
+
+
 @lru_cache(maxsize=2)
-def _tables(start: str) -> Any:
-    """Lark's tables for a start symbol: `states`, `start_state`, `end_state`, `callbacks`."""
+def _tables(start: str) -> _Tables:
     lark = cast(Any, grammar().lark)  # Lark's types leave the parser's state open
-    return lark.parse_interactive(start=start).parser_state.parse_conf
+    conf = lark.parse_interactive(start=start).parser_state.parse_conf
+    reductions: dict[int, _Reduction] = {}
+    steps: dict[int, dict[str, int | _Reduction]] = {}
+    gotos: dict[int, dict[str, int]] = {}
+    for state, row in conf.states.items():
+        mine: dict[str, int | _Reduction] = {}
+        further: dict[str, int] = {}
+        for symbol, (action, target) in row.items():
+            if action is not Shift:
+                known = reductions.get(id(target))
+                if known is None:
+                    size, name = len(target.expansion), str(target.origin.name)
+                    known = reductions[id(target)] = (size, conf.callbacks[target], name)
+                mine[str(symbol)] = known
+            elif symbol.isupper() or symbol == "$END":
+                mine[str(symbol)] = target
+            else:
+                further[str(symbol)] = target
+        steps[state], gotos[state] = mine, further
+    return _Tables(steps, gotos, conf.start_state, conf.end_state)
 
 
 def _drive(tokens: Sequence[Token], start: str) -> Any:
     """The result of the start symbol. Raises `_Stop`."""
     tables = _tables(start)
-    table: Table = tables.states
-    stack: list[int] = [tables.start_state]
-    earlier, before = stack, stack
+    steps, gotos, end_state = tables.steps, tables.gotos, tables.end
+    state = tables.start
+    stack: list[int] = [state]
     values: list[Any] = []
     at = 0
     try:
         for at, token in enumerate((*tokens, _end(tokens))):
-            earlier, before = before, stack.copy()
             if len(stack) > _DEEPEST_STACK:
                 raise _Stop(at, nested_too_deep(token.span))
+            row = steps[state]
             kind = token.type
             if token.keyword is not None:
-                kind = token.type = token.keyword if token.keyword in table[stack[-1]] else "NAME"
-            while stack[-1] != tables.end_state:
-                step = table[stack[-1]].get(kind)
+                kind = token.type = token.keyword if token.keyword in row else "NAME"
+            while state != end_state:
+                step = row.get(kind)
                 if step is None:
-                    wanted = _accepted(table, before, tables.end_state)
-                    sooner = _accepted(table, earlier, tables.end_state)
-                    raise _Stop(at, unexpected(tokens, at, wanted, sooner, start))
-                action, target = step
-                if action is Shift:
-                    stack.append(target)
+                    raise _Stop(at, _unexpected(tables, tokens, at, start))
+                if isinstance(step, int):
+                    state = step
+                    stack.append(state)
                     values.append(token)
                     break
-                size = len(target.expansion)
-                children = values[len(values) - size :]
+                size, make, symbol = step
                 if size:
+                    children = values[-size:]
                     del stack[-size:], values[-size:]
-                values.append(tables.callbacks[target](children))
-                stack.append(table[stack[-1]][target.origin.name][1])
+                else:
+                    children = []
+                values.append(make(children))
+                state = gotos[stack[-1]][symbol]
+                stack.append(state)
+                row = steps.get(state, row)
         return values[-1]
     except GraftError as error:  # the builder found it nested too deep
         raise _Stop(at, error.diagnostics[0]) from None
 
 
-def _accepted(table: Table, stack: list[int], end_state: int) -> frozenset[str]:
+def _unexpected(tables: _Tables, tokens: Sequence[Token], at: int, start: str) -> Diagnostic:
+    """The diagnostic for a token that cannot stand here; what could is found by reading the text again."""
+    before: list[int] = []
+    stack = [tables.start]
+    for token in tokens[:at]:
+        before = stack
+        stack = _after(tables, stack.copy(), token.type) or stack
+    return unexpected(tokens, at, _accepted(tables, stack), _accepted(tables, before), start)
+
+
+def _after(tables: _Tables, stack: list[int], terminal: str) -> list[int] | None:
+    """The states once a terminal is read, None where it cannot stand there."""
+    while True:
+        step = tables.steps.get(stack[-1], {}).get(terminal)
+        if step is None or isinstance(step, int):
+            return None if step is None else [*stack, step]
+        size, _, symbol = step
+        if size:
+            del stack[-size:]
+        stack.append(tables.gotos[stack[-1]][symbol])
+        if stack[-1] == tables.end:
+            return stack
+
+
+def _accepted(tables: _Tables, stack: list[int]) -> frozenset[str]:
     """The terminals that can come next. LALR lookaheads alone would name some that cannot."""
     if not stack:
         return frozenset()
-    return frozenset(t for t in table[stack[-1]] if _shifts(table, stack, t, end_state))
-
-
-def _shifts(table: Table, stack: list[int], terminal: str, end_state: int) -> bool:
-    if not (terminal.isupper() or terminal == "$END"):
-        return False
-    states = stack.copy()
-    while states[-1] in table and terminal in table[states[-1]]:
-        action, target = table[states[-1]][terminal]
-        if action is Shift:
-            return True
-        if target.expansion:
-            del states[-len(target.expansion) :]
-        states.append(table[states[-1]][target.origin.name][1])
-        if states[-1] == end_state:
-            return True
-    return False
+    return frozenset(
+        t for t in tables.steps[stack[-1]] if _after(tables, stack.copy(), t) is not None
+    )
 
 
 def _end(tokens: Sequence[Token]) -> Token:
@@ -200,26 +245,15 @@ def expected_at_end(source: Source) -> frozenset[str]:
     while tokens and tokens[-1].type == "NL" and raw[-1].type != "NL":
         tokens.pop()  # supplied: the line has not ended yet
     tables = _tables("start")
-    table: Table = tables.states
-    stack: list[int] = [tables.start_state]
+    stack: list[int] | None = [tables.start]
     for token in tokens:
         kind = token.type
-        if token.keyword is not None and token.keyword in table[stack[-1]]:
+        if token.keyword is not None and token.keyword in tables.steps[stack[-1]]:
             kind = token.keyword
-        while True:
-            step = table[stack[-1]].get(kind)
-            if step is None:
-                return frozenset()
-            action, target = step
-            if action is Shift:
-                stack.append(target)
-                break
-            if target.expansion:
-                del stack[-len(target.expansion) :]
-            stack.append(table[stack[-1]][target.origin.name][1])
-        if len(stack) > _DEEPEST_STACK:
+        stack = _after(tables, stack, kind)
+        if stack is None or len(stack) > _DEEPEST_STACK:
             return frozenset()
-    return _accepted(table, stack, tables.end_state)
+    return _accepted(tables, stack)
 
 
 def _parse(raw: Sequence[Token]) -> tuple[syntax.Item, ...]:

@@ -45,7 +45,9 @@ class Terminals:
     """The grammar's terminals, as the scanner wants them."""
 
     keywords: Mapping[str, str]
+    signs: Mapping[str, str]
     scanner: re.Pattern[str]
+    pieces: re.Pattern[str]
 
     @staticmethod
     def build(
@@ -57,7 +59,13 @@ class Terminals:
         parts = [f"(?P<{name}>{shapes[name]}{whole.get(name, '')})" for name in order]
         longest_first = sorted(signs.items(), key=lambda item: -len(item[1]))
         parts += [f"(?P<{name}>{re.escape(text)})" for name, text in longest_first]
-        return Terminals({text: name for name, text in words.items()}, re.compile("|".join(parts)))
+        keywords = {text: name for name, text in words.items()}
+        spelled = {**{text: name for name, text in signs.items()}, "\n": "NL", "\r\n": "NL"}
+        pattern = "|".join(parts)
+        pieces = re.compile(
+            re.sub(r"\(\?P<\w+>", "(?:", re.sub(r"(?<!\\)\((?!\?)", "(?:", pattern))
+        )
+        return Terminals(keywords, spelled, re.compile(pattern), pieces)
 
 
 def scan(source: Source, terminals: Terminals) -> tuple[list[Token], list[Diagnostic]]:
@@ -72,6 +80,49 @@ def scan(source: Source, terminals: Terminals) -> tuple[list[Token], list[Diagno
         return [], [
             _too_long(source, LONGEST_TEXT, f"{LONGEST_TEXT:,} characters", f"{len(text):,}")
         ]
+    values = terminals.pieces.findall(text)
+    if sum(map(len, values)) != len(text):
+        return _scan_with_errors(source, terminals)
+    signs, at, depth = terminals.signs, 0, 0
+    for (
+        value
+    ) in values:  # nothing is left out between two pieces, so each begins where the last ends
+        position, at = at, at + len(value)
+        kind = signs.get(value)
+        if kind is None:
+            first = value[0]
+            if first == " " or first == "\t":
+                continue
+            kind = _kind_of(first, value)
+            if kind == "NUMBER" or kind == "PERCENT":
+                too_large = _number_error(source, value, position, at)
+                if too_large is not None:
+                    errors.append(too_large)
+                    value = "1" if kind == "NUMBER" else "1%"
+        elif kind in _OPENING:
+            depth += 1
+            if depth > DEEPEST_BRACKETS:
+                return [], [*errors, nested_too_deep(Span(source, position, at))]
+        elif kind in _CLOSING:
+            depth = max(0, depth - 1)
+        tokens.append(Token(kind, value, source, position, at, keywords.get(value)))
+        if len(tokens) > _MOST_TOKENS:
+            return [], [_too_long(source, at - 1, f"{_MOST_TOKENS:,} words and signs", "more")]
+    return tokens, errors
+
+
+def _kind_of(first: str, value: str) -> str:
+    """The terminal of a piece that is no sign, from how it begins."""
+    if first in "0123456789":
+        return "PERCENT" if value[-1] == "%" else "NUMBER"
+    return {'"': "STRING", "#": "COMMENT", ".": "ELLIPSIS", "…": "ELLIPSIS"}.get(first, "NAME")
+
+
+def _scan_with_errors(source: Source, terminals: Terminals) -> tuple[list[Token], list[Diagnostic]]:
+    """As `scan`, piece by piece, where some of the text is none that the language has."""
+    text, keywords = source.text, terminals.keywords
+    tokens: list[Token] = []
+    errors: list[Diagnostic] = []
     match, position, depth = terminals.scanner.match, 0, 0
     while position < len(text):
         found = match(text, position)
