@@ -95,11 +95,16 @@ class Chain(nn.Module):
         return x
 
 
-def program(length: int) -> Program:
-    """A Program of `length` blocks: one of two is captured, and its second block copied, for torch.export takes minutes at 2,800."""
+def program(length: int, shared: bool = False) -> Program:
+    """A Program of `length` blocks: one of two is captured, and its second block copied, for torch.export takes minutes at 2,800.
+
+    `shared`: the block is run `length` times and not copied, for the copies alone take a minute: the ops are as many,
+    each with values of its own, and only the weights are the same.
+    """
     small = capture(graftc.Model(Chain(2), {"x": torch.zeros(2, 4, DIM)}, dynamic={"x": {}}))
     holder = nn.Module()
-    holder.blocks = nn.ModuleList(copy.deepcopy(small.module("blocks.1")) for _ in range(length))
+    block = small.module("blocks.1")
+    holder.blocks = nn.ModuleList(block if shared else copy.deepcopy(block) for _ in range(length))
     graph = fx.Graph()
     calls = {n.target: n for n in small.root.graph.nodes if n.op == "call_module"}
     before = next(n for n in small.root.graph.nodes if n.op == "placeholder")

@@ -75,6 +75,23 @@ class OutOfTimeError(Exception):
     """A run that was stopped at its cap."""
 
 
+def capped_cpu(run: Callable[[], Any], seconds: int) -> float:
+    """CPU seconds that one call takes. Raises OutOfTimeError when it is stopped (POSIX, main thread)."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    started = time.process_time()
+    try:
+        run()
+        return time.process_time() - started
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def capped(run: Callable[[], Any], seconds: int) -> float:
     """Seconds that one call takes. Raises OutOfTimeError when it is stopped (POSIX, main thread)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from graftc.diagnostics import fail
 from graftc.language import syntax as s
 from graftc.language.dataflow_ops import ALIASES, OPS
-from graftc.language.rules import Measure
+from graftc.language.rules import Distill, Measure
 from graftc.language.scope import listed, suggest
 
 MEASURES = ("ops", "params", "flops")
@@ -35,3 +35,23 @@ def measure_of(item: s.RuleItem) -> Measure | None:
         help=suggest(node.span.text, MEASURES)
         or "write `repeat(ops)`: the number of ops in the model",
     )
+
+
+def check_repeated_sites(head: s.HeadWord, distill: Distill | None, contract: str) -> None:
+    """An edit of sites that repeats has no targets, and its outputs change. Raises GraftError."""
+    if distill is not None:
+        fail(
+            "G440",
+            "a rule that repeats is not distilled",
+            span=distill.span,
+            wanted="an edit of the teacher's own sites: later rounds edit what earlier ones made",
+            help="leave out `distill`: stage 2 trains the student, or leave out `repeat`",
+        )
+    if contract == "exact":
+        fail(
+            "G441",
+            "a rule that repeats on sites is not `exact`",
+            span=head.span,
+            wanted="`rewrite { … }`, whose rounds are each run before and after",
+            help="leave out `exact`",
+        )

@@ -12,7 +12,7 @@ from graftc.language.resolve_edit import Edited, edit_of
 from graftc.language.resolve_guards import split_guards
 from graftc.language.resolve_init import inits_of
 from graftc.language.resolve_match import matches_of, report_unused
-from graftc.language.resolve_repeat import measure_of
+from graftc.language.resolve_repeat import check_repeated_sites, measure_of
 from graftc.language.resolve_training import distill_of, drops_of, trains_inserted
 from graftc.language.rules import (
     DataflowMatch,
@@ -90,7 +90,13 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
     edit = edited.edit
     repeat = next((h for h in item.head if h.word == "repeat"), None)
     if repeat is not None and not rewrites:
-        edit = Unapplied("`repeat` of an edit of sites", repeat.span)
+        if isinstance(edit, (Remove, Skip)):
+            with scope.log.attempt():
+                check_repeated_sites(repeat, distill, contract)
+            if len(scope.log.errors) > before:
+                return None
+        elif not isinstance(edit, Unapplied):
+            edit = Unapplied("`repeat` of an edit that brings new weights", repeat.span)
     if waiting is not None:
         edit = waiting
     elif unapplied is not None:

@@ -6,19 +6,19 @@ Each round applies every match at once; the measure must be smaller after it tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from graftc.diagnostics import fail
-from graftc.language.rules import Measure, Rule
+from graftc.diagnostics import GraftError, fail
+from graftc.language.rules import DataflowMatch, Measure, Rule
 from graftc.program.analysis import Analysis, analyse
 from graftc.program.cost import parameter_count
 from graftc.program.program import Program
 from graftc.rewrite.apply import Patch, apply, undo
 from graftc.rewrite.claims import check_claims
 from graftc.rewrite.dataflow.proof import Proof, proof_text, prove
-from graftc.rewrite.dataflow.view import program_view
+from graftc.rewrite.dataflow.view import ProgramView, program_view
 from graftc.rewrite.edits import Edit, edits_of
-from graftc.rewrite.match import find_matches, match
+from graftc.rewrite.match import Matches, find_matches, match, selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,7 @@ def run_repeated(
         while True:
             analysis = analyse(student)
             view = program_view(analysis.flat)
-            found = (
-                match(rule, analysis, view) if not number else find_matches(rule, analysis, view)
-            )
+            found = match(rule, analysis, view) if not number else _further(rule, analysis, view)
             if not found.found:
                 break
             taken = {p for p, _ in student.root.named_modules(remove_duplicate=False)}
@@ -82,6 +80,22 @@ def run_repeated(
             rounds.append(Round(rule, tuple(edits), before, after, patch, flops, proofs))
             number += 1
     return student, tuple(rounds)
+
+
+_NO_MORE = frozenset(["G131", "G132", "G136", "G310", "G311", "G312", "G313", "G314", "G332"])
+"""What a rule on sites says where it matches nowhere any more: the blocks or the sites have gone."""
+
+
+def _further(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
+    """The matches of a later round, be there any or none; `expect` is of the first."""
+    if any(isinstance(m, DataflowMatch) for m in rule.matches):
+        return find_matches(rule, analysis, view)
+    try:
+        return selection(replace(rule, expect=None), analysis, view)
+    except GraftError as error:
+        if all(d.code in _NO_MORE for d in error.diagnostics):
+            return Matches(rule, (), ())
+        raise
 
 
 def measured(measure: Measure, analysis: Analysis) -> int:
