@@ -10,7 +10,7 @@ from graftc.language import syntax as s
 from graftc.language.evaluate import evaluate, shown
 from graftc.language.rules import Expr, Fact, Literal_, Operation
 from graftc.language.scope import NotYet, Scope, Setting, listed, suggest
-from graftc.language.vocabulary import FACTS, FUNCTIONS, KINDS, FactWord, Type, may_be
+from graftc.language.vocabulary import BLOCK_PARTS, FACTS, FUNCTIONS, KINDS, FactWord, Type, may_be
 from graftc.operators.spec import Value
 
 Wanted = Literal["int", "float", "bool", "symbol", "text", "any"]
@@ -205,7 +205,8 @@ def _equality(scope: Scope, node: s.Binary) -> Expr:
 
 
 def _check_choice(scope: Scope, fact: Fact, word: Literal_) -> None:
-    role = scope.bindings[fact.binding].role
+    binding, _, part = fact.binding.partition(".")
+    role = part or scope.bindings[binding].role
     choices = KINDS.get(role, ()) if fact.name == "kind" and role else FACTS[fact.name].choices
     if choices and word.value not in choices:
         fail(
@@ -249,6 +250,25 @@ def _call(scope: Scope, node: s.Call) -> tuple[Expr, Type]:
     return _fact(scope, node, name, word), word.type
 
 
+def _site_role(site: s.Path, role: str | None) -> str | None:
+    """The role of `a`, or of the one site `b.attention` inside a block. Raises GraftError where it can be none."""
+    if len(site.names) == 1:
+        return role
+    part = site.names[1]
+    if part.text not in BLOCK_PARTS or role not in (None, "block") or len(site.names) > 2:
+        known = part.text in BLOCK_PARTS
+        wrong = site.names[2] if known and len(site.names) > 2 else part
+        fail(
+            "G109",
+            f"`{site.names[0].text}` has no site `{'.'.join(n.text for n in site.names[1:])}` inside",
+            span=wrong.span,
+            wanted=listed(BLOCK_PARTS) + " of a block",
+            found=f"`{wrong.text}`",
+            help=None if known else suggest(part.text, BLOCK_PARTS),
+        )
+    return part.text
+
+
 def _fact(scope: Scope, node: s.Call, name: str, word: FactWord) -> Fact:
     arguments = node.positional
     if len(arguments) != 1:
@@ -263,8 +283,8 @@ def _fact(scope: Scope, node: s.Call, name: str, word: FactWord) -> Fact:
     if not isinstance(site, s.Path):
         fail("G120", f"`{name}` takes a site", span=site.span, wanted="a name that `match` binds")
     binding = scope.binding(site.names[0])
-    role = binding.role
-    if len(site.names) == 1 and word.roles and role and not _ever(role, word.roles):
+    role = _site_role(site, binding.role)
+    if word.roles and role and not _ever(role, word.roles):
         has = [n for n, f in FACTS.items() if not f.roles or _ever(role, f.roles)]
         fail(
             "G125",

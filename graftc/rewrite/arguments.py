@@ -10,7 +10,7 @@ from graftc.language.evaluate import evaluate
 from graftc.language.rules import OperatorCall
 from graftc.operators.spec import Arg, OfSite, OperatorSpec, Value, holds
 from graftc.program.analysis import Site
-from graftc.rewrite.facts import site_fact
+from graftc.rewrite.facts import bound_fact
 from graftc.rewrite.inputs import own_facts
 from graftc.rewrite.match import Match
 
@@ -34,7 +34,7 @@ def resolve_arguments(
         elif arg.name in call.arguments:
             value = evaluate(
                 call.arguments[arg.name],
-                lambda f: site_fact(match.bindings[f.binding], f.name, f.span),
+                lambda f: bound_fact(f, match.bindings),
             )
             resolved[arg.name] = _checked(
                 arg, value, call.spec, call.arguments[arg.name].span, site

@@ -94,7 +94,7 @@ def selection(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -
     filtered: list[Filtered] = []
     for candidate in candidates:
         if rule.where is not None:
-            verdict = holds(rule.where, lambda fact, c=candidate: _fact(fact, c))
+            verdict = holds(rule.where, lambda fact, c=candidate: _fact(fact, c, analysis))
             if not verdict.ok:
                 filtered.append(
                     Filtered(" + ".join(s.path for s in candidate.sites), verdict.reason)
@@ -357,8 +357,11 @@ def _block_site(chain: Chain, index: int, analysis: Analysis) -> Site:
     return analysis.by_path[chain.paths[index]]
 
 
-def _fact(fact: Fact, candidate: Match) -> Value:
-    site = candidate.bindings.get(fact.binding)
+def _fact(fact: Fact, candidate: Match, analysis: Analysis) -> Value:
+    from graftc.rewrite.block_parts import inner_site  # which needs Match
+
+    binding, _, part = fact.binding.partition(".")
+    site = candidate.bindings.get(binding)
     if site is None:
         fail(
             "G320",
@@ -367,7 +370,8 @@ def _fact(fact: Fact, candidate: Match) -> Value:
             wanted=", ".join(candidate.bindings),
             found=fact.binding,
         )
-    return site_fact(site, fact.name, fact.span)
+    inner = inner_site(analysis, site, part, fact.span) if part else site
+    return site_fact(inner, fact.name, fact.span)
 
 
 def _check_expectation(

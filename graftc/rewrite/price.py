@@ -15,7 +15,7 @@ from graftc.program.parts import part_refs
 from graftc.program.program import Program
 from graftc.rewrite.edit_rewrite import rewrite_price
 from graftc.rewrite.edits import Edit, Fold, NewModule
-from graftc.rewrite.facts import site_fact
+from graftc.rewrite.facts import bound_fact
 from graftc.rewrite.stream import StreamFold
 from graftc.weights.initialise import Origin, plan_init
 
@@ -171,7 +171,7 @@ def init_clause(edit: Edit, module: NewModule) -> InitClause:
     sources = tuple(
         ("norm", Apply("fold"))
         if i.source == Apply("fold", (Part(name),))
-        else (i.slot, settled(i.source, lambda f: site_fact(bound[f.binding], f.name, f.span)))
+        else (i.slot, settled(i.source, lambda f: bound_fact(f, bound)))
         for i in edit.rule.inits
     )
     if not sources and module.spec.fitted is not None:

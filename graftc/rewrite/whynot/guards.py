@@ -8,7 +8,8 @@ from graftc.diagnostics import GraftError
 from graftc.language.evaluate import evaluate, holds, shown
 from graftc.language.rules import Expr, Fact, Operation
 from graftc.operators.spec import Value
-from graftc.program.analysis import Site
+from graftc.program.analysis import Analysis, Site
+from graftc.rewrite.block_parts import inner_site
 from graftc.rewrite.whynot.change import Change
 from graftc.rewrite.whynot.guard_edits import guard_edit, without_guard
 
@@ -16,13 +17,14 @@ from graftc.rewrite.whynot.guard_edits import guard_edit, without_guard
 def guard_changes(
     where: Expr | None,
     bindings: Mapping[str, Site],
+    analysis: Analysis,
     others: Sequence[Mapping[str, Site]] = (),
 ) -> list[Change]:
     """One change for each part of `where` that fails here. `others`: what is selected as it is, and should stay so."""
     found: list[Change] = []
     parts = list(_parts(where))
     for part in parts:
-        value = _facts(bindings)
+        value = _facts(bindings, analysis)
         try:
             verdict = holds(part, value)
         except _Absent as absent:
@@ -41,9 +43,11 @@ def guard_changes(
     return found
 
 
-def _facts(bindings: Mapping[str, Site]) -> Callable[[Fact], Value]:
+def _facts(bindings: Mapping[str, Site], analysis: Analysis) -> Callable[[Fact], Value]:
     def value(fact: Fact) -> Value:
-        facts = bindings[fact.binding.split(".")[0]].facts
+        binding, _, part = fact.binding.partition(".")
+        site = bindings[binding]
+        facts = (inner_site(analysis, site, part, fact.span) if part else site).facts
         if fact.name not in facts:
             raise _Absent(fact)
         return facts[fact.name]

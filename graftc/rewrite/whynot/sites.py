@@ -112,7 +112,7 @@ def site_miss(
     if block_set is not None:
         changes += _block_changes(pattern, block_set, site)
     others = [{pattern.binding: s} for s in selected]
-    guards = guard_changes(rule.where, {pattern.binding: site}, others)
+    guards = guard_changes(rule.where, {pattern.binding: site}, places.analysis, others)
     of_another_kind = any(c.kind == "role" for c in changes)
     changes += [g for g in guards if not (of_another_kind and "has no `" in g.text)]
     if not changes:
@@ -226,7 +226,7 @@ def group_misses(rule: Rule, pattern: GroupMatch, places: Places) -> Iterator[Mi
                 whole_groups = neighbours(block_set.inside, size)
                 changes.append(change.edited(blocks_edits(pattern.blocks, whole_groups)))
             sites = _bound(pattern, group, block_set, places)
-            changes += guard_changes(rule.where, sites)
+            changes += guard_changes(rule.where, sites, places.analysis)
             if changes:
                 line = places.line(paths[group[0]])
                 yield Miss(place, tuple(changes), line)
