@@ -252,15 +252,16 @@ def _call(scope: Scope, node: s.Call) -> tuple[Expr, Type]:
 
 def _site_role(site: s.Path, role: str | None) -> str | None:
     """The role of `a`, or of the one site `b.attention` inside a block. Raises GraftError where it can be none."""
-    if len(site.names) == 1:
+    first, *inner = site.names
+    if not inner:
         return role
-    part = site.names[1]
-    if part.text not in BLOCK_PARTS or role not in (None, "block") or len(site.names) > 2:
+    part = inner[0]
+    if part.text not in BLOCK_PARTS or role not in (None, "block") or len(inner) > 1:
         known = part.text in BLOCK_PARTS
-        wrong = site.names[2] if known and len(site.names) > 2 else part
+        wrong = inner[-1] if known else part
         fail(
             "G109",
-            f"`{site.names[0].text}` has no site `{'.'.join(n.text for n in site.names[1:])}` inside",
+            f"`{first.text}` has no site `{'.'.join(n.text for n in inner)}` inside",
             span=wrong.span,
             wanted=listed(BLOCK_PARTS) + " of a block",
             found=f"`{wrong.text}`",
