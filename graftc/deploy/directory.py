@@ -122,7 +122,7 @@ def export_module(
     paths = [r.path for r in regions]
     traced, proofs = prove(model, config, request, lambda sizes: given.draw(sizes, 0), paths)
     check_forms(traced[0], config.get("provenance", {}))
-    usual = {r.name: max(2, r.usual) for r in request.ranges}
+    usual = {r.name: r.traced for r in request.ranges}
     sample = given.draw(usual, 0)
     total = sum(p.numel() for p in model.parameters())
     moved = regions if total <= _MOVES_LIMIT else [r for r in regions if r.rule]
@@ -135,7 +135,7 @@ def export_module(
         cases = write_golden(partial / "golden", model, request, config, regions, names, given)
         outside = _outside(model, config, request, proofs, given)
         lower(model, request.precision, list(choice.islands))
-        free = [r for r in request.ranges if r.low != r.high]
+        free = [r for r in request.ranges if r.free]
         places = {p.asked.name: p.places for p in proofs}
         dims = {r.name: torch.export.Dim(r.name, min=1) for r in free}
         graph = build_graph(

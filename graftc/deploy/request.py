@@ -23,6 +23,15 @@ class Range:
     usual: int
     high: int
 
+    @property
+    def free(self) -> bool:
+        return self.low != self.high
+
+    @property
+    def traced(self) -> int:
+        """The size to trace at: torch.export fixes a size of 1, so a free dimension is traced at 2 at least."""
+        return max(2, self.usual) if self.free else self.usual
+
     def __str__(self) -> str:
         return f"{self.name}={self.low}:{self.usual}:{self.high}"
 

@@ -61,8 +61,7 @@ def prove(
     Raises GraftError, with the guards and their lines, where the model does not take the wanted sizes, or
     the graph is right at the traced sizes only.
     """
-    usual = {r.name: r.usual for r in request.ranges}
-    inputs = dict(draw({n: max(2, s) for n, s in usual.items()}))
+    inputs = dict(draw({r.name: r.traced for r in request.ranges}))
     places = _places(config)
     exported, counts = _export(model, inputs, request.ranges, places, paths, draw)
     guards = [g for g in read_guards(exported, places) if g.text]
@@ -103,9 +102,9 @@ def _export(
     paths: Sequence[str],
     draw: Draw,
 ) -> Traced:
-    free = {r.name: torch.export.Dim(_dim(r.name), min=1) for r in ranges if r.low != r.high}
+    free = {r.name: torch.export.Dim(_dim(r.name), min=1) for r in ranges if r.free}
     bound = {
-        r.name: torch.export.Dim(_dim(r.name), min=r.low, max=r.high) for r in ranges if r.low != r.high
+        r.name: torch.export.Dim(_dim(r.name), min=r.low, max=r.high) for r in ranges if r.free
     }  # fmt: skip
     first: Exception | None = None
     for dims in (free, bound) if free else ({},):

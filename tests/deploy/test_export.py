@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,42 @@ def test_a_full_disk_leaves_nothing_half_written(build, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("limit", [1_000, 20_000, 60_000])
+def test_a_write_that_the_system_refuses_leaves_the_old_export(build, copy, limit, monkeypatch):
+    """For real: files may not grow beyond `limit`, so a golden file, the model or a script is cut off."""
+    import resource
+    import signal
+
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    request = read_request(build.config(), dynamic="batch=1:2:2")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(GraftError, match="cannot write") as error:
+            directory.export_module(build.student(), build.config(), copy, request)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, kept)
+    assert error.value.diagnostics[0].code == "G611"
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+def test_the_golden_folder_of_another_export_is_refused(copy, exported):
+    shutil.rmtree(copy / "golden")
+    shutil.copytree(exported("fp16").path / "golden", copy / "golden")
+    with pytest.raises(GraftError, match="of another export"):
+        verify_export(Export.open(copy))
+
+
+def test_the_script_refuses_an_unknown_provider_with_exit_1(copy):
+    command = [sys.executable, "verify.py", "--ep", "vulkan"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "vulkan" in done.stderr
+
+
 def test_a_folder_of_someone_else_is_left_alone(build, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     request = read_request(build.config(), dynamic="batch=2")
@@ -246,8 +283,7 @@ def test_the_server_is_told_the_shapes(exported):
 
 def test_time_is_attributed_to_regions_and_rules(exported):
     found = verbs.bench(exported("fp32").path, against=exported("fp16").path, regions=True)
-    # Of a model this small a fifth of a millisecond is measured: the share itself is for benchmarks.
-    assert 0.5 < found.ours.attributed <= 1
-    assert 0.5 < found.other.attributed <= 1
+    assert 0.95 <= found.ours.attributed <= 1
+    assert 0.95 <= found.other.attributed <= 1
     assert "mix @ dit.graft:3" in found.ours.rules
     assert sum(found.ours.regions.values()) == pytest.approx(1)

@@ -92,6 +92,13 @@ def test_a_graph_that_is_right_at_the_traced_size_only_is_refused():
     assert "test_shapes.py" in said  # the line with the branch
 
 
+def test_one_fixed_size_of_one_is_traced_at_one():
+    (exported, _), proofs = proof(Mixed(), "batch=1,tokens=2:4:16", x=["batch", "tokens", 8])
+    x = next(n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder")
+    assert x.shape[0] == 1
+    assert [str(p.asked) for p in proofs] == ["batch=1:1:1", "tokens=2:4:16"]
+
+
 def test_equal_dimensions_are_one_symbol():
     (exported, _), proofs = proof(Two(), "n=1:4:8", x=["n", 3], y=["n", 3])
     shapes = [n.meta["val"].shape[0] for n in exported.graph.nodes if n.op == "placeholder"]
