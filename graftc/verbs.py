@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graftc.distillation.assemble import Assembly
     from graftc.distillation.overfit import SiteCheck
     from graftc.distillation.plain import Distillation
+    from graftc.distillation.planner import TrainingPlan
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
     from graftc.program.analysis import Analysis
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "assemble", "bench", "check", "check_distill", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "report", "serve_editor", "test_files", "verify",
+    "assemble", "bench", "check", "check_distill", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "plan_distill", "report", "serve_editor", "test_files", "verify",
 ]  # fmt: skip
 
 
@@ -223,7 +224,31 @@ def distill(
     """Stage 1: every learned site is trained on the teacher's activations; see `graftc.distillation.distill`."""
     from graftc.distillation import distill as engine
 
-    return _train(engine, build, data, task, options)
+    return _train(engine, build, data, task, _sizes(options))
+
+
+def plan_distill(
+    build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any
+) -> TrainingPlan:
+    """What `distill` with these options would take, in time, memory and disk; nothing is written.
+
+    `memory` and `disk` are bytes, or text such as `8GB`. Raises GraftError, also for settings that do not fit.
+    """
+    from graftc.distillation import plan_distill as planned
+
+    opened = _build(build)
+    return planned(opened, load_data(data), _task(opened, task), **_sizes(options))
+
+
+def _sizes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with byte limits that were given as text read."""
+    from graftc.distillation.planner import read_size
+
+    limits = {"memory": "--memory", "disk": "--disk"}
+    return {
+        name: read_size(value, limits[name]) if name in limits and value is not None else value
+        for name, value in options.items()
+    }
 
 
 def finetune(
@@ -258,7 +283,7 @@ def _sources(build: Build, data: Any, task: Any, command: str = "") -> dict[str,
     def entry(what: Any, kind: str) -> dict[str, str]:
         if not isinstance(what, str):
             return source_of(what)
-        if ":" not in what:
+        if ":" not in what or what.startswith("hf:") or Path(what).is_dir():
             return {"reference": what}
         return {"reference": what, "sha256": Reference(what, kind).source_hash()}
 
@@ -536,12 +561,21 @@ def _build(build: str | Path | Build) -> Build:
 
 
 def load_data(data: str | Any) -> Any:
-    """DATA by name (`file.py:function`, called), or the object itself."""
+    """DATA by name, or the object itself.
+
+    A name is `file.py:function` (called), the path of a folder of safetensors shards, or `hf:NAME#CONFIG:SPLIT`,
+    a data set of Hugging Face, streamed.
+    """
     from graftc.distillation import call_data
+    from graftc.distillation.shards import Shards, hugging_face
     from graftc.program.model import Reference
 
     if not isinstance(data, str):
         return data
+    if data.startswith("hf:"):
+        return hugging_face(data.removeprefix("hf:"))
+    if Path(data).is_dir():
+        return Shards(Path(data))
     return call_data(Reference(data, "DATA").resolve())
 
 

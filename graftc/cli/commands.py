@@ -30,10 +30,16 @@ ModelOption = Annotated[
     ),
 ]
 DataOption = Annotated[
-    str, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")
+    str,
+    typer.Option(
+        "-d", "--data", help="DATA: file.py:function, a folder of safetensors shards, or hf:NAME"
+    ),
 ]
 MaybeData = Annotated[
-    str | None, typer.Option("-d", "--data", help="DATA: a function that yields raw samples")
+    str | None,
+    typer.Option(
+        "-d", "--data", help="DATA: file.py:function, a folder of safetensors shards, or hf:NAME"
+    ),
 ]
 TaskOption = Annotated[
     str | None,
@@ -356,20 +362,60 @@ def distill(
     resume: ResumeOption = None,
     bank: BankOption = None,
     tensorboard: BoardOption = False,
+    reuse: Annotated[
+        str | None,
+        typer.Option(metavar="R", help="steps that each teacher batch is used for, or `auto`"),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="what the run may take in all: 8GB")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="what kept teacher batches may take on disk")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="keep the teacher's batches here, for later runs too"),
+    ] = None,
+    site_by_site: Annotated[
+        bool, typer.Option("--site-by-site", help="one site after the other: the memory of one")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show time, memory and disk, and stop there")
+    ] = False,
     format: FormatOption = "text",
 ) -> None:
     """Stage 1: train each new operator on the teacher's activations."""
+    from functools import partial
+
+    from graftc import verbs
+    from graftc.cli.render import show_training_plan
+
     _format(format)
-    options = {
-        "steps": steps,
-        "batch": batch,
-        "lr": lr,
-        "seed": seed,
+    options: dict[str, Any] = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    kept: dict[str, Any] = {"reuse": _reuse(reuse), "memory": memory, "disk": disk, "cache": cache}
+    kept["site_by_site"] = True if site_by_site else None
+    if dry_run:
+        given = {k: v for k, v in (options | kept).items() if v is not None}
+        plan = verbs.plan_distill(directory, data, task=task, **given)
+        _json(plan.to_dict()) if format == "json" else show_training_plan(plan)
+        return
+    announce = partial(show_training_plan, to_stderr=True)
+    options |= {
+        **kept,
         "resume": resume,
+        "announce": announce,
         "bank": bank,
         "tensorboard": tensorboard or None,
     }
     _training("distill", directory, data, task, options)
+
+
+def _reuse(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal():
+        raise typer.BadParameter(f"--reuse takes a number or `auto`, found {text!r}")
+    return int(text)
 
 
 @app.command()

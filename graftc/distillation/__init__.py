@@ -10,7 +10,7 @@ from graftc.distillation.data import open_data
 from graftc.distillation.finetune import UNTRAINED, finetune
 from graftc.distillation.run import Progress, RunResult, SiteResult, finished, latest, runs
 from graftc.distillation.sources import call_data
-from graftc.distillation.stage1 import distill
+from graftc.distillation.stage1 import distill, plan_distill
 from graftc.distillation.stage2 import Finetuned, finetune_module
 from graftc.distillation.targets import Targets, from_dict, load_targets, save_targets, to_dict
 
@@ -32,6 +32,7 @@ __all__ = [
     "latest",
     "load_targets",
     "open_data",
+    "plan_distill",
     "runs",
     "save_targets",
     "to_dict",

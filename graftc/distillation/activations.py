@@ -71,6 +71,10 @@ class Teacher:
             self._cut = chosen, graph
         return self._cut[1]
 
+    def plain(self, cuts: Sequence[Cut]) -> nn.Module:
+        """The same pass, not compiled and not kept."""
+        return capture_graph(self.module, tuple(cuts))
+
     def run(self, cuts: Sequence[Cut], prepared: Any, where: str) -> Batch:
         """The values of `cuts` on a batch that a task prepared; its inputs are checked by name first."""
         once = tuple(dict.fromkeys(cuts))  # candidates of one site share its cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,10 @@ class Setting:
 
 
 class Generation:
-    """Sites that need no other site of their generation, and the state of their training."""
+    """Sites that need no other site of their generation, and the state of their training.
+
+    Where they are a part of a generation, `whole` is its number of steps: it says when errors are measured.
+    """
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class Generation:
         state: State | None = None,
         activations: Activations | None = None,
         own: StudentInputs | None = None,
+        whole: int | None = None,
     ) -> None:
         self.setting = setting
         self.number = number
@@ -110,6 +115,9 @@ class Generation:
         self.activations = activations or Streaming(
             self.teacher, lambda step: self.train_batch(step, self.phase)
         )
+        self._whole = whole
+        self.partial = False
+        """Whether these are some sites of a generation."""
         self._held: dict[str, list[Values]] = {}
         self._in_a_row: dict[str, int] = {}
         self._own = own
@@ -304,7 +312,7 @@ class Generation:
     def train(self, optimiser: Optimiser) -> Iterator[tuple[int, dict[str, float]]]:
         """Run the steps that are left, and yield (steps done, losses and held-out errors) after each."""
         total = self.steps
-        every = max(1, -(-total // _VALIDATIONS))
+        every = max(1, -(-(self._whole or total) // _VALIDATIONS))
         stacks: list[Stack] = []
         active: list[Student] = []
         with training_only(self._trainable()):
@@ -386,6 +394,20 @@ class Generation:
             for student in self.students:
                 for name, parameter in student.parameters.items():
                     parameter.copy_(self.best[name])
+
+    def release(self) -> None:
+        """Let go of what only training needed, so that it does not outlive its turn.
+
+        References go in circles here, and Python would free them at some later time.
+        """
+        self._held.clear()
+        self._prepared.clear()
+        self.best.clear()
+        del self.activations
+        for student in self.students:
+            for parameter in student.parameters.values():
+                parameter.grad = None
+        gc.collect()
 
 
 def cuts_of(students: Sequence[Student]) -> tuple[Cut, ...]:

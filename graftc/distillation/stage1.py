@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from graftc.distillation.budget import samples_of, site_plans
-from graftc.distillation.candidates import (
-    Loaded,
-    candidate_students,
-    load_candidates,
-    save_candidates,
-)
-from graftc.distillation.data import Data, Task, open_data
-from graftc.distillation.generation import Generation, Setting, State
+from graftc.diagnostics import Diagnostic, GraftError, Note
+from graftc.distillation.candidates import save_candidates
+from graftc.distillation.data import Task
+from graftc.distillation.generation import Generation, State
 from graftc.distillation.loss import chosen
-from graftc.distillation.optim import Kind, Optimiser, align
+from graftc.distillation.optim import Kind, Optimiser
 from graftc.distillation.pending import solve_pending
+from graftc.distillation.planner import (
+    Choice,
+    Costs,
+    Machine,
+    TrainingPlan,
+    Wanted,
+    choice,
+    choose,
+    size_text,
+    smaller,
+)
+from graftc.distillation.replay import Window
 from graftc.distillation.reuse import Reuse, result_of, reuse_of, state_as_chosen, take
 from graftc.distillation.run import Build, Progress, Run, RunResult, SiteResult, open_run
 from graftc.distillation.scopes import using_threads
 from graftc.distillation.stacked import Mode
-from graftc.distillation.student_inputs import StudentInputs
-from graftc.distillation.students import Student, students_of, trainable_names
-from graftc.distillation.targets import Site, Targets, from_dict
+from graftc.distillation.students import trainable_names
+from graftc.distillation.supply import costs_of, fresh_folder, supply
+from graftc.distillation.targets import Site, from_dict
 from graftc.distillation.tensorboard import board_of
+from graftc.distillation.work import Work, open_work
 
 DEFAULT_OPTIMISER: Kind = "muon"
 CHECKPOINT_SECONDS = 60.0
@@ -54,10 +62,16 @@ def distill(
     device: str = "cpu",
     compile: bool = False,
     threads: int | None = None,
+    reuse: int | Literal["auto"] | None = None,
+    memory: int | None = None,
+    disk: int | None = None,
+    cache: str | Path | None = None,
+    site_by_site: bool | None = None,
     checkpoint_every: int | None = None,
     sources: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[TrainingPlan], None] | None = None,
 ) -> RunResult:
     """Train every site of a build on the teacher's activations; the run is `DIR/runs/ID`.
 
@@ -73,6 +87,12 @@ def distill(
     data on where DATA and the task came from, kept in `run.yaml` and not compared on `resume`.
     With `tensorboard` the log is written as TensorBoard events too.
 
+    Each teacher batch is used for `reuse` steps ("auto": as many as keep the teacher's work below the
+    students'; unsaid, one), kept within `memory` bytes that the run may take in all, then within `disk`
+    bytes; or it is kept for good in the folder `cache`, where a later run of the same teacher, data, task
+    and seed finds it. `site_by_site` trains one site after the other in the memory of one.
+    `announce` gets the plan with its predictions before anything starts (`plan_distill` stops there).
+
     Raises GraftError for bad data or a teacher that is not finite; the last checkpoint stays.
     """
     given = {
@@ -84,58 +104,112 @@ def distill(
         "optimiser": optimiser,
         "stacked": stacked,
         "threads": threads,
+        "reuse": reuse,
+        "cache": None if cache is None else str(Path(cache).absolute()),
+        "site_by_site": site_by_site,
     }
-    defaults = {
-        "seed": 0,
-        "optimiser": DEFAULT_OPTIMISER,
-        "stacked": "auto",
-        "threads": torch.get_num_threads(),
-    }
-    options = (
-        given if resume else {k: defaults.get(k) if v is None else v for k, v in given.items()}
-    )
+    options = given if resume else filled(given)
     targets = from_dict(build.targets)
     with open_run(build, "distill", options=options, resume=resume, sources=sources) as run:
         if (done := run.result()) is not None:
             return done
         with using_threads(run.options["threads"]), board_of(run, tensorboard):
-            source = _data(run, targets, data, validation)
-            setting = Setting(
-                align(build.teacher()).eval().to(device),
-                targets.inputs,
-                source,
+            settings = {**filled({}), **run.options}
+            work = open_work(
+                build,
+                targets,
+                data,
                 task,
-                run.options["seed"],
-                run.options["optimiser"],
-                run.options["stacked"],
-                device,
-                compile,
+                settings,
+                validation=validation,
+                device=device,
+                compile=compile,
             )
-            student = align(build.student()).to(device)
-            loaded = load_candidates(build, targets.sites, device)
-            reuse = _reuse(run, build, targets, student, bank, data, task, source.size, validation)
-            made = _Stage1(
-                run, targets, setting, student, loaded, checkpoint_every, progress, reuse
-            )
+            kept = settings["cache"]
+            wanted = Wanted(settings["reuse"], memory, disk, None if kept is None else Path(kept))
+            if announce is not None and resume is None:
+                _announce(run, work, wanted, announce)
+            banked = _banked(run, build, work, bank, data, task, validation)
+            made = _Stage1(run, work, wanted, checkpoint_every, progress, banked)
             return made.run_all()
 
 
-def _data(run: Run, targets: Targets, data: Any, validation: Any) -> Data:
-    share, count = samples_of(targets.sites)
-    count = run.options["samples"] or count
-    seed = run.options["seed"]
-    return open_data(data, seed=seed, fraction=share, samples=count, validation=validation)
+def _announce(
+    run: Run, work: Work, wanted: Wanted, announce: Callable[[TrainingPlan], None]
+) -> None:
+    """Tell the plan; where sizes cannot be computed and nothing depends on them, record that."""
+    try:
+        announce(plan_of(work, wanted))
+    except GraftError as error:
+        if error.diagnostics[0].code != "G597" or wanted != Wanted():
+            raise
+        run.record(plan=f"none: {error.diagnostics[0].message}")
 
 
-def _reuse(
+def filled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the defaults of those that are unsaid."""
+    names = ("steps", "batch", "lr", "samples", "reuse", "cache")
+    defaults = {
+        **dict.fromkeys(names),
+        "seed": 0,
+        "optimiser": DEFAULT_OPTIMISER,
+        "stacked": "auto",
+        "threads": torch.get_num_threads(),
+        "site_by_site": False,
+    }
+    return defaults | {k: v for k, v in given.items() if v is not None}
+
+
+def plan_distill(
+    build: Build,
+    data: Any,
+    task: Task,
+    *,
+    reuse: int | Literal["auto"] | None = None,
+    memory: int | None = None,
+    disk: int | None = None,
+    cache: str | Path | None = None,
+    validation: Any = None,
+    device: str = "cpu",
+    **options: Any,
+) -> TrainingPlan:
+    """What `distill` with these options would take; one step of each part is run, to time it.
+
+    Nothing is written. Raises GraftError as `distill`, and where the settings do not fit (G592).
+    """
+    settings = filled(options)
+    with using_threads(settings["threads"]):
+        work = open_work(
+            build,
+            from_dict(build.targets),
+            data,
+            task,
+            settings,
+            validation=validation,
+            device=device,
+        )
+        return plan_of(work, Wanted(reuse, memory, disk, None if cache is None else Path(cache)))
+
+
+def plan_of(work: Work, wanted: Wanted) -> TrainingPlan:
+    """The plan of all parts, with measured times."""
+    machine = Machine.read(work.setting.device, wanted.cache or Path.cwd())
+    groups: list[tuple[Costs, Choice]] = []
+    for part in range(len(work.parts)):
+        generation = work.generation(part)
+        costs = costs_of(work, generation, measured=True)
+        generation.release()
+        groups.append((costs, choose(costs, wanted, machine)))
+    return TrainingPlan(tuple(groups), machine)
+
+
+def _banked(
     run: Run,
     build: Build,
-    targets: Targets,
-    student: nn.Module,
+    work: Work,
     bank: str | Path | None,
     data: Any,
     task: Task,
-    size: int | None,
     validation: Any,
 ) -> Reuse | None:
     """The bank that was given, or that the run was begun with; recorded in `run.yaml`."""
@@ -143,8 +217,9 @@ def _reuse(
     if chosen is None:
         return None
     run.record(bank=chosen)
+    size = work.setting.data.size
     return reuse_of(
-        chosen, build, targets, run, student,
+        chosen, build, work.targets, run, work.student,
         data=data, task=task, size=size, validation=validation,
     )  # fmt: skip
 
@@ -155,27 +230,23 @@ class _Stage1:
     def __init__(
         self,
         run: Run,
-        targets: Targets,
-        setting: Setting,
-        student: nn.Module,
-        candidates: Sequence[Loaded],
+        work: Work,
+        wanted: Wanted,
         checkpoint_every: int | None,
         progress: Progress | None,
-        reuse: Reuse | None = None,
+        banked: Reuse | None = None,
     ) -> None:
-        self.run = run
-        self.reuse = reuse
-        self.setting = setting
-        self.student = student.train()
-        self.candidates = {one.site.name: one for one in candidates}
-        self.generations = targets.generations()
+        self.run, self.work, self.wanted = run, work, wanted
+        self.setting = work.setting
+        self.student = work.student
+        self.banked = banked
         self.progress = progress or silent
         self.saver = Saver(checkpoint_every)
-        names = trainable_names(student, targets.sites)
-        parameters = dict(student.named_parameters())
+        names = trainable_names(work.student, work.targets.sites)
+        parameters = dict(work.student.named_parameters())
         self.tensors: dict[str, Tensor] = {n: parameters[n] for n in names}
-        self.tensors.update(student.named_buffers())
-        for name, one in self.candidates.items():
+        self.tensors.update(work.student.named_buffers())
+        for name, one in work.candidates.items():
             state = dict(one.model.named_parameters()) | dict(one.model.named_buffers())
             self.tensors.update({f"{name}:{n}": tensor for n, tensor in state.items()})
         self.results: dict[str, SiteResult] = {}
@@ -185,10 +256,10 @@ class _Stage1:
 
     def run_all(self) -> RunResult:
         number, state, tensors = self._load()
-        for at in range(number, len(self.generations)):
-            self._generation(at, state if at == number else None, tensors)
-        save_candidates(self.run.path, self.candidates.values())
-        names = [name for group in self.generations for s in group for name in self._names(s)]
+        for at in range(number, len(self.work.parts)):
+            self._part(at, state if at == number else None, tensors)
+        save_candidates(self.run.path, self.work.candidates.values())
+        names = [n for group in self.work.generations for s in group for n in self.work.names(s)]
         self.run.log(event="finished", steps=self.steps, seconds=self._elapsed())
         return self.run.finish(
             self.student.state_dict(),
@@ -204,26 +275,16 @@ class _Stage1:
             ),
         )
 
-    def _names(self, site: Site) -> list[str]:
-        """A site's own name, and those of its candidates."""
-        return [site.name, *(n for n, one in self.candidates.items() if one.of.name == site.name)]
-
-    def _students(self, sites: Sequence[Site]) -> tuple[Student, ...]:
-        """What trains in a generation: the sites in the student, then their other candidates."""
-        chosen = {name for site in sites for name in self._names(site)}
-        others = [one for name, one in self.candidates.items() if name in chosen]
-        return (*students_of(self.student, sites), *candidate_students(others))
-
     def _state(self, name: str) -> dict[str, Tensor]:
-        return state_as_chosen(self.student, self.candidates.get(name))
+        return state_as_chosen(self.student, self.work.candidates.get(name))
 
-    def _from_bank(self, students: Sequence[Student]) -> set[str]:
+    def _from_bank(self, names: Sequence[str]) -> set[str]:
         """Take what the bank has; returns the names of those that it had."""
         found: set[str] = set()
-        for name in (s.site.name for s in students):
-            if self.reuse is None or (entry := self.reuse.entry(name)) is None:
+        for name in names:
+            if self.banked is None or (entry := self.banked.entry(name)) is None:
                 continue
-            identity = self.reuse.identities[name]
+            identity = self.banked.identities[name]
             take(entry, identity, self._state(name))
             self.results[name] = result_of(entry, identity)
             said = {k: v for k, v in vars(self.results[name]).items() if k != "bins"}
@@ -235,31 +296,61 @@ class _Stage1:
         self, generation: Generation, site: Site, bins: Mapping[str, list[float]] | None
     ) -> SiteResult:
         found = _result(generation, site, bins)
-        one = self.candidates.get(site.name)
+        one = self.work.candidates.get(site.name)
         return found if one is None else replace(found, name=one.of.name, candidate=one.index)
 
-    def _generation(self, number: int, state: State | None, tensors: Mapping[str, Tensor]) -> None:
-        sites = self.generations[number]
-        plans = site_plans(
-            sites,
-            self.setting.data.size,
-            steps=self.run.options["steps"],
-            batch=self.run.options["batch"],
-            lr=self.run.options["lr"],
-        )
-        students = self._students(sites)
-        reused = self._from_bank(students) if state is None else set[str]()
-        if state is not None:  # as it was decided when the generation began
-            reused = {s.site.name for s in students} - state.start.keys()
-        students = tuple(s for s in students if s.site.name not in reused)
-        if not students:
+    def _part(self, at: int, state: State | None, tensors: Mapping[str, Tensor]) -> None:
+        names = self.work.trained(at)
+        if state is None:
+            had = self._from_bank(names)
+        else:  # as it was decided when the part began
+            had = set(names) - state.start.keys()
+        if had.issuperset(names):
             return
-        for name, one in self.candidates.items():
-            if one.of.name in plans:
-                plans[name] = plans[one.of.name]
-        cuts = {name: one.of.student for name, one in self.candidates.items()}
-        own = StudentInputs(self.student, cuts)
-        generation = Generation(self.setting, number, students, plans, state, own=own)
+        generation = self.work.generation(at, state, had)
+        costs, made = self._supply(at, generation)
+        try:
+            self._train(at, generation, state, tensors)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _out_of_memory(error, costs or costs_of(self.work, generation), made) from error
+        fresh_folder(self._spill)
+        bins = generation.measure_bins()
+        for student in generation.students:
+            name = student.site.name
+            result = self._result(generation, student.site, bins.get(name))
+            self.results[name] = result
+            if result.bins is not None:
+                self.run.log(event="bins", site=name, **result.bins)
+            self.run.log(event="site", **{k: v for k, v in vars(result).items() if k != "bins"})
+            if self.banked is not None:
+                self.banked.store(result, self._state(name))
+        generation.release()
+
+    @property
+    def _spill(self) -> Path:
+        return self.run.path / "buffer"
+
+    def _supply(self, at: int, generation: Generation) -> tuple[Costs | None, Choice | None]:
+        """Choose where the part's batches come from; a resumed run keeps its window."""
+        wanted = self.wanted
+        if wanted.reuse in (None, 1) and wanted.cache is None and wanted.memory is None:
+            return None, None
+        costs = costs_of(self.work, generation)
+        made = choose(
+            costs, wanted, Machine.read(self.setting.device, wanted.cache or self.run.path)
+        )
+        windows: dict[str, list[int]] = dict(self.run.facts.get("windows") or {})
+        if str(at) in windows:
+            made = made.keeping(Window(*windows[str(at)]), costs)
+        windows[str(at)] = [made.window.batches, made.window.reuse]
+        self.run.record(windows=windows)
+        generation.activations = supply(generation, costs, made, wanted, self._spill)
+        return costs, made
+
+    def _train(
+        self, at: int, generation: Generation, state: State | None, tensors: Mapping[str, Tensor]
+    ) -> None:
+        number = generation.number
         if state is None:
             for done, total in solve_pending(generation, f"init.{number}"):
                 self.progress("init", done, total, {})
@@ -271,27 +362,17 @@ class _Stage1:
         if state is not None:
             optimiser.load(under(tensors, "optimiser."))
         else:
-            self._save(generation, optimiser)
+            self._save(at, generation, optimiser)
         total = generation.steps
         for done, values in generation.train(optimiser):
             self._log_step(generation, done, total, values)
             if done < total and self.saver.due(done):
-                self._save(generation, optimiser)
-            self.progress(f"distill {number + 1}/{len(self.generations)}", done, total, values)
-        if self.reuse is not None:  # should the bank have no room, nothing is trained twice
-            self._save(generation, optimiser)
+                self._save(at, generation, optimiser)
+            self.progress(f"distill {at + 1}/{len(self.work.parts)}", done, total, values)
+        if self.banked is not None:  # should the bank have no room, nothing is trained twice
+            self._save(at, generation, optimiser)
         generation.restore_best()
         self.steps += generation.state.step
-        bins = generation.measure_bins()
-        for student in generation.students:
-            name = student.site.name
-            result = self._result(generation, student.site, bins.get(name))
-            self.results[name] = result
-            if result.bins is not None:
-                self.run.log(event="bins", site=name, **result.bins)
-            self.run.log(event="site", **{k: v for k, v in vars(result).items() if k != "bins"})
-            if self.reuse is not None:
-                self.reuse.store(result, self._state(name))
 
     # -- log and checkpoint -----------------------------------------------------------------
 
@@ -335,12 +416,12 @@ class _Stage1:
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
-    def _save(self, generation: Generation, optimiser: Optimiser) -> None:
+    def _save(self, part: int, generation: Generation, optimiser: Optimiser) -> None:
         tensors = {f"model.{name}": value for name, value in self.tensors.items()}
         tensors.update({f"best.{name}": value for name, value in generation.best.items()})
         tensors.update({f"optimiser.{name}": value for name, value in optimiser.state().items()})
         facts = {
-            "generation": generation.number,
+            "part": part,
             "state": generation.state.to_dict(),
             "results": [vars(r) for r in self.results.values()],
             "steps": self.steps,
@@ -359,7 +440,17 @@ class _Stage1:
         results = [SiteResult(**r) for r in facts["results"]]
         self.results = {r.key: r for r in results}
         self.steps, self.seconds = facts["steps"], facts["seconds"]
-        return facts["generation"], State.from_dict(facts["state"]), tensors
+        return facts["part"], State.from_dict(facts["state"]), tensors
+
+
+def _out_of_memory(error: BaseException, costs: Costs, made: Choice | None) -> GraftError:
+    current = made or choice(costs, "stream", Window(1, 1), {})
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    told = Diagnostic("G593", "out of memory", site=costs.sites[0],
+                      wanted=f"{size_text(current.peak)}, as was predicted", found=first,
+                      notes=(Note("the last checkpoint is whole"),),
+                      help=f"the next smaller setting: {smaller(costs, current)}")  # fmt: skip
+    return GraftError(told)
 
 
 def _result(
