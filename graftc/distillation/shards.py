@@ -7,7 +7,7 @@ sized and indexable; only the rows that are asked for are read.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
@@ -142,8 +142,8 @@ def _fill(data: Any, encode: Any, home: Path, shard: int, batch: int) -> int:
     """Write the shards that are missing; returns how many samples there are."""
     done = len(sorted(home.glob("[0-9]*.safetensors")))
     with told("DATA"):
-        given: Iterable[Any] = data() if callable(data) else data
-        samples: Iterator[Any] = iter(given)
+        given = cast("Iterable[Any]", data() if callable(data) else data)
+        samples = iter(given)
         skipped = sum(1 for _ in islice(samples, done * shard))
     count = skipped
     while True:
