@@ -22,6 +22,7 @@ from graftc.emit.files import file_hash
 from graftc.forms import forms
 from graftc.language.check import check
 from graftc.language.rules import Rules
+from graftc.measures import DEFAULT_SAMPLES, Measuring
 from graftc.program.analysis import Analysis, Site, analyse
 from graftc.program.capture import capture
 from graftc.program.model import Model, Reference, as_model, load_model, model_reference, source_of
@@ -36,6 +37,7 @@ from graftc.rewrite.plan_text import plan_dict
 from graftc.rewrite.price import init_clause
 from graftc.rewrite.repeat import Round, round_texts, run_repeated, undo_rounds
 from graftc.rewrite.user_files import bind
+from graftc.selectors import asks, measured_for, measuring
 from graftc.targets import make_targets
 from graftc.weights.initialise import initialise
 from graftc.weights.parts import Affine, Heads
@@ -67,9 +69,14 @@ class Compiled:
         return self.analysis.program
 
 
-def compile_model(rules: Rules, model: Model, seed: int = 0) -> Compiled:
-    """Capture, analyse, plan, apply, initialise, check exact rules. Raises GraftError."""
-    analysis = analyse(capture(model))
+def compile_model(
+    rules: Rules, model: Model, seed: int = 0, measuring: Measuring | None = None
+) -> Compiled:
+    """Capture, analyse, measure, plan, apply, initialise, check exact rules. Raises GraftError.
+
+    `measuring`: what measured selectors are measured on, where the rules have any.
+    """
+    analysis = measured_for(rules, analyse(capture(model)), measuring)
     plan = make_plan(rules, analysis)
     student, patch = apply(analysis.program, plan.edits)
     initialise_new(plan, analysis, student, seed)
@@ -153,12 +160,19 @@ def compile_build(
     command: str,
     student_weights: Path | None = None,
     allow_python: Sequence[str | Path] = (),
+    samples: int = DEFAULT_SAMPLES,
+    cache: Path | None = None,
 ) -> Build:
     """Compile and write the build directory; see `graftc.compile`."""
     rules = bind(check(file, overrides), allow_python)
     loaded = load_model(model) if isinstance(model, str) else as_model(model)
-    _check_weights(loaded.module)
-    compiled = compile_model(rules, loaded, seed)
+    check_weights(loaded.module)
+    on = (
+        measuring(loaded, data, task, samples=samples, seed=seed, cache=cache)
+        if asks(rules)
+        else None
+    )
+    compiled = compile_model(rules, loaded, seed, on)
     targets, student, plan = compiled.targets, compiled.student, plan_dict(compiled.plan)
     if student_weights is not None:
         student = _released(student, student_weights, loaded.module)
@@ -219,7 +233,8 @@ def _file_entry(file: Path | None) -> dict[str, str] | None:
     return {"reference": str(file), "absolute": str(file.absolute()), "sha256": file_hash(file)}
 
 
-def _check_weights(module: nn.Module) -> None:
+def check_weights(module: nn.Module) -> None:
+    """Raises GraftError for weights that are not there (G206) or not finite (G207)."""
     meta = next((n for n, p in module.named_parameters() if p.is_meta), None)
     if meta is not None:
         fail(

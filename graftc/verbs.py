@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graftc.distillation.planner import TrainingPlan
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
+    from graftc.language.rules import Rules
     from graftc.program.analysis import Analysis
     from graftc.program.model import Model
     from graftc.rewrite.filetest import TestResult
@@ -31,11 +32,21 @@ __all__ = [
 ]  # fmt: skip
 
 
-def inspect(model: str | Model, *, graph: str | Path | None = None) -> Analysis:
+def inspect(
+    model: str | Model,
+    *,
+    data: str | Any = None,
+    task: str | Any = None,
+    samples: int = 64,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    graph: str | Path | None = None,
+) -> Analysis:
     """The roles, chains of blocks, sites, parameters and FLOPs of a model, captured on the meta device.
 
     `model`: `file.py:function`, `package.module:function`, or a `graftc.Model`. `graph` receives a drawing of the
-    chains as SVG. Raises GraftError.
+    chains as SVG. With `data` the model is loaded with its weights, and each site is measured on `samples` samples
+    (`Site.measured`): locality, influence, statistics; they are kept in `cache` by content. Raises GraftError.
 
     >>> import torch, graftc
     >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
@@ -46,7 +57,17 @@ def inspect(model: str | Model, *, graph: str | Path | None = None) -> Analysis:
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
 
-    found = analyse(capture(_model(model, on_meta=True)))
+    loaded = _model(model, on_meta=data is None)
+    found = analyse(capture(loaded))
+    if data is not None:
+        from graftc.compiler import check_weights
+        from graftc.measures import measure
+        from graftc.selectors import measuring
+
+        check_weights(loaded.module)
+        on = measuring(loaded, data, task, samples=samples, seed=seed, cache=cache)
+        assert on is not None
+        found = measure(found, on)
     if graph is not None:
         from graftc.emit.files import write_text
         from graftc.program.overview import overview
@@ -61,8 +82,12 @@ def plan(
     model: str | Model,
     *,
     data: str | Any = None,
+    task: str | Any = None,
     overrides: Mapping[str, str] | None = None,
     allow_python: Sequence[str | Path] = (),
+    samples: int = 64,
+    seed: int = 0,
+    cache: str | Path | None = None,
     output: str | Path | None = None,
     graph: str | Path | None = None,
 ) -> Plan:
@@ -70,18 +95,16 @@ def plan(
 
     `overrides` are the file's `set` parameters; `allow_python` are Python files that its rules name and that may
     be run; `output` receives the plan as YAML, `graph` a drawing of the chains
-    before and after as SVG. Raises GraftError.
+    before and after as SVG. Measured selectors are measured on `samples` samples of `data` through `task` (default:
+    the model's own), drawn by `seed`, and kept in the folder `cache` (default: the user's cache) by content; for them
+    alone the model is loaded with its weights. Raises GraftError.
     """
-    from graftc.program.analysis import analyse
-    from graftc.program.capture import capture
     from graftc.rewrite.plan import make_plan
     from graftc.rewrite.plan_text import plan_dict
     from graftc.rewrite.user_files import bind
 
     rules = bind(check(file, dict(overrides or {})), allow_python)
-    made = make_plan(rules, analyse(capture(_model(model, on_meta=True))))
-    if data is not None:
-        load_data(data)
+    made = make_plan(rules, _analysis(rules, model, data, task, samples, seed, cache))
     if output is not None:
         from graftc.emit.files import write_yaml
 
@@ -104,13 +127,19 @@ def explain(
     rule: str | None = None,
     *,
     at: str | None = None,
+    data: str | Any = None,
+    task: str | Any = None,
     overrides: Mapping[str, str] | None = None,
     allow_python: Sequence[str | Path] = (),
+    samples: int = 64,
+    seed: int = 0,
+    cache: str | Path | None = None,
 ) -> tuple[Explanation, ...]:
     """For every rule of `file` (or `rule`): what it selects in `model`, and what keeps it from the places it nearly does.
 
     `at`: only the module with this path, however far it is. Near misses come nearest first, each as the smallest
-    script of changes found, with costs that add up (1 is one plain difference). Raises GraftError.
+    script of changes found, with costs that add up (1 is one plain difference). `data` and what follows it are as in
+    `plan`. Raises GraftError.
 
     >>> import torch, graftc
     >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
@@ -120,13 +149,33 @@ def explain(
     >>> found.misses[0].changes[0].text, found.help
     ('ratio(m) is 2, wanted == 4', 'write `ratio(m) == 2`')
     """
-    from graftc.program.analysis import analyse
-    from graftc.program.capture import capture
     from graftc.rewrite.user_files import bind
     from graftc.rewrite.whynot import explain as explained
 
     rules = bind(check(file, dict(overrides or {})), allow_python)
-    return explained(rules, analyse(capture(_model(model, on_meta=True))), rule, at)
+    analysis = _analysis(rules, model, data, task, samples, seed, cache)
+    return explained(rules, analysis, rule, at)
+
+
+def _analysis(
+    rules: Rules, model: Any, data: Any, task: Any, samples: int, seed: int, cache: Any
+) -> Analysis:
+    """The model's Analysis, on the meta device; with weights and measures where the rules ask for them and DATA is there."""
+    from graftc.program.analysis import analyse
+    from graftc.program.capture import capture
+    from graftc.selectors import asks, measured_for, measuring
+
+    measures = data is not None and asks(rules)
+    loaded = _model(model, on_meta=not measures)
+    on = None
+    if measures:
+        from graftc.compiler import check_weights
+
+        check_weights(loaded.module)
+        on = measuring(loaded, data, task, samples=samples, seed=seed, cache=cache)
+    elif data is not None:
+        load_data(data)
+    return measured_for(rules, analyse(capture(loaded)), on)
 
 
 def compile(
@@ -142,13 +191,16 @@ def compile(
     copy_teacher: bool = False,
     student_weights: str | Path | None = None,
     bank: str | Path | None = None,
+    samples: int = 64,
+    cache: str | Path | None = None,
     command: str = "",
 ) -> Build:
     """The student and its distillation targets, as a build directory at `output`.
 
     With `data`, first weights that need data are solved now; without, they stay pending for `distill`.
     With `student_weights` all weights come from that file instead (safetensors, or of torch.save: its key
-    `ema`, or the whole); a name that is missing there or left over is an error.
+    `ema`, or the whole); a name that is missing there or left over is an error. Measured selectors are measured on
+    `samples` samples of `data`, kept in `cache` as in `plan`.
     Raises GraftError, and then an old build at `output` is as it was.
     """
     from graftc.compiler import compile_build
@@ -165,6 +217,8 @@ def compile(
         copy_teacher=copy_teacher,
         command=command,
         student_weights=None if student_weights is None else Path(student_weights),
+        samples=samples,
+        cache=None if cache is None else Path(cache),
     )
     if bank is not None:
         assemble(build, bank, data, task=task, command=command)

@@ -60,6 +60,15 @@ AllowOption = Annotated[
     ),
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text or json")]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", help="samples of DATA that measured selectors are measured on")
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR", help="where measures are kept; default: ~/.cache/graftc/measures"
+    ),
+]
 GraphOption = Annotated[
     Path | None,
     typer.Option("--graph", metavar="OUT.svg", help="draw the chains of blocks, before and after"),
@@ -109,15 +118,22 @@ def inspect(
             help="file.py:function, package.module:function, or diffusers:CLASS@FOLDER",
         ),
     ],
+    data: MaybeData = None,
+    task: TaskOption = None,
+    samples: SamplesOption = 64,
+    seed: SeedOption = 0,
+    cache: CacheOption = None,
     graph: GraphOption = None,
     format: FormatOption = "text",
 ) -> None:
-    """Show roles, chains of blocks, sites, parameters and FLOPs of a model."""
+    """Show roles, chains of blocks, sites, parameters and FLOPs of a model; with -d, what is measured at its sites."""
     from graftc import verbs
     from graftc.cli.render import analysis_dict, show_analysis
 
     _format(format)
-    analysis = verbs.inspect(model, graph=graph)
+    analysis = verbs.inspect(
+        model, data=data, task=task, samples=samples, seed=seed, cache=cache, graph=graph
+    )
     _json(analysis_dict(analysis)) if format == "json" else show_analysis(analysis)
 
 
@@ -205,8 +221,12 @@ def plan(
     file: Annotated[Path, typer.Argument(metavar="FILE")],
     model: ModelOption,
     data: MaybeData = None,
+    task: TaskOption = None,
     set_: SetOption = None,
     allow_python: AllowOption = None,
+    samples: SamplesOption = 64,
+    seed: SeedOption = 0,
+    cache: CacheOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="write the plan as YAML")
     ] = None,
@@ -221,14 +241,10 @@ def plan(
 
     _format(format)
     made = verbs.plan(
-        file,
-        model,
-        data=data,
-        overrides=_overrides(set_),
-        allow_python=allow_python or (),
-        output=output,
+        file, model, data=data, task=task, overrides=_overrides(set_),
+        allow_python=allow_python or (), samples=samples, seed=seed, cache=cache, output=output,
         graph=graph,
-    )
+    )  # fmt: skip
     if format == "json":
         _json({**plan_dict(made), "notes": [to_json(n) for n in made.notes]})
         return
@@ -248,8 +264,13 @@ def explain(
         str | None,
         typer.Option("--at", metavar="PATH", help="only this module, however far it is"),
     ] = None,
+    data: MaybeData = None,
+    task: TaskOption = None,
     set_: SetOption = None,
     allow_python: AllowOption = None,
+    samples: SamplesOption = 64,
+    seed: SeedOption = 0,
+    cache: CacheOption = None,
     format: FormatOption = "text",
 ) -> None:
     """Say what each rule selects in a model, and what keeps it from the places it nearly does."""
@@ -259,8 +280,9 @@ def explain(
 
     _format(format)
     found = verbs.explain(
-        file, model, rule, at=at, overrides=_overrides(set_), allow_python=allow_python or ()
-    )
+        file, model, rule, at=at, data=data, task=task, overrides=_overrides(set_),
+        allow_python=allow_python or (), samples=samples, seed=seed, cache=cache,
+    )  # fmt: skip
     _json(explanations_dict(found)) if format == "json" else show_explanations(found, at)
 
 
@@ -276,6 +298,8 @@ def compile_(
     set_: SetOption = None,
     allow_python: AllowOption = None,
     seed: SeedOption = 0,
+    samples: SamplesOption = 64,
+    cache: CacheOption = None,
     copy_teacher: Annotated[
         bool, typer.Option("--copy-teacher", help="copy the teacher's weights into the build")
     ] = False,
@@ -304,6 +328,8 @@ def compile_(
         overrides=_overrides(set_),
         allow_python=allow_python or (),
         seed=seed,
+        samples=samples,
+        cache=cache,
         copy_teacher=copy_teacher,
         student_weights=student_weights,
         command=_command(),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from graftc.cli.measures import measures_dict, show_measures, show_selectors
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -104,6 +106,8 @@ def show_analysis(analysis: Analysis) -> None:
                 count(_num(site, "flops")),
             )
         console.print(table)
+    if analysis.measured is not None:
+        show_measures(analysis, console)
 
 
 def _num(site: Site, name: str) -> int:
@@ -131,6 +135,8 @@ def facts_text(site: Site) -> str:
 
 
 def analysis_dict(analysis: Analysis) -> dict[str, Any]:
+    from graftc.rewrite.plan_text import measured_on_dict
+
     return {
         "parameters": analysis.parameters,
         "flops": analysis.flops.get("", 0),
@@ -144,10 +150,11 @@ def analysis_dict(analysis: Analysis) -> dict[str, Any]:
             {
                 "path": s.path, "role": s.role, "class": s.class_name,
                 "block": {"chain": s.block[0], "index": s.block[1]} if s.block else None,
-                "facts": dict(s.facts), "has": sorted(s.has),
+                "facts": dict(s.facts), "has": sorted(s.has), **measures_dict(s),
             }
             for s in analysis.sites
         ],
+        **({"measured_on": measured_on_dict(analysis.measured)} if analysis.measured else {}),
     }  # fmt: skip
 
 
@@ -172,6 +179,7 @@ def show_plan(plan: Plan) -> None:
     for matches in plan.selections:
         for f in matches.filtered:
             console.print(f"rule `{matches.rule.name}` left {f.path}: {f.reason}")
+    show_selectors(plan, console)
     for line in plan.checks:
         console.print(line)
     dropped = sum(len(s.dropped) for s in plan.steps)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from graftc.diagnostics import fail
 from graftc.language.rules import Blocks, Range
 
 
-def select(blocks: Blocks, length: int, chain: str) -> tuple[int, ...]:
+def select(
+    blocks: Blocks, length: int, chain: str, values: Sequence[float] | None = None
+) -> tuple[int, ...]:
     """The indices that `blocks` means in a chain of `length` blocks called `chain`, ascending.
 
-    A fraction of the chain rounds half up: half of 27 blocks is 14. Raises GraftError where a
-    block is not in the chain, where nothing is left, and for a measured set, which needs data.
+    A fraction of the chain rounds half up: half of 27 blocks is 14. `values`: of each block, for a
+    measured set; ties go to the lower index. Raises GraftError where a block is not in the chain,
+    where nothing is left, and for a measured set without values.
 
     >>> from graftc.diagnostics import Source, Span
     >>> here = Span(Source("a.graft", ""), 0, 0)
@@ -21,8 +24,10 @@ def select(blocks: Blocks, length: int, chain: str) -> tuple[int, ...]:
     (1, 2, 3, 5, 6, 7, 9, 10, 11)
     >>> select(Blocks("last", here, count=0.5, fraction=True), 5, "blocks")
     (2, 3, 4)
+    >>> select(Blocks("measured", here, count=2, top=False), 4, "blocks", [0.5, 0.1, 0.2, 0.1])
+    (1, 3)
     """
-    chosen = _base(blocks, length, chain)
+    chosen = _base(blocks, length, chain, values)
     excluded = _indices(blocks.excluded, length, chain)
     if excluded and not excluded & set(chosen):
         fail(
@@ -49,8 +54,11 @@ def _size(length: int) -> str:
     return f"{length} blocks, 0..{length - 1}" if length > 1 else f"{length} block"
 
 
-def _base(blocks: Blocks, length: int, chain: str) -> tuple[int, ...]:
+def _base(
+    blocks: Blocks, length: int, chain: str, values: Sequence[float] | None
+) -> tuple[int, ...]:
     kind = blocks.kind
+    values = values if kind == "measured" else None
     if kind == "all":
         return tuple(range(length))
     if kind == "odd":
@@ -62,25 +70,30 @@ def _base(blocks: Blocks, length: int, chain: str) -> tuple[int, ...]:
         return tuple(i for i in range(start, length) if (i - start) % period < blocks.count)
     if kind == "ranges":
         return tuple(sorted(_indices(blocks.ranges, length, chain)))
-    if kind == "measured":
+    if kind == "measured" and values is None:
         measure = blocks.measure.name if blocks.measure else "a measure"
         fail(
             "G135",
             f"which blocks these are depends on `{measure}`, measured on data",
             span=blocks.span,
             wanted="a `-d DATA` of raw samples to measure on",
-            help="name the blocks: `blocks {…}`; this version measures nothing yet",
+            help="give `-d DATA` (and `-t TASK`, where the model names none), or name the blocks: `blocks {…}`",
         )
     count = portion(blocks.count, length) if blocks.fraction else int(blocks.count)
+    word = ("top" if blocks.top else "bottom") if kind == "measured" else kind
     if count > length:
         fail(
             "G131",
             f"`{chain}` has fewer than {count} blocks",
             span=blocks.span,
-            wanted=f"{kind} {length} at most",
+            wanted=f"{word} {length} at most",
             found=f"{chain} has {_size(length)}",
-            help=f"write `{kind} {length}`, or `all`",
+            help=f"write `{word} {length}`, or `all`",
         )
+    if values is not None:
+        sign = -1.0 if blocks.top else 1.0
+        ranked = sorted(range(length), key=lambda i: (sign * values[i], i))
+        return tuple(sorted(ranked[:count]))
     return tuple(range(count)) if kind == "first" else tuple(range(length - count, length))
 
 

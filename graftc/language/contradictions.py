@@ -14,10 +14,11 @@ _LEAST: Mapping[str, float] = {
     **dict.fromkeys(
         ("dim", "tokens", "heads", "kv_heads", "head_dim", "in_features", "out_features", "hidden", "count"), 1.0
     ),
-    **dict.fromkeys(("params", "flops", "eps", "ratio", "locality", "influence"), 0.0),
+    **dict.fromkeys(("params", "flops", "eps", "ratio", "locality", "influence", "std", "absmax"), 0.0),
+    "kurtosis": 1.0,
 }  # fmt: skip
 """The least that a fact can be, where that is known."""
-_MOST: Mapping[str, float] = {"locality": 1.0}
+_MOST: Mapping[str, float] = {"locality": 1.0, "influence": 2.0}
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 

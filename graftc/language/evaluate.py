@@ -179,7 +179,7 @@ def _compared(expr: Operation, facts: Facts) -> Verdict:
         op = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(op, op)
     ok = bool(evaluate(expr, facts))
     found, limit = evaluate(left, facts), evaluate(right, facts)
-    reason = f"{shown(left)} is {_show(found)}"
+    reason = f"{shown(left)} is {_brief(found)}"
     wanted = shown(right)
     if not isinstance(right, Literal_):
         wanted += f", which is {_show(limit)}"
@@ -194,6 +194,12 @@ def _show(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return "nothing" if value is None else str(value)
+
+
+def _brief(value: Value) -> str:
+    """A value for a reader: a measured number is not written to its last digit."""
+    text = _show(value)
+    return f"{value:.4g}" if isinstance(value, float) and len(text) > 8 else text
 
 
 _BINDS = {"or": 1, "and": 2, "not": 3, "+": 5, "-": 5, "*": 6, "/": 6, "%": 6, "neg": 7}

@@ -296,7 +296,28 @@ def _fact(scope: Scope, node: s.Call, name: str, word: FactWord) -> Fact:
             notes=[Note(f"`{binding.name}` is bound to {role} here", binding.span)],
             help=suggest(name, tuple(has)),
         )
-    return Fact(name, site.text, options_of(scope, node, word.options or {}), node.span)
+    return Fact(name, site.text, fact_options(scope, node, name), node.span)
+
+
+def fact_options(scope: Scope, node: s.Expr, name: str) -> dict[str, Value]:
+    """The options of a predicate, or of a measure of a block set. Raises GraftError where one is missing or wrong."""
+    word = FACTS[name]
+    found = options_of(scope, node, word.options or {}) if isinstance(node, s.Call) else {}
+    for required in word.required:
+        if required not in found:
+            site = "a, " if isinstance(node, s.Call) and node.positional else ""
+            fail(
+                "G123",
+                f"`{name}` needs `{required}`",
+                span=node.span,
+                wanted=f"{required} = …",
+                found=node.span.text,
+                help=f"write `{name}({site}{required} = 32)`",
+            )
+    band = found.get("band")
+    if isinstance(band, int) and band < 0:
+        fail("G504", f"`{name}` takes a band from 0 up", span=node.span, found=str(band))
+    return found
 
 
 def _ever(role: str, roles: tuple[str, ...]) -> bool:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from graftc.diagnostics import GraftError, Instead, Note, Span, fail, nearest
 from graftc.language import syntax as s
-from graftc.language.expressions import options_of, whole
+from graftc.language.expressions import fact_options, whole
 from graftc.language.rules import Blocks, Fact, Range
 from graftc.language.scope import Scope, listed, suggest
 from graftc.language.vocabulary import FACTS
@@ -258,11 +258,7 @@ def _measured(scope: Scope, node: s.BlockMeasured) -> Blocks:
             found=f"`{name}`",
             help=suggest(name, measured),
         )
-    options = (
-        options_of(scope, node.measure, FACTS[name].options or {})
-        if isinstance(node.measure, s.Call)
-        else {}
-    )
+    options = fact_options(scope, node.measure, name)
     if isinstance(node.measure, s.Call) and node.measure.positional:
         fail(
             "G126",

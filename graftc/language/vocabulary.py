@@ -48,7 +48,10 @@ def may_be(one: str, other: str) -> bool:
 
 @dataclass(frozen=True)
 class FactWord:
-    """A predicate of `where`: what it gives, of which roles (empty: of all), its options."""
+    """A predicate of `where`: what it gives, of which roles (empty: of all), its options.
+
+    `measured`: it needs data; `required`: options that must be given.
+    """
 
     type: Type
     doc: str
@@ -56,6 +59,7 @@ class FactWord:
     options: Mapping[str, Type] | None = None
     choices: tuple[str, ...] = ()
     measured: bool = False
+    required: tuple[str, ...] = ()
 
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -66,6 +70,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """What `kind(x)` can be, for the roles that have kinds."""
 
 _FEATURES = ("linear", "conv", "embedding")
+_MEASURED = (*ATTENTION, "mlp", "block")
 
 FACTS: Mapping[str, FactWord] = {
     "dim": FactWord("int", "width of the residual stream"),
@@ -89,12 +94,29 @@ FACTS: Mapping[str, FactWord] = {
     "dtype": FactWord("symbol", "element type of the weights"),
     "locality": FactWord(
         "float",
-        "share of attention within a band",
-        ATTENTION,
+        "share of attention mass within |i - j| <= band, over heads and samples",
+        ("attention", "self_attention", "joint_attention"),
         {"band": "int"},
         measured=True,
+        required=("band",),
     ),
-    "influence": FactWord("float", "how much a block changes its input", ("block",), measured=True),
+    "influence": FactWord(
+        "float",
+        "1 - cosine similarity of a block's input and output stream, over tokens",
+        ("block",),
+        measured=True,
+    ),
+    "mean": FactWord("float", "mean of all elements of the output", _MEASURED, measured=True),
+    "std": FactWord(
+        "float", "standard deviation of all elements of the output", _MEASURED, measured=True
+    ),
+    "absmax": FactWord("float", "largest absolute value in the output", _MEASURED, measured=True),
+    "kurtosis": FactWord(
+        "float",
+        "E[(x - mean)^4] / std^4 of the output: 3 if normal, more with outliers",
+        _MEASURED,
+        measured=True,
+    ),
 }
 
 FUNCTIONS = ("min", "max")

@@ -16,6 +16,7 @@ from graftc.program.cost import flops_by_path, parameter_count
 from graftc.program.flat import Call, Flat, Op, flatten
 from graftc.program.joint import first_tokens, names_of, qk_norm, streams_of
 from graftc.program.masks import is_whole
+from graftc.program.measured import MeasuredOn, SiteMeasures
 from graftc.program.ops import CONVS, LINEARS, MOVEMENTS, NORM_PARTS, NORMS
 from graftc.program.program import ATEN, Program, size_hint, tensor_of
 from graftc.program.refusals import Refusal
@@ -59,6 +60,7 @@ class Site:
     reads (`dim`, `heads`, `tokens`, `causal`, `params`, `flops`, …); `has` what an operator would have to keep
     ('mask', 'rotary', 'causal', 'groups'). `kept`: those of mask and rotary that are whole inputs of the
     call, so that an operator can take them; what a site computes inside itself is in `has` alone.
+    `measured`: what `graftc.measures` found there on data, None where nothing was measured.
     """
 
     path: str
@@ -71,6 +73,7 @@ class Site:
     has: frozenset[str] = frozenset()
     class_name: str = ""
     kept: Mapping[str, Kept] = field(default_factory=_nothing_kept)
+    measured: SiteMeasures | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,7 @@ class Analysis:
     """What is known of a Program: sites in execution order, chains of blocks, FLOPs by path.
 
     `refused`: what looks like an attention or an MLP and has another role, with the reason.
+    `measured`: what the sites' measures were made on, None where there are none.
     """
 
     program: Program
@@ -88,6 +92,7 @@ class Analysis:
     attentions: Mapping[str, Attention]
     mlps: Mapping[str, Mlp]
     refused: tuple[Refusal, ...] = ()
+    measured: MeasuredOn | None = None
 
     def of_role(self, role: str) -> Iterator[Site]:
         """Sites of a role; `attention` is any of the three kinds."""

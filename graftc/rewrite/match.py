@@ -30,6 +30,7 @@ from graftc.rewrite.dataflow.select import rule_patterns, select_occurrences
 from graftc.rewrite.dataflow.view import ProgramView, program_view
 from graftc.rewrite.facts import site_fact
 from graftc.rewrite.globs import path_matches
+from graftc.rewrite.measured import Listing, MeasuredSet, block_values, listings
 from graftc.rewrite.sequence import sequences
 from graftc.rewrite.user_files import unread
 
@@ -60,11 +61,12 @@ class Filtered:
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """What a rule selects in a model."""
+    """What a rule selects in a model. `measured`: the values that its measured selectors chose by."""
 
     rule: Rule
     found: tuple[Match, ...]
     filtered: tuple[Filtered, ...]
+    measured: tuple[Listing, ...] = ()
 
 
 def match(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -> Matches:
@@ -91,18 +93,20 @@ def selection(rule: Rule, analysis: Analysis, view: ProgramView | None = None) -
         return made
     candidates = _candidates(rule, analysis)
     found: list[Match] = []
+    turned: list[Match] = []
     filtered: list[Filtered] = []
     for candidate in candidates:
         if rule.where is not None:
             verdict = holds(rule.where, lambda fact, c=candidate: _fact(fact, c, analysis))
             if not verdict.ok:
+                turned.append(candidate)
                 filtered.append(
                     Filtered(" + ".join(s.path for s in candidate.sites), verdict.reason)
                 )
                 continue
         found.append(candidate)
     _check_expectation(rule, found, filtered, candidates)
-    return Matches(rule, tuple(found), tuple(filtered))
+    return Matches(rule, tuple(found), tuple(filtered), _listings(rule, analysis, found, turned))
 
 
 def find_matches(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
@@ -129,7 +133,26 @@ def find_matches(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
     if not isinstance(rule.expect, int):
         for clause in clauses:
             _check_every_site(rule, clause, sites[clause.binding], matches, filtered)
-    return Matches(rule, tuple(matches), tuple(filtered))
+    measured = _listings(rule, analysis, matches, [])
+    return Matches(rule, tuple(matches), tuple(filtered), measured)
+
+
+def _listings(
+    rule: Rule, analysis: Analysis, found: list[Match], turned: list[Match]
+) -> tuple[Listing, ...]:
+    """The values that measured selectors chose by, if the rule has any."""
+    if analysis.measured is None:
+        return ()
+    sets: list[MeasuredSet] = []
+    for pattern in rule.matches:
+        blocks = getattr(pattern, "blocks", None)
+        if isinstance(blocks, Blocks) and blocks.kind == "measured":
+            own = pool(pattern, analysis) if isinstance(pattern, SiteMatch) else ()
+            chain, indices = selected_blocks(blocks, analysis, own)
+            values = block_values(blocks, chain, analysis, own)
+            if values is not None:
+                sets.append(MeasuredSet(blocks, chain, indices, values))
+    return listings(rule, sets, [m.bindings for m in found], [m.bindings for m in turned])
 
 
 def site_calls(clause: SiteMatch, analysis: Analysis) -> dict[Op, SiteValue]:
@@ -189,7 +212,7 @@ def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
         )
     pattern = patterns[0]
     if isinstance(pattern, GroupMatch):
-        chain, indices = _selected(pattern.blocks, analysis)
+        chain, indices = selected_blocks(pattern.blocks, analysis)
         return [
             Match(rule, dict(zip(pattern.bindings, group, strict=True)))
             for group in _groups(pattern, chain, indices, analysis)
@@ -197,22 +220,37 @@ def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
     if isinstance(pattern, SequenceMatch):
         return [
             Match(rule, dict(zip(pattern.bindings, row, strict=True)))
-            for row in sequences(pattern, _sites, analysis)
+            for row in sequences(pattern, _sites_by_block, analysis)
         ]
     assert isinstance(pattern, SiteMatch)
     return [Match(rule, {pattern.binding: site}) for site in _sites(pattern, analysis)]
 
 
-def _sites(pattern: SiteMatch, analysis: Analysis) -> list[Site]:
+def pool(pattern: SiteMatch, analysis: Analysis) -> list[Site]:
+    """The sites of a pattern in any block."""
     candidates = list(_of_kind(pattern, analysis))
     for role in pattern.within:
         holders = {s.path for s in analysis.of_role(role)}
         candidates = [s for s in candidates if not holders.isdisjoint(_above(s.path))]
+    return candidates
+
+
+def _sites_by_block(pattern: SiteMatch, analysis: Analysis) -> list[Site]:
+    """As `_sites`, for one of several roles: a measured set ranks blocks, so that all mean the same ones."""
+    return _sites(pattern, analysis, ranked=())
+
+
+def _sites(
+    pattern: SiteMatch, analysis: Analysis, ranked: Iterable[Site] | None = None
+) -> list[Site]:
+    candidates = pool(pattern, analysis)
     if pattern.blocks is None:
         if not candidates:
             _nothing(pattern, analysis)
         return candidates
-    chain, indices = _selected(pattern.blocks, analysis)
+    chain, indices = selected_blocks(
+        pattern.blocks, analysis, candidates if ranked is None else ranked
+    )
     by_block: dict[tuple[str, int], list[Site]] = {}
     for site in candidates:
         if site.block is not None:
@@ -283,9 +321,13 @@ def _nothing(
     )
 
 
-def _selected(blocks: Blocks, analysis: Analysis) -> tuple[Chain, tuple[int, ...]]:
+def selected_blocks(
+    blocks: Blocks, analysis: Analysis, sites: Iterable[Site] = ()
+) -> tuple[Chain, tuple[int, ...]]:
+    """The chain and the blocks that a set means; a measured one ranks blocks by `sites` in them."""
     chain = find_chain(blocks.chain, blocks.chain_span or blocks.span, analysis)
-    return chain, select(blocks, len(chain), chain.name)
+    values = block_values(blocks, chain, analysis, sites)
+    return chain, select(blocks, len(chain), chain.name, values)
 
 
 def find_chain(name: str | None, span: Span | None, analysis: Analysis) -> Chain:
@@ -371,7 +413,7 @@ def _fact(fact: Fact, candidate: Match, analysis: Analysis) -> Value:
             found=fact.binding,
         )
     inner = inner_site(analysis, site, part, fact.span) if part else site
-    return site_fact(inner, fact.name, fact.span)
+    return site_fact(inner, fact)
 
 
 def _check_expectation(

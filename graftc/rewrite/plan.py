@@ -10,6 +10,7 @@ from graftc.diagnostics import Diagnostic, GraftError, fail
 from graftc.language.rules import Finetune, Rules
 from graftc.program.analysis import Analysis
 from graftc.program.cost import parameter_count
+from graftc.program.measured import MeasuredOn
 from graftc.program.overview import overview
 from graftc.rewrite.apply import apply
 from graftc.rewrite.claims import check_claims
@@ -27,7 +28,8 @@ class Plan:
     """Everything that `apply` and distillation need to know, and what a person wants to read.
 
     `notes`: warnings and notes of the file and of what its rules select; they stop nothing.
-    `chains`: the model's overview (`program.overview`), for the drawing.
+    `chains`: the model's overview (`program.overview`), for the drawing. `measured`: what measured selectors were
+    measured on, None where nothing was.
     """
 
     steps: tuple[Step, ...]
@@ -39,6 +41,7 @@ class Plan:
     checks: tuple[str, ...] = ()
     rounds: tuple[Round, ...] = ()
     chains: tuple[Mapping[str, Any], ...] = ()
+    measured: MeasuredOn | None = None
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -60,7 +63,7 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     selections: list[Matches] = []
     edits: list[Edit] = []
     problems: list[Diagnostic] = []
-    notes = list(rules.notes)
+    notes = [*rules.notes, *(analysis.measured.notes if analysis.measured else ())]
     taken = {path for path, _ in analysis.program.root.named_modules(remove_duplicate=False)}
     view = program_view(analysis.flat)
     for rule in rules.rules:
@@ -95,6 +98,7 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
         (*checks, *round_texts(rounds)),
         rounds,
         chains=tuple(overview(analysis)),
+        measured=analysis.measured,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from graftc.language.rules import Rewrite
+from graftc.program.measured import MeasuredOn
 from graftc.rewrite.edits import Edit, NewModule
+from graftc.rewrite.measured import Listing
 from graftc.rewrite.plan import Plan
 from graftc.rewrite.price import Candidate, Step
 
@@ -20,6 +22,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             for m in plan.selections
             for f in m.filtered
         ],
+        **_measured_dict(plan),
         "checks": list(plan.checks),
         "totals": {
             "parameters": {"before": plan.parameters[0], "after": plan.parameters[1]},
@@ -27,6 +30,57 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         },
         "chains": list(plan.chains),
     }
+
+
+def _measured_dict(plan: Plan) -> dict[str, Any]:
+    """What measured selectors chose by; nothing where the file has none."""
+    on = plan.measured
+    if on is None:
+        return {}
+    return {
+        "measured": {
+            **measured_on_dict(on),
+            "selectors": [
+                {
+                    "rule": m.rule.name,
+                    "selector": one.selector,
+                    "chosen": [{"path": p, "value": v} for p, v in one.chosen],
+                    "not_chosen": [{"path": p, "value": v} for p, v in one.others],
+                }
+                for m in plan.selections
+                for one in m.measured
+            ],
+        }
+    }
+
+
+def measured_on_dict(on: MeasuredOn) -> dict[str, Any]:
+    """What measures were made on, for YAML and JSON."""
+    return {
+        "samples": on.samples,
+        "seed": on.seed,
+        "data": on.data,
+        "task": on.task,
+        "read_from_cache": list(on.cached),
+        "cache": on.cache,
+    }
+
+
+def measured_on_text(on: MeasuredOn) -> str:
+    """What measures were made on, in a line."""
+    kept = f"; {', '.join(on.cached)} read from {on.cache}" if on.cached else ""
+    return f"measured on {on.samples} samples of {on.data}, task {on.task}, seed {on.seed}{kept}"
+
+
+def listing_lines(listing: Listing) -> list[str]:
+    """The values of a measured selector: what was chosen, the largest first, then the rest."""
+
+    def line(word: str, pairs: tuple[tuple[str, float], ...]) -> list[str]:
+        ranked = sorted(pairs, key=lambda p: -p[1])
+        said = ", ".join(f"{path} {value:.4g}" for path, value in ranked)
+        return [f"  {word}: {said}"] if pairs else []
+
+    return [*line("chosen", listing.chosen), *line("not chosen", listing.others)]
 
 
 def _step_dict(step: Step) -> dict[str, Any]:

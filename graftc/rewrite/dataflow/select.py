@@ -222,7 +222,7 @@ def value_fact(fact: Fact, occurrence: Occurrence, sizes: Mapping[str, Any]) -> 
     """A fact of a value, a size or a site that an occurrence binds."""
     name = fact.binding
     if name in occurrence.sites:
-        return site_fact(occurrence.sites[name], fact.name, fact.span)
+        return site_fact(occurrence.sites[name], fact)
     if fact.name == "value" and name in sizes:
         return size_hint(sizes[name])
     value = occurrence.value(name)

@@ -9,8 +9,9 @@ from difflib import SequenceMatcher
 from graftc.diagnostics import GraftError, Span
 from graftc.language.blocks import portion, select
 from graftc.language.rules import Blocks, Range
-from graftc.program.analysis import Analysis
+from graftc.program.analysis import Analysis, Site
 from graftc.program.chains import Chain
+from graftc.rewrite.measured import block_values
 from graftc.rewrite.whynot.change import Change
 
 _MISSPELT = 0.4
@@ -45,10 +46,13 @@ class Chosen:
         return Change("block", 1.5, said, self.span, f"write `blocks {written(wider)}`")
 
 
-def chosen(blocks: Blocks, analysis: Analysis) -> tuple[Chosen, ...]:
-    """What a block set means, in each chain that it may be about; the likeliest first."""
+def chosen(blocks: Blocks, analysis: Analysis, sites: Collection[Site] = ()) -> tuple[Chosen, ...]:
+    """What a block set means, in each chain that it may be about; the likeliest first.
+
+    `sites`: what a measured set ranks blocks by.
+    """
     return tuple(
-        Chosen(chain, *_indices(blocks, len(chain), chain.name), change, blocks.span)
+        Chosen(chain, *_indices(blocks, chain, analysis, sites), change, blocks.span)
         for chain, change in _chains(blocks, analysis)
     )
 
@@ -84,8 +88,11 @@ def _chains(blocks: Blocks, analysis: Analysis) -> list[tuple[Chain, Change | No
     ]  # fmt: skip
 
 
-def _indices(blocks: Blocks, length: int, chain: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _indices(
+    blocks: Blocks, chain: Chain, analysis: Analysis, sites: Collection[Site]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(blocks that are there, numbers past the end) of a set."""
+    length = len(chain)
     wanted: set[int]
     if blocks.kind == "ranges":
         wanted = set(_of(blocks.ranges))
@@ -95,8 +102,9 @@ def _indices(blocks: Blocks, length: int, chain: str) -> tuple[tuple[int, ...], 
         wanted = set(range(start, start + count))
     else:
         try:
-            return select(blocks, length, chain), ()
-        except GraftError:  # measured: any block may be meant, and `match` says what is missing
+            values = block_values(blocks, chain, analysis, sites)
+            return select(blocks, length, chain.name, values), ()
+        except GraftError:  # not measured: any block may be meant, and `match` says what is missing
             return tuple(range(length)), ()
     wanted -= set(_of(blocks.excluded))
     return (

@@ -30,7 +30,7 @@ from graftc.rewrite.dataflow.matcher import Sites, SiteValue
 from graftc.rewrite.whynot.change import Change, Miss, ranked
 from graftc.rewrite.whynot.dataflow import dataflow_misses
 from graftc.rewrite.whynot.places import Places
-from graftc.rewrite.whynot.sites import group_misses, site_miss, site_misses
+from graftc.rewrite.whynot.sites import group_misses, pattern_sets, site_miss, site_misses
 
 _MOST_NOTES = 6
 _NOT_MET = ("G310", "G331", "G332", "G381")
@@ -158,8 +158,6 @@ def _members(pattern: SequenceMatch) -> Iterator[SiteMatch]:
 
 def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:
     """The whole script for one place, however long."""
-    from graftc.rewrite.whynot.blocks import chosen
-
     site = places.analysis.by_path[at]
     if any(isinstance(p, DataflowMatch) for p in rule.matches):
         found = dataflow_misses(rule, places.view, _bound_sites(rule, places)[0])
@@ -171,7 +169,7 @@ def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:
                 m for m in group_misses(rule, pattern, places) if at in m.place.split(" + ")
             )
         elif isinstance(pattern, SiteMatch):
-            sets = chosen(pattern.blocks, places.analysis) if pattern.blocks else (None,)
+            sets = pattern_sets(pattern, places)
             here = (site_miss(rule, pattern, site, places, s) for s in sets)
             yield from sorted((m for m in here if m is not None), key=lambda m: m.cost)[:1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from functools import lru_cache
 
 from graftc.diagnostics import GraftError, Source, Span, TextEdit
@@ -14,6 +15,8 @@ from graftc.operators.spec import Value
 
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _WITH_EQUAL = {"<": "<=", ">": ">="}
+_OUTWARDS = {">=": ROUND_FLOOR, "<=": ROUND_CEILING}
+_LONG = 8
 Values = Callable[[Fact], Value]
 
 
@@ -64,8 +67,16 @@ def _with_number(part: Operation, value: Values) -> Expr | None:
         left, right, op = right, left, _MIRRORED.get(op, op)
     if not isinstance(right, Literal_):
         return None
-    found = Literal_(evaluate(left, value), right.span)
-    return Operation(_WITH_EQUAL.get(op, op), (left, found), part.span)
+    op = _WITH_EQUAL.get(op, op)
+    found = Literal_(_short(evaluate(left, value), op), right.span)
+    return Operation(op, (left, found), part.span)
+
+
+def _short(value: Value, op: str) -> Value:
+    """A measured number to four figures, rounded outwards: the place that it comes from is in."""
+    if not isinstance(value, float) or op not in _OUTWARDS or len(str(value)) <= _LONG:
+        return value
+    return float(Context(prec=4, rounding=_OUTWARDS[op]).create_decimal(value))
 
 
 def _true(expr: Expr, value: Values) -> bool:

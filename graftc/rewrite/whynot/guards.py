@@ -9,7 +9,9 @@ from graftc.language.evaluate import evaluate, holds, shown
 from graftc.language.rules import Expr, Fact, Operation
 from graftc.operators.spec import Value
 from graftc.program.analysis import Analysis, Site
+from graftc.program.measured import FAMILY
 from graftc.rewrite.block_parts import inner_site
+from graftc.rewrite.facts import site_fact
 from graftc.rewrite.whynot.change import Change
 from graftc.rewrite.whynot.guard_edits import guard_edit, without_guard
 
@@ -32,6 +34,8 @@ def guard_changes(
             found.append(change.edited(without_guard(part.span)))
             continue
         except GraftError as error:
+            if error.diagnostics[0].code == "G135":
+                continue  # not measured: nothing is known of the place, and the error itself says so
             change = Change("guard", 1.5, error.diagnostics[0].message, part.span)
             found.append(change.edited(without_guard(part.span)))
             continue
@@ -47,10 +51,10 @@ def _facts(bindings: Mapping[str, Site], analysis: Analysis) -> Callable[[Fact],
     def value(fact: Fact) -> Value:
         binding, _, part = fact.binding.partition(".")
         site = bindings[binding]
-        facts = (inner_site(analysis, site, part, fact.span) if part else site).facts
-        if fact.name not in facts:
+        site = inner_site(analysis, site, part, fact.span) if part else site
+        if fact.name not in site.facts and fact.name not in FAMILY:
             raise _Absent(fact)
-        return facts[fact.name]
+        return site_fact(site, fact)
 
     return value
 

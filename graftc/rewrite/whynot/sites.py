@@ -33,7 +33,7 @@ def site_misses(
     rule: Rule, pattern: SiteMatch, places: Places, taken: Collection[str]
 ) -> Iterator[Miss]:
     """Every place that the pattern nearly matches; `taken` are paths that it does match."""
-    sets = chosen(pattern.blocks, places.analysis) if pattern.blocks is not None else (None,)
+    sets = pattern_sets(pattern, places)
     for block_set in sets:
         if block_set is not None:
             yield from _beyond(pattern, block_set)
@@ -49,6 +49,13 @@ def site_misses(
                     yield again if again is not None else miss
                 else:
                     yield miss
+
+
+def pattern_sets(pattern: SiteMatch, places: Places) -> tuple[Chosen | None, ...]:
+    """What the pattern's block set means in each chain; (None,) where it has none."""
+    if pattern.blocks is None:
+        return (None,)
+    return chosen(pattern.blocks, places.analysis, list(_of_kind(pattern, places)))
 
 
 def _beyond(pattern: SiteMatch | GroupMatch, block_set: Chosen) -> Iterator[Miss]:
