@@ -23,6 +23,7 @@ FORBIDDEN = {
     "weights": ["graftc.language"],
     "tasks": ["graftc.language", "graftc.rewrite"],
     "distillation": ["graftc.language"],
+    "measures": ["graftc.language"],
     "emit": ["graftc.language", "graftc.distillation", "graftc.deploy"],
     "deploy": ["graftc.language", "graftc.distillation"],
     "deploy/scripts": ["graftc", "torch"],

@@ -316,7 +316,8 @@ def fact_options(scope: Scope, node: s.Expr, name: str) -> dict[str, Value]:
             )
     band = found.get("band")
     if isinstance(band, int) and band < 0:
-        fail("G504", f"`{name}` takes a band from 0 up", span=node.span, found=str(band))
+        fail("G122", f"`{name}` takes a band from 0 up", span=node.span,
+             wanted="0 or more", found=str(band))  # fmt: skip
     return found
 
 

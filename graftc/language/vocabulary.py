@@ -95,7 +95,7 @@ FACTS: Mapping[str, FactWord] = {
     "locality": FactWord(
         "float",
         "share of attention mass within |i - j| <= band, over heads and samples",
-        ("attention", "self_attention", "joint_attention"),
+        ("self_attention", "joint_attention"),
         {"band": "int"},
         measured=True,
         required=("band",),

@@ -127,28 +127,38 @@ def _influence(analysis: Analysis) -> Places:
     found: list[Place] = []
     why = {s.path: f"it is {s.role}, not a block of a chain" for s in analysis.sites}
     for chain in analysis.chains:
-        item = _stream_item(analysis, chain)
-        for path in chain.paths:
+        usual = _stream_item(analysis, chain)
+        for path, position in zip(chain.paths, chain.streams, strict=True):
             observer = InfluenceObserver(path)
-            reason = "it does not run in the graph"
-            here: list[Place] = []
-            for graph, call in _calls(analysis, path):
-                before = call.args[chain.stream] if len(call.args) > chain.stream else None
-                made = value(call)
-                stream = made[item] if item is not None and isinstance(made, (tuple, list)) else made  # fmt: skip
-                if not isinstance(before, fx.Node) or not _alike(value(before), stream):
-                    reason = "it gives no stream of the shape that it is given"
-                    here = []
-                    break
-                here.append(
-                    Place(graph, call.name, ((before.name, None), (call.name, item)), observer)
-                )
-            if here:
-                found += here
-                del why[path]
-            else:
-                why[path] = reason
+            calls = list(_calls(analysis, path))
+            ends = [_stream(call, position, usual) for _, call in calls]
+            if not calls or None in ends:
+                why[path] = "it gives no stream of the shape that it is given"
+                continue
+            found += [
+                Place(graph, call.name, end, observer)
+                for (graph, call), end in zip(calls, ends, strict=True)
+                if end is not None
+            ]
+            del why[path]
     return Places(tuple(found), why)
+
+
+def _stream(call: fx.Node, position: int, usual: int | None) -> tuple[Value, Value] | None:
+    """The stream that a block is given and the one that it gives; None where no result has the shape.
+
+    `usual`: which item of the result it is in the chain's other blocks.
+    """
+    before = call.args[position] if len(call.args) > position else None
+    if not isinstance(before, fx.Node):
+        return None
+    made = value(call)
+    if not isinstance(made, (tuple, list)):
+        return ((before.name, None), (call.name, None)) if _alike(value(before), made) else None
+    alike = [i for i, item in enumerate(made) if _alike(value(before), item)]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if not alike:
+        return None
+    return (before.name, None), (call.name, usual if usual in alike else alike[0])
 
 
 def _alike(one: object, other: object) -> bool:
@@ -160,21 +170,26 @@ def _alike(one: object, other: object) -> bool:
 
 def _stream_item(analysis: Analysis, chain: Chain) -> int | None:
     """Which item of what a block gives is the stream that the next block reads; None where it gives a tensor."""
-    modules = {id(analysis.program.module(p)) for p in chain.paths}
+    streams = {
+        id(analysis.program.module(p)): i for p, i in zip(chain.paths, chain.streams, strict=True)
+    }
     for path in chain.paths:
         for graph, call in _calls(analysis, path):
             owner = analysis.program.module(graph)
             for user in call.users:
                 if user.target is operator.getitem:
-                    readers = [u for u in user.users if _reads(u, user, chain.stream)]
-                    if any(id(owner.get_submodule(str(u.target))) in modules for u in readers):
+                    calls = [u for u in user.users if u.op == "call_module"]
+                    blocks = [
+                        (u, streams.get(id(owner.get_submodule(str(u.target))))) for u in calls
+                    ]
+                    if any(i is not None and _reads(u, user, i) for u, i in blocks):
                         index = user.args[1]
                         return index if isinstance(index, int) else None
     return None
 
 
 def _reads(call: fx.Node, given: fx.Node, position: int) -> bool:
-    return call.op == "call_module" and len(call.args) > position and call.args[position] is given
+    return len(call.args) > position and call.args[position] is given
 
 
 def _statistics(analysis: Analysis) -> Places:

@@ -142,7 +142,7 @@ def analyse(program: Program) -> Analysis:
         if a.path in calls:
             attention.setdefault(a.path, a)
     blocks = {p: (c.name, i) for c in found for i, p in enumerate(c.paths)}
-    streams = {p: c.stream for c in found for p in c.paths}
+    streams = {p: i for c in found for p, i in zip(c.paths, c.streams, strict=True)}
     outside = {p: a for p, a in attention.items() if p not in blocks}
     mlp: dict[str, Mlp] = {}
     for m in mlps(flat, refused):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Chain:
     """Blocks in the order of the data flow.
 
     `name`: the container they share; `paths`: the blocks; `graph`: the path of the graph that calls them;
-    `nodes`: names of their calls in it; `stream`: which argument of a block is the residual stream.
+    `nodes`: names of their calls in it; `streams`: which argument of each block is the residual stream.
     A block that runs several times stands once, where it runs first.
     """
 
@@ -27,7 +28,7 @@ class Chain:
     graph: str
     paths: tuple[str, ...]
     nodes: tuple[str, ...]
-    stream: int
+    streams: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,13 +73,14 @@ def _chains_of(path: str, module: fx.GraphModule, memo: dict[int, str]) -> list[
             {id(module.get_submodule(str(n.target))): n for n in reversed(run)}.values()
         )
         distinct.reverse()
+        streams = _streams(run)
         found.append(
             Chain(
                 _name([str(n.target) for n in distinct], path),
                 path,
                 tuple(join(path, str(n.target)) for n in distinct),
                 tuple(n.name for n in distinct),
-                _stream_index(run),
+                tuple(streams[n] for n in distinct),
             )
         )
     order = {n: i for i, n in enumerate(module.graph.nodes)}
@@ -127,10 +129,25 @@ def _result_shapes(node: fx.Node) -> set[tuple[int, ...]]:
     return {tuple(size_hint(s) for s in v.shape) for v in items if isinstance(v, torch.Tensor)}
 
 
-def _stream_index(run: list[fx.Node]) -> int:
-    before, after = run[0], run[1]
-    values = {value for user, value in _uses(before) if user is after}
-    return next(i for i, a in enumerate(after.args) if a in values)
+def _streams(run: list[fx.Node]) -> dict[fx.Node, int]:
+    """Which argument of each call is the stream: what comes from the call before, of the first what has its shape.
+
+    Calls of one chain may order their inputs differently: a block without cross-attention takes no context.
+    """
+    found: dict[fx.Node, int] = {}
+    for before, after in itertools.pairwise(run):
+        values = {value for user, value in _uses(before) if user is after}
+        found[after] = next(i for i, a in enumerate(after.args) if a in values)
+    first, second = run[0], run[1]
+    wanted = _shape_of(second.args[found[second]])
+    alike = [i for i, a in enumerate(first.args) if _shape_of(a) == wanted]
+    same = found[second]
+    found[first] = alike[0] if alike and same not in alike else same
+    return found
+
+
+def _shape_of(argument: object) -> tuple[int, ...] | None:
+    return shape_hint(argument) if isinstance(argument, fx.Node) else None
 
 
 def _name(targets: list[str], path: str) -> str:

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from graftc.diagnostics import GraftError, Source
 from graftc.language.check import check
+from graftc.measures import Measuring, measure
 from graftc.program.analysis import Analysis, analyse
 from graftc.program.capture import capture
 from graftc.program.model import Model
+from graftc.rewrite.measured import families
 from graftc.rewrite.plan import make_plan
 from graftc.rewrite.user_files import bind
+from tests.measures.test_measure import AsItIs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```graft\n(.*?)```", PAGE, re.DOTALL)
@@ -83,8 +86,20 @@ def analysis() -> Analysis:
         return analyse(capture(Model(Net(), inputs)))
 
 
+@pytest.fixture(scope="module")
+def measured() -> Analysis:
+    """The same model, with weights, measured on two samples."""
+    torch.manual_seed(0)
+    samples = [{"x": torch.randn(64, 16), "text": torch.randn(5, 16)} for _ in range(2)]
+    inputs = {n: torch.stack([s[n] for s in samples]) for n in samples[0]}
+    analysis = analyse(capture(Model(Net(), inputs)))
+    return measure(analysis, Measuring(samples, AsItIs(), samples=2))
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_an_example_makes_a_plan(number: int, analysis: Analysis, tmp_path: Path) -> None:
+def test_an_example_makes_a_plan(
+    number: int, analysis: Analysis, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     text = EXAMPLES[number]
     allowed: list[Path] = []
     for name, source in FILES.items():
@@ -92,6 +107,10 @@ def test_an_example_makes_a_plan(number: int, analysis: Analysis, tmp_path: Path
         if f'python("{name}:' in text:
             allowed.append(tmp_path / name)
     rules = bind(check(Source(str(tmp_path / f"example{number}.graft"), text)), allowed)
+    if families(rules):
+        with pytest.raises(GraftError, match="G135"):
+            make_plan(rules, analysis)
+        analysis = request.getfixturevalue("measured")
     wanted = next((code for word, code in REFUSED.items() if word in text), None)
     if wanted is not None:
         with pytest.raises(GraftError, match=wanted):
