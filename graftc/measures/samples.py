@@ -17,7 +17,7 @@ from graftc.distillation.sources import (
     head,
     is_sized,
     length,
-    seeded,
+    seed_of,
     stack,
 )
 from graftc.distillation.targets import ModelInput
@@ -59,8 +59,9 @@ def batches(analysis: Analysis, data: Any, task: Task, samples: int, seed: int) 
     def draw() -> Iterator[dict[str, Tensor]]:
         like = take(0, 1)[0][1]
         for number, start in enumerate(range(0, there, size)):
-            raw = stack(take(start, min(size, there - start)), like)
-            made = prepare(task, raw, seeded("measure", seed, number)).inputs
+            places = range(start, min(start + size, there))
+            raw = stack(take(start, len(places)), like)
+            made = prepare(task, raw, [seed_of("measure", seed, p) for p in places]).inputs
             check_inputs(made, wanted, f"batch {number} of DATA")
             yield {p.name: made[p.name] for p in inputs}
 
