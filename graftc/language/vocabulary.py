@@ -251,5 +251,6 @@ FINETUNE: Mapping[str, OptionWord] = {
 DROPS: Mapping[str, str] = {
     "mask": "a padding or additive mask",
     "rotary": "rotary positions",
+    "qk_norm": "the norms of q and k",
 }
 TRAIN_WORDS = ("inserted",)

@@ -6,18 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import check_rotary, four_dimensions, head_sizes, rotate
+from graftc.operators.heads import (
+    check_rotary,
+    four_dimensions,
+    head_sizes,
+    make_norm,
+    normalise,
+    rotate,
+)
 
 
 class Attention(nn.Module):
-    """y = out(softmax(q kᵀ / √d) v), by heads; x and y are [batch, tokens, dim].
+    """y = out(softmax(scale · q kᵀ) v), by heads; x and y are [batch, tokens, dim].
 
     `in_proj` holds the rows of q, k and v in this order, head by head. With fewer `kv_heads`
     each of them serves `heads / kv_heads` query heads: grouped-query (arXiv 2305.13245,
     section 2), or multi-query at one. The default is as many of `dim / heads` each.
-    `qk_norm = rms_norm` normalises each head's q and k (SD3, arXiv 2403.03206, section 5.3.2).
-    A mask is added to the scores, or hides where it is False; cos and sin turn q and k where
-    `rotary` says how.
+    `scale` is 1 / √head_dim if not given. `qk_norm`, `rms_norm` or `layer_norm`, normalises q and k
+    before they are turned, each head (SD3, arXiv 2403.03206, section 5.3.2) or, with `norm_over =
+    width`, all heads together. A mask is added to the scores, or hides where it is False; cos and
+    sin turn q and k where `rotary` says how. Without `out` there is no last map, and y is
+    [batch, tokens, heads · head_dim].
 
     >>> import torch
     >>> Attention(dim=8, heads=4, kv_heads=2)(torch.zeros(1, 3, 8)).shape
@@ -33,20 +42,28 @@ class Attention(nn.Module):
         causal: bool = False,
         rotary: str = "none",
         qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
+        out: bool = True,
     ) -> None:
         super().__init__()
         kv_heads, head_dim = head_sizes("attention", dim, heads, kv_heads, head_dim)
-        if qk_norm not in ("none", "rms_norm"):
-            raise ValueError(f"attention: unknown qk_norm {qk_norm!r}, wanted none or rms_norm")
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.causal = causal
         self.rotary = check_rotary("attention", rotary)
         self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm == "rms_norm" else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm == "rms_norm" else None
-        self.out_proj = nn.Linear(heads * head_dim, dim)
+        self.q_norm = make_norm(
+            "attention", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        )
+        self.k_norm = make_norm(
+            "attention", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
+        )
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.out_proj = nn.Linear(heads * head_dim, dim) if out else None
 
     def forward(
         self,
@@ -58,11 +75,9 @@ class Attention(nn.Module):
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        q = q.reshape(batch, tokens, self.heads, self.head_dim)
-        k = k.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm)
+        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm)
         v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
@@ -74,8 +89,10 @@ class Attention(nn.Module):
             v.transpose(1, 2),
             attn_mask=mask,
             is_causal=self.causal and mask is None,
+            scale=self.scale,
         )
-        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, inner))
+        y = y.transpose(1, 2).reshape(batch, tokens, inner)
+        return y if self.out_proj is None else self.out_proj(y)
 
 
 def _also_causal(mask: Tensor, tokens: int, causal: bool) -> Tensor:
@@ -90,12 +107,13 @@ def _also_causal(mask: Tensor, tokens: int, causal: bool) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """y = out(softmax(q kᵀ / √d) v), q of x, k and v of the context; by heads.
+    """y = out(softmax(scale · q kᵀ) v), q of x, k and v of the context; by heads.
 
     x and y are [batch, tokens, dim], context is [batch, its tokens, context_dim]. `q_proj` holds
     the rows of q, `kv_proj` those of k and v, in this order, head by head. Fewer `kv_heads` are
     shared by groups of query heads (arXiv 2305.13245). A mask is added to the scores, or hides
-    where it is False.
+    where it is False. `qk_norm`, `scale` and `out` are those of `Attention`; `rotary` turns q alone,
+    as a context has no such positions (HunyuanDiT).
 
     >>> import torch
     >>> op = CrossAttention(dim=8, context_dim=6, heads=4, kv_heads=2)
@@ -110,6 +128,13 @@ class CrossAttention(nn.Module):
         heads: int,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        rotary: str = "none",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
+        out: bool = True,
     ) -> None:
         super().__init__()
         kv_heads, head_dim = head_sizes("cross_attention", dim, heads, kv_heads, head_dim)
@@ -118,31 +143,54 @@ class CrossAttention(nn.Module):
         self.head_dim = head_dim
         self.q_proj = nn.Linear(dim, heads * head_dim)
         self.kv_proj = nn.Linear(context_dim, 2 * kv_heads * head_dim)
-        self.out_proj = nn.Linear(heads * head_dim, dim)
+        self.rotary = check_rotary("cross_attention", rotary)
+        self.q_norm = make_norm(
+            "cross_attention", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        )
+        self.k_norm = make_norm(
+            "cross_attention", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
+        )
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.out_proj = nn.Linear(heads * head_dim, dim) if out else None
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         keys = context.shape[1]
         q = self.q_proj(x).reshape(batch, tokens, self.heads, self.head_dim)
+        q = rotate(normalise(q, self.q_norm), cos, sin, self.rotary)
         k, v = self.kv_proj(context).chunk(2, dim=-1)
         groups = self.heads // self.kv_heads
-        k = k.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
-        v = v.reshape(batch, keys, self.kv_heads, self.head_dim).repeat_interleave(groups, dim=2)
+        k = normalise(k.reshape(batch, keys, self.kv_heads, self.head_dim), self.k_norm)
+        v = v.reshape(batch, keys, self.kv_heads, self.head_dim)
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         if mask is not None:
             mask = four_dimensions(mask)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            scale=self.scale,
         )
-        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
+        y = y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim)
+        return y if self.out_proj is None else self.out_proj(y)
 
 
 class LatentAttention(nn.Module):
-    """y = out(softmax(q kᵀ / √d) v), [k, v] = up(down(x)); x and y are [batch, tokens, dim].
+    """y = out(softmax(scale · q kᵀ) v), [k, v] = up(down(x)); x and y are [batch, tokens, dim].
 
     k and v of all heads come from one latent vector of `rank` numbers a token, which is what a
     decoder caches. As in multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section
     2.1), but that rotary positions, where the site has them, turn all of k. `q_proj` holds the
-    rows of q, `kv_up` those of k and v in this order, head by head.
+    rows of q, `kv_up` those of k and v in this order, head by head; `qk_norm` and `scale` are those
+    of `Attention`.
 
     >>> import torch
     >>> LatentAttention(dim=8, heads=2, rank=3)(torch.zeros(1, 5, 8)).shape
@@ -157,6 +205,11 @@ class LatentAttention(nn.Module):
         head_dim: int | None = None,
         causal: bool = False,
         rotary: str = "none",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         _, head_dim = head_sizes("latent_attention", dim, heads, None, head_dim)
@@ -169,6 +222,13 @@ class LatentAttention(nn.Module):
         self.q_proj = nn.Linear(dim, heads * head_dim)
         self.kv_down = nn.Linear(dim, rank, bias=False)
         self.kv_up = nn.Linear(rank, 2 * heads * head_dim)
+        self.q_norm = make_norm(
+            "latent_attention", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        )
+        self.k_norm = make_norm(
+            "latent_attention", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        )
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.out_proj = nn.Linear(heads * head_dim, dim)
 
     def forward(
@@ -181,8 +241,12 @@ class LatentAttention(nn.Module):
         batch, tokens, _ = x.shape
         shape = (batch, tokens, self.heads, self.head_dim)
         k, v = self.kv_up(self.kv_down(x)).chunk(2, dim=-1)
-        q = rotate(self.q_proj(x).reshape(shape), cos, sin, self.rotary)
-        k, v = rotate(k.reshape(shape), cos, sin, self.rotary), v.reshape(shape)
+        q, k = (
+            normalise(self.q_proj(x).reshape(shape), self.q_norm),
+            normalise(k.reshape(shape), self.k_norm),
+        )
+        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
+        v = v.reshape(shape)
         if mask is not None:
             mask = _also_causal(four_dimensions(mask), tokens, self.causal)
         y = F.scaled_dot_product_attention(
@@ -191,5 +255,6 @@ class LatentAttention(nn.Module):
             v.transpose(1, 2),
             attn_mask=mask,
             is_causal=self.causal and mask is None,
+            scale=self.scale,
         )
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def head_sizes(
@@ -25,8 +25,9 @@ def head_sizes(
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, form: str) -> Tensor:
     """x with rotary positions (arXiv 2104.09864); x: [batch, tokens, heads, width].
 
-    cos, sin: [tokens, r], [batch, tokens, r] or [batch, 1, tokens, r], for the first r features.
-    `half`: feature i turns with feature i + r/2; `interleaved`: with its neighbour; `none`: x.
+    cos, sin: [tokens, r], [batch, tokens, r], [batch, 1, tokens, r] or [batch, tokens, 1, r], for the first r
+    features. `half`: feature i turns with feature i + r/2; `interleaved`: with its neighbour; `pairs`: so too, by one
+    angle, its cos read at the first feature of the pair and its sin at the second; `none`: x.
 
     >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
     >>> rotate(x, torch.zeros(1, 4), torch.ones(1, 4), "half").flatten().tolist()
@@ -36,8 +37,10 @@ def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, form: str) -> Tens
         return x
     if cos is None or sin is None:
         raise ValueError("rotary positions are built in, and cos and sin are not given")
-    cos, sin = (
-        t.transpose(1, 2) if t.ndim == 4 else t.unsqueeze(-2)  # the heads go before the features
+    if form == "pairs":
+        cos, sin = cos[..., 0::2].repeat_interleave(2, -1), sin[..., 1::2].repeat_interleave(2, -1)
+    cos, sin = (  # the heads go before the features
+        t.unsqueeze(-2) if t.ndim < 4 else t.transpose(1, 2) if t.shape[1] == 1 else t
         for t in (cos, sin)
     )
     width = cos.shape[-1]
@@ -53,9 +56,45 @@ def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, form: str) -> Tens
 
 def check_rotary(operator: str, form: str) -> str:
     """The name of a form of rotary positions, or ValueError."""
-    if form not in ("none", "half", "interleaved"):
-        raise ValueError(f"{operator}: unknown rotary {form!r}, wanted none, half or interleaved")
+    if form not in ("none", "half", "interleaved", "pairs"):
+        raise ValueError(
+            f"{operator}: unknown rotary {form!r}, wanted none, half, interleaved or pairs"
+        )
     return form
+
+
+def make_norm(
+    operator: str,
+    kind: str,
+    over: str | None,
+    heads: int,
+    head_dim: int,
+    eps: float | None,
+    affine: bool | None,
+) -> nn.RMSNorm | nn.LayerNorm | None:
+    """The norm of q or of k: over each head's features, or over the `width` of all heads.
+
+    >>> make_norm("attention", "rms_norm", "width", heads=2, head_dim=4, eps=1e-6, affine=True)
+    RMSNorm((8,), eps=1e-06, elementwise_affine=True)
+    """
+    if kind not in ("none", "rms_norm", "layer_norm"):
+        raise ValueError(f"{operator}: unknown qk_norm {kind!r}, wanted none, rms_norm, layer_norm")
+    if over not in (None, "head", "width"):
+        raise ValueError(f"{operator}: unknown norm_over {over!r}, wanted head or width")
+    if kind == "none":
+        return None
+    size = heads * head_dim if over == "width" else head_dim
+    made = nn.RMSNorm if kind == "rms_norm" else nn.LayerNorm
+    return made(size, eps=1e-6 if eps is None else eps, elementwise_affine=affine is not False)
+
+
+def normalise(x: Tensor, norm: nn.RMSNorm | nn.LayerNorm | None) -> Tensor:
+    """x after the norm that `make_norm` made; x: [batch, tokens, heads, head_dim]."""
+    if norm is None:
+        return x
+    if norm.normalized_shape[0] == x.shape[-1]:
+        return norm(x)
+    return norm(x.flatten(2)).unflatten(-1, x.shape[2:])
 
 
 def hide(scores: Tensor, mask: Tensor | None) -> Tensor:

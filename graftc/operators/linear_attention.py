@@ -12,6 +12,8 @@ from graftc.operators.heads import (
     four_dimensions,
     head_sizes,
     hide,
+    make_norm,
+    normalise,
     rotate,
 )
 
@@ -94,7 +96,8 @@ class LinearAttention(nn.Module):
     `feature_k`; Hedgehog, arXiv 2402.04347). The sums run over all tokens, or over j ≤ i where
     `causal`. `in_proj` holds the rows of q, k and v in this order; fewer `kv_heads` are shared by
     groups of query heads. The sums are taken in float32 at least, as half precision overflows at
-    some thousand tokens. A mask must be one of keys; cos and sin turn q and k before φ.
+    some thousand tokens. A mask must be one of keys; cos and sin turn q and k before φ, after
+    `qk_norm` (see `Attention`).
 
     >>> LinearAttention(dim=8, heads=2, feature="relu")(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -110,6 +113,10 @@ class LinearAttention(nn.Module):
         features: int | None = None,
         causal: bool = False,
         rotary: str = "none",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
     ) -> None:
         super().__init__()
         if feature not in ("elu1", "relu", "softmax_pair"):
@@ -129,6 +136,12 @@ class LinearAttention(nn.Module):
         wide = head_dim if features is None else features
         self.feature_q = FeatureMap(heads, head_dim, wide) if learned else None
         self.feature_k = FeatureMap(kv_heads, head_dim, wide) if learned else None
+        self.q_norm = make_norm(
+            "linear_attention", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        )
+        self.k_norm = make_norm(
+            "linear_attention", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
+        )
         self.out_proj = nn.Linear(heads * head_dim, dim)
 
     def map(self, x: Tensor, learned: FeatureMap | None) -> Tensor:
@@ -149,8 +162,9 @@ class LinearAttention(nn.Module):
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
         groups = self.heads // self.kv_heads
-        q = rotate(q.reshape(batch, tokens, self.heads, self.head_dim), cos, sin, self.rotary)
-        k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
+        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm)
+        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm)
+        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
         q, k = self.map(q, self.feature_q), self.map(k, self.feature_k)
         v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).to(q.dtype)
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
@@ -169,13 +183,14 @@ class LinearAttention(nn.Module):
 class LinearWindowAttention(nn.Module):
     """Softmax inside a window, linear attention outside it, one normaliser; [batch, tokens, dim].
 
-    The tokens are cut into blocks of `window`. With s_ij = q_i · k_j / √d and m_i the largest
+    The tokens are cut into blocks of `window`. With s_ij = scale · q_i · k_j and m_i the largest
     s_ij in i's window, w_ij = sigmoid(factor) exp(s_ij − m_i) for j in i's own block or the one
     before it (or, where not `causal`, the one after), and w_ij = φ(q_i) · φ(k_j) elsewhere;
     y_i = out(Σ_j w_ij v_j / Σ_j w_ij), over j ≤ i where `causal`. φ is `softmax_pair`, elu + 1
     (`elu1`) or relu, and `factor` one number a head
     that begins at `start` (a share of 0.1). (LoLCATs, arXiv 2410.10254, with its
-    terraced window.) A mask of keys hides or is added; cos and sin turn q and k first.
+    terraced window.) A mask of keys hides or is added; cos and sin turn q and k first,
+    after `qk_norm` (see `Attention`, as for `scale`).
 
     >>> LinearWindowAttention(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -193,6 +208,11 @@ class LinearWindowAttention(nn.Module):
         start: float = -2.197,
         causal: bool = False,
         rotary: str = "none",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         name = "linear_window_attention"
@@ -217,6 +237,9 @@ class LinearWindowAttention(nn.Module):
         self.feature_q = FeatureMap(heads, head_dim, wide) if learned else None
         self.feature_k = FeatureMap(kv_heads, head_dim, wide) if learned else None
         self.factor = nn.Parameter(torch.full((heads,), float(start)))
+        self.q_norm = make_norm(name, qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine)
+        self.k_norm = make_norm(name, qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine)
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.out_proj = nn.Linear(heads * head_dim, dim)
 
     def map(self, x: Tensor, learned: FeatureMap | None) -> Tensor:
@@ -235,11 +258,12 @@ class LinearWindowAttention(nn.Module):
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         wide = torch.promote_types(x.dtype, torch.float32)
-        q, k, v = self.in_proj(x).to(wide).split([inner, kv_inner, kv_inner], dim=-1)
+        q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
         groups = self.heads // self.kv_heads
-        q = rotate(q.reshape(batch, tokens, self.heads, self.head_dim), cos, sin, self.rotary)
-        k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
-        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm).to(wide)
+        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm).to(wide)
+        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
+        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).to(wide)
         phi_q, phi_k = self.map(q, self.feature_q), self.map(k, self.feature_k)
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         phi_k = weigh_keys(phi_k.repeat_interleave(groups, dim=2), mask, "linear_window_attention")
@@ -263,7 +287,7 @@ class LinearWindowAttention(nn.Module):
         if self.causal:
             seen = seen & (key.unsqueeze(1) <= query.unsqueeze(2))
         lowest = torch.finfo(wide).min
-        scores = (q[own] * self.head_dim**-0.5) @ k[near].transpose(1, 2)
+        scores = (q[own] * self.scale) @ k[near].transpose(1, 2)
         if mask is not None:
             whole = broadcast_mask(mask, batch, self.heads, tokens)
             rows, columns = query.clamp(max=tokens - 1).unsqueeze(2), near[1].unsqueeze(1)

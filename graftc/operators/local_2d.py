@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import check_rotary, head_sizes, rotate
+from graftc.operators.heads import check_rotary, head_sizes, make_norm, normalise, rotate
 
 
 def parse_groups(text: str) -> dict[str, str]:
@@ -58,6 +58,7 @@ def disc_attention(
     others: tuple[Tensor, Tensor] | None,
     grid: tuple[int, int],
     radius: int,
+    scale: float,
 ) -> Tensor:
     """Softmax of each token of the grid over its disc, and over all of `others`' keys.
 
@@ -66,8 +67,8 @@ def disc_attention(
     """
     height, width = grid
     queries, keys, seen = tiles(height, width, radius, q.device)
-    tokens, size = q.shape[2:]
-    q = q * size**-0.5
+    tokens = q.shape[2]
+    q = q * scale
     near = k[:, :, keys], v[:, :, keys]  # [batch, heads, tiles, m, d]
     scores = q[:, :, queries] @ near[0].transpose(-1, -2)
     scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min)
@@ -106,7 +107,7 @@ def check_disc(height: int, width: int, radius: int) -> None:
 class LocalAttention2d(nn.Module):
     """Softmax attention of each token to those less than `radius` away on the grid.
 
-    y_i = out(Σ_j softmax_j(q_i · k_j / √d) v_j) over dy² + dx² < radius²; x and y are
+    y_i = out(Σ_j softmax_j(scale · q_i · k_j) v_j) over dy² + dx² < radius²; x and y are
     [batch, height · width, dim], row after row. `in_proj` holds the rows of q, k and v in this
     order; fewer `kv_heads` are shared by groups of query heads. Computed in tiles with a halo, so
     that the cost grows linearly with the tokens. (CLEAR, arXiv 2412.16112.)
@@ -125,6 +126,11 @@ class LocalAttention2d(nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         rotary: str = "none",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         kv_heads, head_dim = head_sizes("local_attention_2d", dim, heads, kv_heads, head_dim)
@@ -137,6 +143,13 @@ class LocalAttention2d(nn.Module):
         self.width = width
         self.rotary = check_rotary("local_attention_2d", rotary)
         self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
+        self.q_norm = make_norm(
+            "local_attention_2d", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        )
+        self.k_norm = make_norm(
+            "local_attention_2d", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
+        )
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.out_proj = nn.Linear(heads * head_dim, dim)
 
     def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
@@ -145,8 +158,9 @@ class LocalAttention2d(nn.Module):
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
         groups = self.heads // self.kv_heads
-        q = rotate(q.reshape(batch, tokens, self.heads, self.head_dim), cos, sin, self.rotary)
-        k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
+        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm)
+        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm)
+        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
         v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         y = disc_attention(
@@ -156,6 +170,7 @@ class LocalAttention2d(nn.Module):
             None,
             (self.height, self.width),
             self.radius,
+            self.scale,
         )
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, inner))
 
@@ -166,8 +181,8 @@ class JointLocalAttention2d(nn.Module):
     x1, x2 and y1, y2 are [batch, tokens, dim]. `streams` names them in this order; `groups` says of
     each whether it is `local` or `full`. A token of a full stream sees all tokens of both; one of
     the local stream, which lies on the grid, sees the tokens of its own stream less than `radius`
-    away, and all of the other's. Rows of each `in_proj` are q, k, v; `qk_norm = rms_norm`
-    normalises each head's q and k, each stream with weights of its own. With `both = false` only
+    away, and all of the other's. Rows of each `in_proj` are q, k, v; `qk_norm` (see `Attention`, as for
+    `scale`) normalises q and k, each stream with weights of its own. With `both = false` only
     the first stream's output is returned. cos and sin are for the tokens in the order that `first`
     says: the stream it names, then the other. (CLEAR, arXiv 2412.16112; joint attention: SD3,
     arXiv 2403.03206.)
@@ -192,6 +207,10 @@ class JointLocalAttention2d(nn.Module):
         qk_norm: str = "none",
         rotary: str = "none",
         first: str = "",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         _, head_dim = head_sizes("local_attention_2d", dim, heads, None, head_dim)
@@ -202,8 +221,6 @@ class JointLocalAttention2d(nn.Module):
             raise ValueError(f"local_attention_2d: groups {groups!r} of the streams {streams!r}")
         if list(kinds.values()).count("local") != 1:
             raise ValueError(f"local_attention_2d: groups {groups!r}, wanted one local stream")
-        if qk_norm not in ("none", "rms_norm"):
-            raise ValueError(f"local_attention_2d: unknown qk_norm {qk_norm!r}")
         self.heads = heads
         self.head_dim = head_dim
         self.radius = radius
@@ -216,11 +233,13 @@ class JointLocalAttention2d(nn.Module):
         inner = heads * head_dim
         self.in_proj = nn.Linear(dim, 3 * inner)
         self.in_proj_2 = nn.Linear(context_dim, 3 * inner)
-        normed = qk_norm == "rms_norm"
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if normed else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if normed else None
-        self.q_norm_2 = nn.RMSNorm(head_dim, eps=1e-6) if normed else None
-        self.k_norm_2 = nn.RMSNorm(head_dim, eps=1e-6) if normed else None
+        self.q_norm, self.k_norm, self.q_norm_2, self.k_norm_2 = (
+            make_norm(
+                "local_attention_2d", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+            )
+            for _ in range(4)
+        )
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.out_proj = nn.Linear(inner, dim)
         self.out_proj_2 = nn.Linear(inner, context_dim) if both else None
 
@@ -239,10 +258,8 @@ class JointLocalAttention2d(nn.Module):
         sizes = (3, self.heads, self.head_dim)
         q1, k1, v1 = self.in_proj(x).unflatten(-1, sizes).unbind(2)
         q2, k2, v2 = self.in_proj_2(context).unflatten(-1, sizes).unbind(2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q1, k1 = self.q_norm(q1), self.k_norm(k1)
-        if self.q_norm_2 is not None and self.k_norm_2 is not None:
-            q2, k2 = self.q_norm_2(q2), self.k_norm_2(k2)
+        q1, k1 = normalise(q1, self.q_norm), normalise(k1, self.k_norm)
+        q2, k2 = normalise(q2, self.q_norm_2), normalise(k2, self.k_norm_2)
         q = [t.transpose(1, 2) for t in self.turn(q1, q2, cos, sin)]
         k = [t.transpose(1, 2) for t in self.turn(k1, k2, cos, sin)]
         v = [v1.transpose(1, 2), v2.transpose(1, 2)]
@@ -250,10 +267,19 @@ class JointLocalAttention2d(nn.Module):
         here, there = self.local, 1 - self.local
         y = [v1, v2]
         y[here] = disc_attention(
-            q[here], k[here], v[here], (k[there], v[there]), (self.height, self.width), self.radius
+            q[here],
+            k[here],
+            v[here],
+            (k[there], v[there]),
+            (self.height, self.width),
+            self.radius,
+            self.scale,
         )
         y[there] = F.scaled_dot_product_attention(
-            q[there], torch.cat((k[0], k[1]), dim=2), torch.cat((v[0], v[1]), dim=2)
+            q[there],
+            torch.cat((k[0], k[1]), dim=2),
+            torch.cat((v[0], v[1]), dim=2),
+            scale=self.scale,
         )
         y1, y2 = (t.transpose(1, 2).flatten(2) for t in y)
         if self.out_proj_2 is None:

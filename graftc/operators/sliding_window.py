@@ -5,19 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graftc.operators.heads import broadcast_mask, check_rotary, head_sizes, hide, rotate
+from graftc.operators.heads import (
+    broadcast_mask,
+    check_rotary,
+    head_sizes,
+    hide,
+    make_norm,
+    normalise,
+    rotate,
+)
 
 
 class SlidingWindow(nn.Module):
     """Softmax attention of each token to those at most `window` away; x, y: [batch, tokens, dim].
 
-    y_i = out(Σ_j softmax_j(q_i · k_j / √d) v_j) over |i − j| ≤ window, or 0 ≤ i − j ≤ window
+    y_i = out(Σ_j softmax_j(scale · q_i · k_j) v_j) over |i − j| ≤ window, or 0 ≤ i − j ≤ window
     where `causal`. `in_proj` holds the rows of q, k and v in this order; fewer `kv_heads` are
     shared by groups of query heads. The tokens are cut into blocks, and a block of queries sees
     its own keys and `window` of each neighbour's: the cost grows linearly with the tokens. `form =
     dense` computes the same from all pairs, which is faster where there are few tokens. A mask
     is added to the scores, or hides where it is False; cos and sin turn q and k where `rotary`
-    says how.
+    says how, after `qk_norm` (see `Attention`, as for `scale`).
 
     >>> SlidingWindow(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -33,6 +41,11 @@ class SlidingWindow(nn.Module):
         causal: bool = False,
         rotary: str = "none",
         form: str = "auto",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         if form not in ("auto", "blocks", "dense"):
@@ -49,6 +62,13 @@ class SlidingWindow(nn.Module):
         self.rotary = check_rotary("sliding_window", rotary)
         self.block = max(window, 16)  # smaller blocks waste less, larger ones multiply faster
         self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
+        self.q_norm = make_norm(
+            "sliding_window", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        )
+        self.k_norm = make_norm(
+            "sliding_window", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
+        )
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.out_proj = nn.Linear(heads * head_dim, dim)
 
     def forward(
@@ -61,9 +81,10 @@ class SlidingWindow(nn.Module):
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        q = rotate(q.reshape(batch, tokens, self.heads, self.head_dim), cos, sin, self.rotary)
-        q = q * self.head_dim**-0.5
-        k = rotate(k.reshape(batch, tokens, self.kv_heads, self.head_dim), cos, sin, self.rotary)
+        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm)
+        q = rotate(q, cos, sin, self.rotary) * self.scale
+        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm)
+        k = rotate(k, cos, sin, self.rotary)
         v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
 
         if self.form == "dense":

@@ -40,22 +40,32 @@ def _no_groups() -> Mapping[str, tuple[str, ...]]:
 
 
 def holds(condition: str | None, arguments: Arguments) -> bool:
-    """Whether the arguments meet a condition: `gated`, or `feature=softmax_pair`; None always.
+    """Whether the arguments meet a condition: `gated`, `feature=softmax_pair`, `qk_norm!=none`, several with `and`; None always.
 
-    >>> holds("dims=2", {"dims": 2}), holds("gated", {"gated": False}), holds(None, {})
-    (True, False, True)
+    >>> holds("dims=2", {"dims": 2}), holds("dims!=2", {"dims": 2}), holds("gated", {"gated": False})
+    (True, False, False)
     """
     if condition is None:
         return True
+    if " and " in condition:
+        return all(holds(part, arguments) for part in condition.split(" and "))
+    name, unequal, value = condition.partition("!=")
+    if unequal:
+        return str(arguments.get(name)) != value
     name, _, value = condition.partition("=")
     return str(arguments.get(name)) == value if value else bool(arguments.get(name))
 
 
 @dataclass(frozen=True)
 class OfSite:
-    """A default that is the site's own: `dim`, `heads`, `causal`, `activation`, …"""
+    """A default that is the site's own: `dim`, `heads`, `causal`, `activation`, …
+
+    `otherwise`: where the site has none, if `optional`; else that is an error.
+    """
 
     fact: str
+    otherwise: Value = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)

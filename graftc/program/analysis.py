@@ -14,11 +14,12 @@ from torch import fx
 from graftc.program.chains import Chain, chains
 from graftc.program.cost import flops_by_path, parameter_count
 from graftc.program.flat import Call, Flat, Op, flatten
-from graftc.program.joint import first_tokens, names_of, qk_norm, streams_of
-from graftc.program.masks import is_whole
+from graftc.program.joint import first_tokens, names_of, streams_of
+from graftc.program.masks import is_every, is_whole
 from graftc.program.measured import MeasuredOn, SiteMeasures
 from graftc.program.ops import CONVS, LINEARS, MOVEMENTS, NORM_PARTS, NORMS
 from graftc.program.program import ATEN, Program, size_hint, tensor_of
+from graftc.program.qk import norm_facts
 from graftc.program.refusals import Refusal
 from graftc.program.roles import (
     Attention,
@@ -27,6 +28,7 @@ from graftc.program.roles import (
     linear_input,
     mlps,
 )
+from graftc.program.rotary import Rotary
 
 Fact = int | float | bool | str | None
 ATTENTION_ROLES = ("self_attention", "cross_attention", "joint_attention")
@@ -40,11 +42,12 @@ class Kept:
     token stream, form `stream`), cos and sin for rotary. `form` says what they mean. A mask is
     `additive` (added to the scores) or `boolean` (True where a token is seen), of [batch, heads,
     queries, keys] or [batch, queries, keys]; rotary is `half` (x · cos + rotate_half(x) · sin, as in
-    Llama) or `interleaved` (neighbouring features are a pair).
+    Llama), `interleaved` (neighbouring features are a pair) or `pairs` (the same, a pair's cos being that of
+    its first feature and its sin that of its second). Of cross-attention, q alone is turned.
     """
 
     arguments: tuple[int, ...]
-    form: Literal["additive", "boolean", "half", "interleaved", "stream"]
+    form: Literal["additive", "boolean", "half", "interleaved", "pairs", "stream"]
 
 
 def _nothing_kept() -> Mapping[str, Kept]:
@@ -230,12 +233,27 @@ def _kept(a: Attention, call: Call) -> dict[str, Kept]:
         places = {_given(call, linear_input(o)) for o in (*a.k, *a.v)}
         if len(places) == 1 and (index := places.pop()) is not None:
             found["context"] = Kept((index,), "stream")
-    if a.tables is not None:
-        q, k = a.tables
-        places = [_given(call, t) for t in (q.cos, q.sin, k.cos, k.sin)]
-        if None not in places and places[:2] == places[2:] and q.form == k.form:
-            found["rotary"] = Kept((places[0], places[1]), q.form)  # type: ignore[arg-type]
+    turned = {_turned(r.rotary, call) for r in a.q_routes}
+    keys = {_turned(r.rotary, call) for r in a.k_routes}
+    (kept, *others) = turned
+    alike = keys == ({None} if a.kind == "cross_attention" else turned)
+    if kept is not None and not others and alike:
+        found["rotary"] = kept
     return found
+
+
+def _turned(rotary: Rotary | None, call: Call) -> Kept | None:
+    """The tables as arguments of the call, where these are read as they are."""
+    if rotary is None:
+        return None
+    cos, sin = _given(call, rotary.cos), _given(call, rotary.sin)
+    if cos is None or sin is None:
+        return None
+    step, start = (2, 1) if rotary.form == "pairs" else (1, 0)
+    whole = is_every(call.args[cos], rotary.cos, 0, step)
+    if not whole or not is_every(call.args[sin], rotary.sin, start, step):
+        return None
+    return Kept((cos, sin), rotary.form)
 
 
 def _given(call: Call, op: Op) -> int | None:
@@ -306,10 +324,12 @@ def _joint(
     one, two = found
     names = names_of(found, program.facts.streams)
     first = first_tokens(a)
-    known: dict[str, Fact] = {"both": two.out is not None, "qk_norm": qk_norm(found)}
+    swapped = first != one.tokens
+    second = "shared" if one.q is two.q else "own" if two.out is not None else "hidden"
+    known: dict[str, Fact] = {"both": two.out is not None, "second": second, "swapped": swapped}
     if names is not None:
         known["streams"] = ", ".join(names)
-        known["first_stream"] = names[0] if first == one.tokens else names[1]
+        known["first_stream"] = names[1 if swapped else 0]
     context = Kept((two.argument,), "stream")
     return one.argument, {**facts, **known}, {**kept, "context": context}
 
@@ -355,7 +375,11 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
         "causal": a.causal,
         "kind": a.kind.removesuffix("_attention"),
         "form": a.form,
+        "out": bool(a.outs) or not a.complete,
+        **norm_facts(a.q_routes, a.k_routes, head_dim, heads, kv_heads),
     }
+    if abs(a.scale * head_dim**0.5 - 1) > 1e-6:
+        facts["scale"] = a.scale
     if a.kind == "cross_attention":
         facts["context_dim"] = size_hint(linear_input(a.k[0]).tensor.shape[-1])
     has = {

@@ -1,4 +1,4 @@
-"""Joint attention: which argument is which stream, whose tokens come first, the norms of q and k."""
+"""Joint attention: which argument is which stream, and whose tokens come first."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graftc.program.flat import Call, Op, backward, strip
-from graftc.program.ops import NORM_PARTS, NORMS
 from graftc.program.program import ATEN, size_hint
+from graftc.program.qk import Norm
 from graftc.program.roles import Attention, linear_input
 
 
@@ -25,20 +25,17 @@ class Stream:
     k: Op
     v: Op
     out: Op | None
-    norms: tuple[Op | None, Op | None]
+    norms: tuple[Norm | None, Norm | None]
 
 
 def streams_of(a: Attention, call: Call) -> tuple[Stream, Stream] | str:
     """The two streams, the one that the site returns first before the other; or why they are not told."""
-    given: dict[int, list[Op]] = {}
-    for op in (*a.q, *a.k, *a.v):
-        source = strip(linear_input(op))
-        index = next((i for i, arg in enumerate(call.args) if arg is source), None)
-        if index is None:
-            return f"{op.path} reads no input of the site's call"
-        given.setdefault(index, []).append(op)
+    given = _linears_of(a, call)
+    if isinstance(given, str):
+        return given
     if len(given) != 2 or any(len(ops) != 3 for ops in given.values()):
         return "the streams have not each a linear for q, for k and for v"
+    norms = {r.linear.index: r.norm for r in (*a.q_routes, *a.k_routes)}
     found: list[Stream] = []
     for index, ops in given.items():
         shape = [size_hint(s) for s in call.args[index].tensor.shape]
@@ -46,8 +43,9 @@ def streams_of(a: Attention, call: Call) -> tuple[Stream, Stream] | str:
             return f"a stream has {len(shape)} dimensions"
         q, k, v = (next(o for o in part if o in ops) for part in (a.q, a.k, a.v))
         out = next((o for o in a.outs if size_hint(o.tensor.shape[-2]) == shape[1]), None)
-        norms = (_norm(a.query, q), _norm(a.key, k))
-        found.append(Stream(index, shape[1], shape[2], q, k, v, out, norms))
+        out = a.out if q in given[next(i for i in given if i != index)] else out  # one for both
+        normed = norms[q.index], norms[k.index]
+        found.append(Stream(index, shape[1], shape[2], q, k, v, out, normed))
     if found[0].tokens == found[1].tokens:
         return f"both streams have {found[0].tokens} tokens in the example"
     results = call.result if isinstance(call.result, tuple) else (call.result,)
@@ -59,8 +57,26 @@ def streams_of(a: Attention, call: Call) -> tuple[Stream, Stream] | str:
     return one, two
 
 
+def _linears_of(a: Attention, call: Call) -> dict[int, list[Op]] | str:
+    """Argument of the call → its linears of q, k and v; both have the same where they are put together first."""
+    found: dict[int, list[Op]] = {}
+    for op in (*a.q, *a.k, *a.v):
+        source = strip(linear_input(op))
+        inside = source.path == call.path or source.path.startswith(call.path + ".")
+        joined = source.target is ATEN.cat.default and inside
+        for stream in map(strip, source.operands) if joined else [source]:
+            index = next((i for i, arg in enumerate(call.args) if arg is stream), None)
+            if index is None:
+                return f"{op.path} reads no input of the site's call"
+            found.setdefault(index, []).append(op)
+    return found
+
+
 def first_tokens(a: Attention) -> int | None:
     """How many tokens the stream has that comes first where q is put together."""
+    source = strip(linear_input(a.q[0]))
+    if len(a.q) == 1 and source.target is ATEN.cat.default:
+        return size_hint(source.operands[0].tensor.shape[-2])
     for op in _on_way(a.query, a.q):
         if op.target is ATEN.cat.default and len(op.args[0]) == 2:
             ends = [list(backward(part, lambda p: p in a.q)) or [part] for part in op.args[0]]
@@ -81,44 +97,8 @@ def _on_way(end: Op, starts: tuple[Op, ...]) -> list[Op]:
     return found
 
 
-def _norm(end: Op, linear: Op) -> Op | None:
-    """The weight of the norm between a linear and the place where the streams meet."""
-    current, steps = [linear], 0
-    seen: set[int] = set()
-    while current and steps < 40:
-        op = current.pop(0)
-        steps += 1
-        if op.index in seen or op is end or op.target is ATEN.cat.default:
-            continue
-        seen.add(op.index)
-        for user in op.users:
-            weight = next((o for o in user.operands if strip(o).kind == "param"), None)
-            normed = user.target in NORMS or user.target in NORM_PARTS
-            scaled = user.target is ATEN.mul.Tensor and steps > 1
-            if weight is not None and (normed or scaled):
-                return strip(weight)
-            current.append(user)
-    return None
-
-
 def names_of(streams: tuple[Stream, Stream], named: Mapping[str, int]) -> tuple[str, str] | None:
     """The streams' names in their order, by their token counts; None where they are not known."""
     by_count = {count: name for name, count in named.items()}
     found = [by_count.get(s.tokens) for s in streams]
     return (found[0], found[1]) if found[0] and found[1] else None
-
-
-def qk_norm(streams: tuple[Stream, Stream]) -> str:
-    """`rms_norm` where each stream normalises q and k so, `none` where none does, else `other`."""
-    norms = [n for s in streams for n in s.norms]
-    if all(n is None for n in norms):
-        return "none"
-    if all(n is not None and not _has_bias(n) for n in norms):
-        return "rms_norm"
-    return "other"
-
-
-def _has_bias(weight: Op) -> bool:
-    """A layer norm has a mean to subtract, and its op is the one that reads the weight."""
-    readers = [u.target for u in weight.users]
-    return any(t is ATEN.layer_norm.default for t in readers)

@@ -81,6 +81,19 @@ def is_whole(given: Op, mask: Op) -> bool:
     )
 
 
+def is_every(given: Op, found: Op, start: int, step: int) -> bool:
+    """Whether a value is an input in another shape, of its last dimension from `start` on every `step`-th element."""
+    if given.tensor is None:
+        return False
+    shape = [size_hint(s) for s in given.tensor.shape]
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    try:
+        value = evaluate(found, {given.index: numbers.double()})
+    except CannotEvaluateError:
+        return False
+    return torch.equal(value.double().flatten(), numbers[..., start::step].double().flatten())
+
+
 def read(masking: Masking, parameters: Parameters | None, memo: dict[int, Reading]) -> Reading:
     """What a mask hides, with every token there (an input of ones); by its values at two lengths.
 

@@ -19,8 +19,9 @@ from graftc.program.evaluate import data_operands
 from graftc.program.flat import Flat, Op, common_path, flatten
 from graftc.program.ops import MOVEMENTS
 from graftc.program.program import ATEN, Program, generate_code, join
+from graftc.program.refusals import not_moved
 from graftc.program.regions import Nodes, inline_call, outline_nodes
-from graftc.program.roles import attentions, linear_input, mlps
+from graftc.program.roles import Attention, attentions, linear_input, mlps
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ def outline(program: Program) -> Program:
 def _regions(flat: Flat) -> list[Region]:
     found: list[Region] = []
     for a in attentions(flat):
-        if a.path and a.complete:
+        if a.path and a.complete and not _makes_its_mask(flat, a):
             continue
         firsts = tuple(dict.fromkeys([*a.q, *a.k, *a.v]))
         lasts = a.outs or (_last_movement(a.result),)
@@ -74,6 +75,30 @@ def _regions(flat: Flat) -> list[Region]:
         if not m.path:
             firsts = tuple(o for o in (m.up, m.gate) if o is not None)
             found.append(Region("mlp", tuple(dict.fromkeys(firsts)), (m.down,)))
+    return found
+
+
+def _makes_its_mask(flat: Flat, a: Attention) -> bool:
+    """Whether the module computes the attention's one mask from inputs of its own: as an input it can be taken over."""
+    if len(a.masks) != 1 or a.masks[0].form == "hidden":
+        return False
+    mask = a.masks[0].mask
+    given = {o.index for o in flat.first_calls[a.path].args if isinstance(o, Op)}
+    own = not_moved(mask, given)
+    return own is not None and own.kind == "op" and bool(_reached(own, given))
+
+
+def _reached(op: Op, goals: set[int]) -> set[int]:
+    """The goals whose values are in `op`."""
+    found: set[int] = set()
+    stack, seen = [op], set[int]()
+    while stack:
+        current = stack.pop()
+        if current.index in goals:
+            found.add(current.index)
+        elif current.index not in seen:
+            seen.add(current.index)
+            stack += data_operands(current)
     return found
 
 

@@ -18,19 +18,24 @@ from torch import Tensor, fx
 
 from graftc.diagnostics import fail
 from graftc.program.analysis import Analysis
-from graftc.program.flat import Op
+from graftc.program.evaluate import data_operands, evaluate
+from graftc.program.flat import Op, strip
 from graftc.program.joint import streams_of
 from graftc.program.ops import MOVEMENTS
 from graftc.program.program import ATEN, Program, size_hint
+from graftc.program.qk import Norm
 from graftc.program.roles import Attention
+
+_NO_HOPS: Mapping[int, Op] = {}
 
 
 @dataclass(frozen=True)
 class PartRef:
     """Where a part stands: parameters, the rows (or columns) that are its own in head-major order.
 
-    None for rows or columns means all, in order. `transposed`: stored [in, out] (Conv1D). `factor`: q
-    takes up a softmax scale that is not 1 / √head_dim, so that an attention of the usual scale equals it.
+    None for rows or columns means all, in order. `transposed`: stored [in, out] (Conv1D). `plus` is added to
+    the weight: a norm may be stored as what its scale differs from one by. `identity`: no parameter, but the
+    identity of this width. `bias_rows`: the piece of `bias` that is meant, before `rows`.
     """
 
     weight: str
@@ -38,20 +43,27 @@ class PartRef:
     rows: tuple[int, ...] | None = None
     columns: tuple[int, ...] | None = None
     transposed: bool = False
-    factor: float = 1.0
+    plus: float = 0.0
+    identity: int = 0
+    bias_rows: tuple[int, ...] | None = None
 
     def tensors(self, program: Program) -> tuple[Tensor, Tensor | None]:
         """(weight [out, in], bias [out] or None), copied."""
+        if self.identity:
+            like = next(program.root.parameters())
+            return torch.eye(self.identity, dtype=like.dtype, device=like.device), None
         weight = program.root.get_parameter(self.weight).detach()
         weight = weight.t() if self.transposed else weight
         bias = program.root.get_parameter(self.bias).detach() if self.bias else None
+        if bias is not None and self.bias_rows is not None:
+            bias = bias[torch.tensor(self.bias_rows, device=bias.device)]
         if self.rows is not None:
             index = torch.tensor(self.rows, device=weight.device)
             weight = weight[index]
             bias = bias[index] if bias is not None else None
         if self.columns is not None:
             weight = weight[:, torch.tensor(self.columns, device=weight.device)]
-        return weight * self.factor, bias * self.factor if bias is not None else None
+        return weight + self.plus, bias
 
 
 def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
@@ -62,18 +74,21 @@ def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
     if path in analysis.attentions:
         a = analysis.attentions[path]
         found: dict[str, PartRef | str] = {}
+        hops = _hops(a)
         for name, linears, end in (("q", a.q, a.query), ("k", a.k, a.key), ("v", a.v, a.value)):
             if len(linears) != 1:
                 found[name] = f"{name} comes from {len(linears)} linears"
             else:
-                found[name] = _rows_of(linears[0], end)
-        q = found["q"]
-        if isinstance(q, PartRef) and (factor := _scale_factor(a)) != 1.0:
-            found["q"] = replace(q, factor=factor)
-        if a.out is None:
+                found[name] = _rows_of(linears[0], end, hops)
+        for name, routes, end in (("q", a.q_routes, a.query), ("k", a.k_routes, a.key)):
+            if len(routes) == 1 and (norm := routes[0].norm) is not None:
+                found |= _norm_part(f"{name}_norm", norm, end, hops)
+        if a.complete and not a.outs:
+            found["out"] = _identity(a)
+        elif a.out is None:
             found["out"] = (
                 f"{len(a.outs)} linears follow the attention"
-                if a.complete and a.outs
+                if a.complete
                 else "no linear follows the attention"
             )
         else:
@@ -122,28 +137,49 @@ def _of_streams(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
     if isinstance(streams, str):
         return {}
     found: dict[str, PartRef | str] = {}
+    hops = _hops(a)
     for i, stream in enumerate(streams, 1):
         for name, linear, end in (
             ("q", stream.q, a.query),
             ("k", stream.k, a.key),
             ("v", stream.v, a.value),
         ):
-            found[f"{name}_{i}"] = _rows_of(linear, end)
+            found[f"{name}_{i}"] = _rows_of(linear, end, hops)
         if stream.out is not None:
             found[f"out_{i}"] = _columns_of(a, stream.out)
-        for name, weight in zip(("q_norm", "k_norm"), stream.norms, strict=True):
-            if weight is not None:
-                found[f"{name}_{i}"] = PartRef(weight.fqn, None)
+        for name, norm, end in zip(
+            ("q_norm", "k_norm"), stream.norms, (a.query, a.key), strict=True
+        ):
+            if norm is not None:
+                found |= _norm_part(f"{name}_{i}", norm, end, hops)
     return found
 
 
-def _scale_factor(a: Attention) -> float:
-    """The attention's own scale as a multiple of 1 / √head_dim, where it is an argument."""
-    if a.anchor.target is not ATEN.scaled_dot_product_attention.default:
-        return 1.0
-    scale = a.anchor.argument(6, "scale")
-    width = size_hint(a.query.tensor.shape[-1])
-    return float(scale) * width**0.5 if isinstance(scale, (int, float)) else 1.0
+def _hops(a: Attention) -> dict[int, Op]:
+    """Ops after which a norm or a factor stands, which leaves each feature where it is."""
+    return {i: o for r in (*a.q_routes, *a.k_routes) for i, o in r.hops.items()}
+
+
+def _norm_part(name: str, norm: Norm, end: Op, hops: Mapping[int, Op]) -> dict[str, PartRef | str]:
+    """The scale and shift of a norm of q or k, in the order of the features that it is over; nothing without a scale."""
+    if norm.weight is None:
+        return {}
+    bias = norm.bias.fqn if norm.bias is not None else None
+    part = PartRef(norm.weight.fqn, bias, plus=norm.plus)
+    if norm.width == size_hint(end.tensor.shape[-1]):
+        return {name: part}
+    moved = _arrived(norm.end, end, hops)
+    if isinstance(moved, str):
+        return {name: moved}
+    rows = tuple(dict.fromkeys(moved.reshape(-1).tolist()))
+    return {name: part if rows == tuple(range(norm.width)) else replace(part, rows=rows)}
+
+
+def _identity(a: Attention) -> PartRef | str:
+    """The identity, where no linear follows the attention."""
+    width = size_hint(a.query.tensor.shape[-3]) * size_hint(a.value.tensor.shape[-1])
+    whole = len(a.query.tensor.shape) == 4 and a.form == "softmax"
+    return PartRef("", None, identity=width) if whole else "no linear follows the attention"
 
 
 def _whole(linear: Op) -> PartRef | str:
@@ -156,14 +192,47 @@ def _ref(
     conv1d = linear.target is ATEN.addmm.default
     weight = linear.args[2] if conv1d else linear.args[1]
     bias = linear.args[0] if conv1d else linear.argument(2, "bias")
-    if weight.kind != "param" or (bias is not None and bias.kind != "param"):
+    if weight.kind != "param":
         return "the linear's weight is computed, not a parameter"
-    return PartRef(weight.fqn, bias.fqn if bias is not None else None, rows, columns, conv1d)
+    if bias is None or bias.kind == "param":
+        name = bias.fqn if bias is not None else None
+        return PartRef(weight.fqn, name, rows, columns, conv1d)
+    made = _piece(bias)
+    if made is None:
+        return "the linear's bias is computed, not a parameter"
+    return PartRef(weight.fqn, made[0].fqn, rows, columns, conv1d, bias_rows=made[1])
 
 
-def _rows_of(linear: Op, end: Op) -> PartRef | str:
+def _piece(value: Op) -> tuple[Op, tuple[int, ...]] | None:
+    """(parameter, which of its numbers) where a vector is cut out of one, or out of several put together.
+
+    (torch.nn.functional.multi_head_attention_forward puts the biases of q, k and v together.)
+    """
+    params: list[Op] = []
+    stack = [value]
+    while stack:
+        op = stack.pop()
+        if op.kind == "param":
+            params.append(op)
+        elif op.kind == "op" and (op.target is ATEN.cat.default or op is not strip(op)):
+            stack += data_operands(op)
+        else:
+            return None
+    given: dict[int, Any] = {}
+    start = 0
+    for op in params:
+        size = size_hint(op.tensor.shape[0])
+        given[op.index] = torch.arange(start, start + size)
+        start += size
+    of = {n: (op, i) for op in params for i, n in enumerate(given[op.index].tolist())}
+    found = [of[n] for n in evaluate(value, given).tolist()]
+    owners = {op.index for op, _ in found}
+    return (found[0][0], tuple(i for _, i in found)) if len(owners) == 1 else None
+
+
+def _rows_of(linear: Op, end: Op, hops: Mapping[int, Op] = _NO_HOPS) -> PartRef | str:
     """The rows of `linear` that arrive at `end`, in the order (head, feature)."""
-    moved = _arrived(linear, end)
+    moved = _arrived(linear, end, hops)
     if isinstance(moved, str):
         return moved
     features = size_hint(linear.tensor.shape[-1])
@@ -172,17 +241,18 @@ def _rows_of(linear: Op, end: Op) -> PartRef | str:
     return _ref(linear, None if rows == tuple(range(features)) else rows, None)
 
 
-def _arrived(linear: Op, end: Op) -> Any:
+def _arrived(linear: Op, end: Op, hops: Mapping[int, Op] = _NO_HOPS) -> Any:
     """The numbers of the features of `linear` where they arrive on the way to `end`, batch and tokens of size 1."""
     features = size_hint(linear.tensor.shape[-1])
-    path = _movements(linear, end)
+    path = _movements(linear, end, hops)
     if isinstance(path, str):
         return path
     shape = [size_hint(s) for s in linear.tensor.shape]
     values: dict[int, Any] = {linear.index: torch.arange(features).expand(*shape[:-1], features)}
     last = linear
     for op in path:
-        values[op.index] = _evaluate(op, values)
+        hop = hops.get(last.index) is op
+        values[op.index] = values[last.index] if hop else _evaluate(op, values)
         last = op
     moved = values[last.index]
     for i in range(moved.ndim):  # the batch, the tokens: the same numbers everywhere
@@ -223,12 +293,16 @@ def _columns_of(a: Attention, linear: Op) -> PartRef | str:
     return _ref(linear, None, tuple(columns))
 
 
-def _movements(start: Op, end: Op) -> list[Op] | str:
-    """The movement ops from `start` on the way to `end`, up to the first op that computes."""
+def _movements(start: Op, end: Op, hops: Mapping[int, Op] = _NO_HOPS) -> list[Op] | str:
+    """The movement ops from `start` on the way to `end`, up to the first op that computes and is no hop."""
     on_way = _between(start, end)
     found: list[Op] = []
     current = start
     while current is not end:
+        if current.index in hops:
+            current = hops[current.index]
+            found.append(current)
+            continue
         nexts = [u for u in current.users if u.index in on_way or u is end]
         movements = [u for u in nexts if u.target in MOVEMENTS or u.target is operator.getitem]
         if len(nexts) != 1 or not movements:
@@ -274,7 +348,9 @@ def _evaluate(op: Op, values: Mapping[int, Any]) -> Any:
     if op.target in (ATEN.to.dtype, ATEN.type_as.default, ATEN.dropout.default):
         return concrete(op.args[0])
     args = [concrete(a) for a in op.args]
-    return op.target(*args, **{k: concrete(v) for k, v in op.kwargs.items()})
+    # The numbers are expanded, which a view need not be able to take apart.
+    target = ATEN.reshape.default if op.target is ATEN.view.default else op.target
+    return target(*args, **{k: concrete(v) for k, v in op.kwargs.items()})
 
 
 def _size(op: Op) -> int:

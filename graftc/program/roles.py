@@ -31,6 +31,7 @@ from graftc.program.ops import (
     SOFTMAX,
 )
 from graftc.program.program import ATEN, size_hint
+from graftc.program.qk import Route, factor_of, route
 from graftc.program.refusals import (
     Refusal,
     Refused,
@@ -39,7 +40,7 @@ from graftc.program.refusals import (
     op_name,
     why_not_just,
 )
-from graftc.program.rotary import Rotary, is_rotary, rotary_of
+from graftc.program.rotary import is_rotary
 
 Form = Literal["softmax", "linear", "opaque"]
 
@@ -56,6 +57,7 @@ class Anchor:
     form: Form
     masks: tuple[Masking, ...] = ()
     causal: bool = False
+    scale: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,8 @@ class Attention:
     `path` is the module that is the attention and nothing else, '' where there is none. `outs`: the output
     projections, one for each stream; `complete` says whether they are inside the site. `form`: 'softmax',
     'linear' (a product of products, no softmax) or 'opaque' (an op that graftc cannot see into). `masks` are
-    those that do something else than hide the future, `reading` what all of them do together.
+    those that do something else than hide the future, `reading` what all of them do together. `q_routes`: how each
+    of `q` becomes the query. `scale`: what the products of the linears' results are multiplied by, in all.
     """
 
     path: str
@@ -83,9 +86,11 @@ class Attention:
     masks: tuple[Masking, ...]
     reading: Reading
     rotary: bool
-    tables: tuple[Rotary, Rotary] | None
     normed: bool
     form: Form
+    q_routes: tuple[Route, ...]
+    k_routes: tuple[Route, ...]
+    scale: float
 
     @property
     def out(self) -> Op | None:
@@ -148,7 +153,9 @@ def _anchors(flat: Flat, refused: Refused) -> Iterator[Anchor]:
             mask = op.argument(3, "attn_mask")
             masks = (Masking(mask, form_of(mask)),) if isinstance(mask, Op) else ()
             causal = bool(op.argument(5, "is_causal", False))
-            anchor = Anchor(op, op, q, k, v, "softmax", masks, causal)
+            scale = op.argument(6, "scale")
+            scale = float(scale) if isinstance(scale, (int, float)) else None
+            anchor = Anchor(op, op, q, k, v, "softmax", masks, causal, scale)
         elif op.target in SOFTMAX:
             anchor = _written_out(flat, refused, op)
         elif op.target in PRODUCTS:
@@ -177,9 +184,12 @@ def _written_out(flat: Flat, refused: Refused, softmax: Op) -> Anchor | None:
     masks = maskings(_between(softmax, {score.index}), score)
     if offset:
         masks = (Masking(score.args[0], "additive"), *masks)
-    return Anchor(
-        softmax, out, score.args[offset], score.args[offset + 1], out.args[1], "softmax", masks
-    )
+    scale = float(score.argument(4, "alpha", 1)) if offset else 1.0
+    for op in _between(softmax, {score.index}):
+        factor = factor_of(op)
+        scale *= factor[0] if factor is not None else 1.0
+    q, k = score.args[offset : offset + 2]
+    return Anchor(softmax, out, q, k, out.args[1], "softmax", masks, scale=scale)
 
 
 def _product_of_products(outer: Op) -> Anchor | None:
@@ -283,7 +293,9 @@ def _around(
     reading = Reading(
         anchor.causal or any(r.causal for r in readings), any(r.other for r in readings)
     )
-    tables = rotary_of(anchor.query, q), rotary_of(anchor.key, k)
+    q_routes = tuple(route(anchor.query, o) for o in q)
+    k_routes = tuple(route(anchor.key, o) for o in k)
+    scale = anchor.scale if anchor.scale is not None else _features(anchor.query) ** -0.5
     return Attention(
         path,
         _kind(q, k, v, path or common_path(members)),
@@ -300,12 +312,14 @@ def _around(
         tuple(m for m, r in zip(anchor.masks, readings, strict=True) if r.other),
         reading,
         rotary=is_rotary(anchor.query, q),
-        tables=tables if tables[0] is not None and tables[1] is not None else None,  # type: ignore[arg-type]
         normed=any(
             o.target in NORMS or o.target in NORM_PARTS
             for o in _between(anchor.query, {p.index for p in q})
         ),
         form=anchor.form,
+        q_routes=q_routes,
+        k_routes=k_routes,
+        scale=scale * q_routes[0].scale * k_routes[0].scale,
     )
 
 
@@ -387,9 +401,10 @@ def _is_just(flat: Flat, path: str, linears: list[Op], results: tuple[Op, ...]) 
     for call in flat.calls_by_path.get(path, ()):
         given = {a.index for a in call.args if isinstance(a, Op)}
         returned = call.result if isinstance(call.result, tuple) else (call.result,)
-        if all(_moved_from(linear_input(o), given) for o in linears) and any(
-            isinstance(r, Op) and _moved_from(r, goals) for r in returned
-        ):
+        ends = [r for r in returned if isinstance(r, Op)]
+        if not ends or not all(_moved_from(r, goals) for r in ends):
+            continue
+        if all(_moved_from(linear_input(o), given) for o in linears):
             return True
     return False
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal
 
 import torch
@@ -10,16 +12,23 @@ from torch import Tensor
 
 from graftc.program.evaluate import CannotEvaluateError, evaluate
 from graftc.program.flat import Op, strip
+from graftc.program.ops import MOVEMENTS
 from graftc.program.program import ATEN, size_hint
+
+_LARGEST = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """x · cos + rotated(x) · sin, the whole of x: `half` turns halves, `interleaved` neighbours."""
+    """source · cos + rotated(source) · sin: `half` turns halves, `interleaved` neighbours; of a wider source the first features.
+
+    `pairs` is `interleaved` with one angle a pair: cos and sin have half as many features.
+    """
 
     cos: Op
     sin: Op
-    form: Literal["half", "interleaved"]
+    form: Literal["half", "interleaved", "pairs"]
+    source: Op
 
 
 def is_rotary(query: Op, linears: tuple[Op, ...]) -> bool:
@@ -74,6 +83,8 @@ def rotary_of(query: Op, linears: tuple[Op, ...]) -> Rotary | None:
     Of the whole x, or of its first features with the rest as they are (GPT-NeoX).
     """
     total = strip(query)
+    if total.target is ATEN.slice_scatter.default:
+        return _of_pairs(total, linears)
     rest: Op | None = None
     if total.target is ATEN.cat.default and len(total.operands) == 2:
         total, rest = strip(total.operands[0]), total.operands[1]
@@ -89,17 +100,51 @@ def rotary_of(query: Op, linears: tuple[Op, ...]) -> Rotary | None:
     for (x, cos), (turned, sin) in ((first, second), (second, first)):
         form = _turn(x, turned)
         if form is not None and (rest is None or _follows(x, rest)):
-            return Rotary(cos, sin, form)
+            return Rotary(cos, sin, form, x if rest is None else rest.args[0])
+    return None
+
+
+def _of_pairs(total: Op, linears: tuple[Op, ...]) -> Rotary | None:
+    """Where the even features are written first, and then the odd ones (Wan): told by its values on random numbers."""
+    parts = _products(total, linears)
+    tables = list({t.index: t for _, _, t in parts}.values())
+    sources = {strip(x).index: x for _, x, _ in parts}
+    if len(parts) != 4 or len(tables) != 2 or len(sources) != 1:
+        return None
+    x = next(iter(sources.values()))
+    while x.target in MOVEMENTS or x.target is operator.getitem:
+        x = x.args[0]
+        if x.tensor is not None and x.tensor.shape == total.tensor.shape:
+            break
+    shape = [size_hint(s) for s in x.tensor.shape] if x.tensor is not None else []
+    if torch.Size(shape).numel() > _LARGEST:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn([size_hint(s) for s in o.tensor.shape], generator=generator) for o in (x, *tables)]  # fmt: skip
+    try:
+        found = evaluate(total, {o.index: g for o, g in zip((x, *tables), given, strict=True)})
+    except CannotEvaluateError:
+        return None
+    pairs = given[0].unflatten(-1, (-1, 2))
+    for (cos, c), (sin, s) in permutations(zip(tables, given[1:], strict=True)):
+        if c.shape[-1] != pairs.shape[-2]:
+            return None
+        one, two = pairs.unbind(-1)
+        turned = torch.stack((one * c - two * s, two * c + one * s), dim=-1).flatten(-2)
+        if found.shape == turned.shape and torch.allclose(found, turned, atol=1e-5):
+            return Rotary(cos, sin, "pairs", x)
     return None
 
 
 def _follows(x: Op, rest: Op) -> bool:
     """Whether `x` is the first features of a tensor, and `rest` those after them."""
-    if x.target is not ATEN.slice.Tensor or rest.target is not ATEN.slice.Tensor:
-        return False
-    if x.args[0] is not rest.args[0] or x.tensor is None or rest.tensor is None:
+    if rest.target is not ATEN.slice.Tensor or x.tensor is None or rest.tensor is None:
         return False
     width, after = size_hint(x.tensor.shape[-1]), size_hint(rest.tensor.shape[-1])
+    if rest.args[0] is x:  # all of it turns, and nothing is left (Phi-3)
+        return after == 0
+    if x.target is not ATEN.slice.Tensor or rest.args[0] is not x.args[0]:
+        return False
     start = x.argument(2, "start")
     whole = size_hint(x.args[0].tensor.shape[-1])
     return start in (0, None) and rest.argument(2, "start") == width and width + after == whole

@@ -41,6 +41,9 @@ def resolve_arguments(
             )
         elif isinstance(arg.default, OfSite):
             fact = facts.get(arg.default.fact)
+            if fact is None and arg.default.optional:
+                resolved[arg.name] = arg.default.otherwise
+                continue
             if fact is None:
                 _check_from_model(arg.default.fact, call, site)
                 fail(
@@ -205,6 +208,7 @@ def check_fits(
     arguments: Mapping[str, Value],
     site: Site,
     span: Span,
+    drop: tuple[str, ...] = (),
 ) -> None:
     """Raise where the operator does not fit the site."""
     if "causal" in site.has and not spec.is_causal(arguments):
@@ -221,18 +225,7 @@ def check_fits(
             if spec.arg("causal")
             else "choose a causal operator",
         )
-    if (
-        "qk_norm" in site.has
-        and spec.arg("heads") is not None
-        and arguments.get("qk_norm", "none") == "none"
-    ):
-        fail(
-            "G354",
-            f"`{spec.name}` would drop the norms of q and k at {site.path}",
-            span=span,
-            site=site.path,
-            help="keep the attention there (`except {…}`), or choose an operator without heads",
-        )
+    _check_qk(spec, arguments, site, drop, span)
     if spec.mixes == "tokens" and arguments.get("window") is not None:
         tokens, window = site.facts.get("tokens"), arguments["window"]
         if isinstance(tokens, int) and isinstance(window, int) and window >= tokens:
@@ -245,3 +238,39 @@ def check_fits(
                 found=str(window),
                 help="keep the attention, or narrow the window",
             )
+
+
+def _check_qk(
+    spec: OperatorSpec,
+    arguments: Mapping[str, Value],
+    site: Site,
+    drop: tuple[str, ...],
+    span: Span,
+) -> None:
+    """Raise where an operator with q and k of its own would make them otherwise than the site did, unsaid."""
+    if spec.arg("heads") is None:
+        return
+    unread = site.facts.get("unread")
+    if "qk_norm" in site.has:
+        if "qk_norm" in drop or arguments.get("qk_norm", "none") != "none":
+            return
+        fail(
+            "G354",
+            f"`{spec.name}` would drop the norms of q and k at {site.path}",
+            span=span,
+            site=site.path,
+            wanted="a root mean square or layer norm, of each head or of all together"
+            if unread
+            else None,
+            found=f"q or k through {unread}" if unread else None,
+            help="write `drop qk_norm` in the rule if that is meant",
+        )
+    if unread is not None and "rotary" not in site.has and site.facts.get("form") == "softmax":
+        fail(
+            "G363",
+            f"q or k of {site.path} goes through {unread}, which `{spec.name}` does not do",
+            span=span,
+            site=site.path,
+            wanted="a linear map, a norm, rotary positions and a factor, nothing else",
+            help="keep the attention there (`except {…}`), or choose an operator without heads",
+        )

@@ -193,7 +193,7 @@ def new_module(place: Place, call: OperatorCall, site: Site, path: str) -> NewMo
     check_role(call.spec, site, call.span)
     arguments = resolve_arguments(call, site, place.match, drop)
     call = replace(call, spec=spec_at(call, arguments, site, place.analysis))
-    check_fits(call.spec, arguments, site, call.span)
+    check_fits(call.spec, arguments, site, call.span, drop)
     inputs = kept_inputs(call.spec, arguments, site, drop, call.span)
     return NewModule(path, call.spec, arguments, site.role, site, inputs)
 

@@ -16,7 +16,10 @@ def own_facts(site: Site, drop: tuple[str, ...]) -> dict[str, Value]:
     """The facts that a signature's `= site` reads: the site's own, and the form of its rotary positions."""
     rotary = site.kept.get("rotary")
     form = "none" if rotary is None or "rotary" in drop else rotary.form
-    return {**site.facts, "rotary": form}
+    facts: dict[str, Value] = {**site.facts, "rotary": form}
+    if "qk_norm" in drop or facts.get("qk_norm") == "other":
+        facts["qk_norm"] = "none"
+    return facts
 
 
 def kept_inputs(

@@ -65,7 +65,7 @@ def assign(
         if not given and WHOLE in overrides and not _is_fit(overrides[WHOLE]):
             continue
         for name, source in sources.items():
-            source = unfold(source, context.arguments)
+            source = unfold(source, context)
             span = spans.get(None if name == WHOLE else name) if given else None
             if name == WHOLE and _is_fit(source):
                 continue

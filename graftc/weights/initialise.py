@@ -90,7 +90,7 @@ def plan_init(
     """
     with torch.device("meta"):
         module = build(spec, arguments)
-    context = Context(spec.name, arguments, path, binding, {}, {}, 0)
+    context = Context(spec.name, arguments, path, binding, {}, {}, 0, known=available or {})
     plan = assign(spec, role, clauses, context, spans or {}, module)
     if available is not None:
         for assignment in plan:
@@ -122,7 +122,8 @@ def initialise(
     Raises GraftError: also G404 for shapes that do not fit and G405 for a source that cannot be
     computed; the module may then be half filled.
     """
-    context = Context(spec.name, arguments, path, binding, parts or {}, heads or {}, seed)
+    parts = parts or {}
+    context = Context(spec.name, arguments, path, binding, parts, heads or {}, seed, known=parts)
     plan = assign(spec, role, clauses, context, spans or {}, module)
     origins = _origins(module, plan, context)
     whole: dict[int, dict[str, Affine]] = {}

@@ -5,14 +5,14 @@ The policies, with `x`, `y` for sources (a part `a.q`, or another policy):
 `mean_pool(a.k, groups = n)`, `repeat(a.k, times = n)`, `product(x, y)` (x after y), `identity`,
 `zero`, `one`, `random(seed)`, `least_squares`;
 for a whole operator `least_squares(sweeps = n)`, for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; for two
-thin maps `svd(l, whiten = calibration)`; in specs only `argument(name)`,
+thin maps `svd(l, whiten = calibration)`; in specs only `argument(name)`, `either(part, other)`,
 `constant(name)`, `mean_of_branches`, `sum_of_branches`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -47,7 +47,10 @@ POLICIES = (
 
 @dataclass(frozen=True)
 class Context:
-    """What a source is read against: the operator and its site, for messages and for values."""
+    """What a source is read against: the operator and its site, for messages and for values.
+
+    `known`: the names of the parts of each binding.
+    """
 
     operator: str
     arguments: Arguments
@@ -57,6 +60,7 @@ class Context:
     heads: Mapping[str, Heads]
     seed: int
     span: Span | None = None
+    known: Mapping[str, Collection[str]] = field(default_factory=dict[str, Collection[str]])
 
     def refuse(self, code: str, message: str, help: str | None = None) -> NoReturn:
         fail(code, message, span=self.span, site=self.path, help=help)
@@ -82,10 +86,18 @@ def parts_of(source: InitSource) -> tuple[Part, ...]:
     return tuple(part for x in inside for part in parts_of(x))
 
 
-def unfold(source: InitSource, arguments: Arguments) -> InitSource:
-    """`argument(name)` replaced by the policy that the operator's argument names."""
+def unfold(source: InitSource, context: Context) -> InitSource:
+    """What a spec's source stands for.
+
+    `argument(name)`: the policy that the operator's argument names. `either(part, other)`: the part where
+    the site has it.
+    """
     if isinstance(source, Apply) and source.policy == "argument":
-        return Apply(str(arguments[str(_constant(source.args[0]))]))
+        return Apply(str(context.arguments[str(_constant(source.args[0]))]))
+    if isinstance(source, Apply) and source.policy == "either":
+        own, other = source.args
+        assert isinstance(own, Part)
+        return own if own.name in context.known.get(context.name(own.site), ()) else other
     return source
 
 
@@ -204,7 +216,7 @@ def _identity(source: Apply, context: Context, submodule: nn.Module) -> Affine:
         return policies.dirac(submodule.out_channels, submodule.kernel_size[0], causal is True)
     if isinstance(submodule, nn.Conv2d):
         return policies.dirac2d(submodule.out_channels, submodule.kernel_size[0])
-    if isinstance(submodule, nn.RMSNorm):
+    if isinstance(submodule, (nn.RMSNorm, nn.LayerNorm)):
         return Affine(torch.ones_like(submodule.weight.detach()), None)
     if isinstance(submodule, nn.Linear):
         return policies.identity(submodule.out_features, submodule.in_features)

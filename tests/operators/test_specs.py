@@ -35,6 +35,8 @@ DIT = {
     "streams": "image, text",
     "first_stream": "image",
     "both": True,
+    "second": "own",
+    "swapped": False,
     "eps": 1e-6,
     "affine": True,
 }
@@ -66,7 +68,9 @@ def _arguments(name, **given):
     given = {**GIVEN.get(name, {}), **given}
     arguments = {"branches": 2} if "merge" in name else {}
     for arg in spec.args:
-        own = DIT[arg.default.fact] if isinstance(arg.default, OfSite) else arg.default
+        own = arg.default
+        if isinstance(own, OfSite):
+            own = DIT.get(own.fact, own.otherwise) if own.optional else DIT[own.fact]
         own = own if holds(arg.when, arguments) else None
         arguments[arg.name] = given.get(arg.name, arguments.get(arg.name, own))
     return {a.name: arguments[a.name] for a in spec.args}
@@ -104,6 +108,7 @@ SMALL = {
     "dim": 24, "heads": 6, "kv_heads": 2, "head_dim": 4, "kernel": 3, "gated": True, "causal": False,
     "order": 3, "feature": "softmax_pair", "features": 5, "qk_norm": "rms_norm", "state": 3, "groups": 2,
     "rank": 2, "context_dim": 10, "tokens": 7, "affine": False, "both": False, "height": 3, "width": 5,
+    "norm_over": "width", "out": False, "second": "hidden",
 }  # fmt: skip
 GRID = {"kernel": 3, "causal": False, "dims": 2, "height": 4, "width": 6}
 
@@ -113,7 +118,7 @@ def test_cost_counts_the_modules_parameters(name):
     spec = EVERY[name]
     few = {n: v for n, v in SMALL.items() if spec.arg(n)}
     if "joint" in name:
-        del few["groups"]
+        few.pop("groups", None)
     chosen = [_arguments(name), _arguments(name, **few)]
     if spec.arg("dims"):
         chosen.append(_arguments(name, **GRID))
@@ -141,7 +146,8 @@ def test_every_role_has_defaults_that_leave_no_parameter_out(name):
             ("gated", (False, True)),
             ("causal", (False, True)),
             ("feature", ("softmax_pair", "relu")),
-            ("qk_norm", ("rms_norm", "none")),
+            ("qk_norm", ("rms_norm", "layer_norm", "none")),
+            ("second", ("hidden", "shared")),
         ):
             for value in values if spec.arg(name_) else ():
                 plan_init(spec, _arguments(name, **{name_: value}), role, path="m")

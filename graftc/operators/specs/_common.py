@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftc.operators.spec import SITE, Apply, Arg, Arguments, InitSource, OfSite, Part
+from graftc.operators.spec import SITE, Apply, Arg, Arguments, InitSource, OfSite, Part, Slot
 
 SELF_ATTENTION = "self_attention"
 CROSS_ATTENTION = "cross_attention"
@@ -29,17 +29,69 @@ ROTARY = Arg(
     "rotary",
     "symbol",
     OfSite("rotary"),
-    choices=("none", "half", "interleaved"),
+    choices=("none", "half", "interleaved", "pairs"),
     doc="how the site's cos and sin turn q and k",
 )
 
-QK_NORM = Arg(
-    "qk_norm",
-    "symbol",
-    "none",
-    choices=("none", "rms_norm"),
-    doc="normalise q and k of each head",
+_NORMED = "qk_norm!=none"
+QK_NORM = (
+    Arg(
+        "qk_norm",
+        "symbol",
+        OfSite("qk_norm", "none", optional=True),
+        choices=("none", "rms_norm", "layer_norm"),
+        doc="the norm of q and k",
+    ),
+    Arg(
+        "norm_over",
+        "symbol",
+        OfSite("norm_over", "head", optional=True),
+        choices=("head", "width"),
+        when=_NORMED,
+        doc="each head's features, or those of all heads together",
+    ),
+    Arg(
+        "norm_eps",
+        "float",
+        OfSite("norm_eps", 1e-6, optional=True),
+        minimum=0,
+        when=_NORMED,
+        doc="added to the mean square, or to the variance",
+    ),
+    Arg(
+        "norm_affine",
+        "bool",
+        OfSite("norm_affine", True, optional=True),
+        when=_NORMED,
+        doc="a scale (and shift) of each feature",
+    ),
 )
+"""The norms of q and k, the site's own."""
+
+SCALE = Arg(
+    "scale",
+    "float",
+    OfSite("scale", None, optional=True),
+    above=0,
+    doc="of the scores; 1 / √head_dim if not given and not the site's own",
+)
+
+
+def norm_params(arguments: Arguments) -> int:
+    """Parameters of the norms of q and k.
+
+    >>> norm_params({"qk_norm": "layer_norm", "norm_affine": True, "norm_over": "head", "head_dim": 8})
+    32
+    """
+    if not arguments.get("norm_affine"):
+        return 0
+    heads = (1, 1)
+    if arguments.get("norm_over") == "width":
+        own = integer(arguments, "heads")
+        kv = arguments.get("kv_heads")
+        heads = (own, kv if isinstance(kv, int) else own)
+    vectors = 2 if arguments["qk_norm"] == "layer_norm" else 1
+    return vectors * sum(heads) * integer(arguments, "head_dim")
 
 
 def form_arg(*forms: str) -> Arg:
@@ -125,3 +177,17 @@ def qkv() -> Apply:
 def fitted(otherwise: InitSource) -> Apply:
     """Least squares on calibration inputs; `otherwise` is what it starts from without them."""
     return Apply("least_squares", options={"otherwise": otherwise})
+
+
+def norm_slots(*names: str, when: str = "norm_affine") -> tuple[Slot, ...]:
+    """The slots of the norms of q and k."""
+    return tuple(Slot(name, name, when=when) for name in names)
+
+
+def own_or_one(name: str) -> Apply:
+    """The site's norm `name`; where it has none, a scale of one."""
+    return Apply("either", (part(name), Apply("identity")))
+
+
+QK_NORM_SLOTS = norm_slots("q_norm", "k_norm")
+QK_NORM_INITS: dict[str, InitSource] = {n: own_or_one(n) for n in ("q_norm", "k_norm")}

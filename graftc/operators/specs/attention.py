@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from graftc.operators.spec import (
     WHOLE,
     Apply,
@@ -16,14 +18,21 @@ from graftc.operators.spec import (
 from graftc.operators.specs._common import (
     CROSS_ATTENTION,
     DIM,
+    JOINT_ATTENTION,
     QK_NORM,
+    QK_NORM_INITS,
+    QK_NORM_SLOTS,
     ROTARY,
+    SCALE,
     SELF_ATTENTION,
     attention_args,
     attention_projections,
     attention_sizes,
     fitted,
     integer,
+    norm_params,
+    norm_slots,
+    own_or_one,
     part,
 )
 
@@ -34,6 +43,7 @@ SLOTS = (
     Slot("v", "in_proj", rows=(2, 3), sizes=attention_sizes),
     Slot("out_proj", "out_proj", last=True),
     Slot("out", "out_proj", last=True, doc="the same as out_proj"),
+    *QK_NORM_SLOTS,
 )
 """The slots of every operator with `in_proj` (rows q|k|v) and `out_proj`."""
 
@@ -43,14 +53,18 @@ COPIES: dict[str, dict[str, InitSource]] = {
         "k": part("k"),
         "v": part("v"),
         "out_proj": part("out"),
+        **QK_NORM_INITS,
     }
 }
-"""The site's own q, k, v, out."""
+"""The site's own q, k, v, out, and norms of q and k."""
 
 FITTED: dict[str, dict[str, InitSource]] = {
     SELF_ATTENTION: {**COPIES[SELF_ATTENTION], WHOLE: Apply("least_squares")}
 }
 """The site's own, and then v and out fitted: for an attention that weighs its tokens otherwise."""
+
+_OUT = Arg("out", "bool", OfSite("out", True, optional=True), doc="a linear map follows")
+_SLOTS = tuple(replace(s, when="out") if s.module == "out_proj" else s for s in SLOTS)
 
 LINEAR = (SLOTS[3],)
 """Attention is linear in v, row by row."""
@@ -66,10 +80,22 @@ def dense_attention_flops(arguments: Arguments, tokens: int) -> int:
     return 4 * tokens * tokens * inner + 2 * heads * tokens * tokens
 
 
+def _without_out(arguments: Arguments, queries: int) -> tuple[int, int]:
+    """(parameters, FLOPs) that an operator without a last map has more, which is less than none."""
+    if arguments.get("out") is not False:
+        return 0, 0
+    dim, inner = integer(arguments, "dim"), attention_sizes(arguments)[0]
+    return -dim * (inner + 1), queries * (-2 * dim * inner)
+
+
 def _cost(arguments: Arguments, tokens: int) -> Cost:
     params, projections = attention_projections(arguments, tokens)
-    norms = 2 * integer(arguments, "head_dim") if arguments["qk_norm"] != "none" else 0
-    return Cost(params + norms, dense_attention_flops(arguments, tokens), projections)
+    less, fewer = _without_out(arguments, tokens)
+    return Cost(
+        params + less + norm_params(arguments),
+        dense_attention_flops(arguments, tokens),
+        projections + fewer,
+    )
 
 
 def _cross_cost(arguments: Arguments, tokens: int) -> Cost:
@@ -78,17 +104,36 @@ def _cross_cost(arguments: Arguments, tokens: int) -> Cost:
     inner, kv, _ = attention_sizes(arguments)
     given = arguments.get("context_tokens")
     keys = given if isinstance(given, int) else tokens
-    params = inner * (dim + 1) + 2 * kv * (context + 1) + dim * (inner + 1)
+    params = inner * (dim + 1) + 2 * kv * (context + 1) + dim * (inner + 1) + norm_params(arguments)
+    less, fewer = _without_out(arguments, tokens)
     scores = tokens * keys
     operator = 4 * scores * inner + 2 * integer(arguments, "heads") * scores
-    return Cost(params, operator, 4 * tokens * dim * inner + 4 * keys * context * kv)
+    featuriser = 4 * tokens * dim * inner + 4 * keys * context * kv
+    return Cost(params + less, operator, featuriser + fewer)
+
+
+def _joint_cost(arguments: Arguments, tokens: int) -> Cost:
+    """`context_tokens`, a fact of the site, is as many as the tokens where it is not known."""
+    dim, context = integer(arguments, "dim"), integer(arguments, "context_dim")
+    inner = integer(arguments, "heads") * integer(arguments, "head_dim")
+    given, second = arguments.get("context_tokens"), arguments["second"]
+    others = given if isinstance(given, int) else tokens
+    params = 3 * inner * (dim + 1) + dim * (inner + 1) + norm_params(arguments)
+    if second != "shared":
+        params += 3 * inner * (context + 1) + norm_params(arguments)
+    params += context * (inner + 1) if second == "own" else 0
+    outs = 3 if second == "hidden" else 4
+    both = tokens + others
+    scores = both * both
+    operator = 4 * scores * inner + 2 * integer(arguments, "heads") * scores
+    return Cost(params, operator, 2 * inner * (4 * tokens * dim + outs * others * context))
 
 
 def _latent_cost(arguments: Arguments, tokens: int) -> Cost:
     dim, rank = integer(arguments, "dim"), integer(arguments, "rank")
     inner = integer(arguments, "heads") * integer(arguments, "head_dim")
     weights = 2 * dim * inner + dim * rank + 2 * rank * inner
-    params = weights + inner + 2 * inner + dim
+    params = weights + inner + 2 * inner + dim + norm_params({**arguments, "kv_heads": None})
     operator = dense_attention_flops({**arguments, "kv_heads": 1}, tokens)
     return Cost(params, operator, 2 * tokens * weights)
 
@@ -103,13 +148,18 @@ _CROSS = OperatorSpec(
         DIM,
         Arg("context_dim", "int", OfSite("context_dim"), minimum=1, doc="width of the context"),
         *(a for a in attention_args() if a.name in ("heads", "kv_heads", "head_dim")),
+        ROTARY,
+        *QK_NORM,
+        SCALE,
+        _OUT,
     ),
     slots=(
         Slot("q", "q_proj"),
         Slot("k", "kv_proj", rows=(0, 2)),
         Slot("v", "kv_proj", rows=(1, 2)),
-        Slot("out_proj", "out_proj", last=True),
-        Slot("out", "out_proj", last=True, doc="the same as out_proj"),
+        Slot("out_proj", "out_proj", last=True, when="out"),
+        Slot("out", "out_proj", last=True, when="out", doc="the same as out_proj"),
+        *QK_NORM_SLOTS,
     ),
     inits={
         CROSS_ATTENTION: {
@@ -117,11 +167,58 @@ _CROSS = OperatorSpec(
             "k": part("k"),
             "v": part("v"),
             "out_proj": part("out"),
+            **QK_NORM_INITS,
         }
     },
     cost=_cross_cost,
-    keeps=("mask", "groups", "context"),
+    keeps=("mask", "rotary", "groups", "context"),
     source="arXiv 1706.03762; grouped-query: arXiv 2305.13245, section 2",
+)
+
+_APART = "second!=shared"
+_NAMES = ("q", "k", "v")
+_JOINT = OperatorSpec(
+    name="attention",
+    module="graftc.operators.joint:JointAttention",
+    summary="softmax attention of two streams to each other and themselves",
+    roles=(JOINT_ATTENTION,),
+    mixes="tokens",
+    args=(
+        DIM,
+        Arg(
+            "context_dim", "int", OfSite("context_dim"), minimum=1, doc="width of the second stream"
+        ),
+        *(a for a in attention_args() if a.name in ("heads", "head_dim")),
+        Arg(
+            "second",
+            "symbol",
+            OfSite("second"),
+            choices=("own", "hidden", "shared"),
+            doc="maps of its own, in and out; not returned; the first stream's maps",
+        ),
+        Arg("swapped", "bool", OfSite("swapped"), doc="the second stream's tokens come first"),
+        ROTARY,
+        *QK_NORM,
+        SCALE,
+    ),
+    slots=(
+        *(Slot(f"{n}_1", "in_proj", rows=(i, 3)) for i, n in enumerate(_NAMES)),
+        *(Slot(f"{n}_2", "in_proj_2", rows=(i, 3), when=_APART) for i, n in enumerate(_NAMES)),
+        *QK_NORM_SLOTS,
+        *norm_slots("q_norm_2", "k_norm_2", when=f"norm_affine and {_APART}"),
+        Slot("out_1", "out_proj", last=True),
+        Slot("out_2", "out_proj_2", when="second=own"),
+    ),
+    inits={
+        JOINT_ATTENTION: {
+            **{f"{n}_{s}": part(f"{n}_{s}") for n in (*_NAMES, "out") for s in (1, 2)},
+            **{f"{n}_norm": own_or_one(f"{n}_norm_1") for n in ("q", "k")},
+            **{f"{n}_norm_2": own_or_one(f"{n}_norm_2") for n in ("q", "k")},
+        }
+    },
+    cost=_joint_cost,
+    keeps=("mask", "rotary", "context"),
+    source="SD3, arXiv 2403.03206, section 4",
 )
 
 SPECS = (
@@ -129,25 +226,15 @@ SPECS = (
         name="attention",
         module="graftc.operators.attention:Attention",
         summary="softmax attention; fewer kv_heads make it grouped-query or multi-query",
-        roles=(SELF_ATTENTION, CROSS_ATTENTION),
+        roles=(SELF_ATTENTION, CROSS_ATTENTION, JOINT_ATTENTION),
         mixes="tokens",
-        args=(*attention_args(), ROTARY, QK_NORM),
-        slots=(
-            *SLOTS,
-            Slot("q_norm", "q_norm", when="qk_norm=rms_norm"),
-            Slot("k_norm", "k_norm", when="qk_norm=rms_norm"),
-        ),
-        inits={
-            SELF_ATTENTION: {
-                **COPIES[SELF_ATTENTION],
-                "q_norm": Apply("identity"),
-                "k_norm": Apply("identity"),
-            }
-        },
+        args=(*attention_args(), ROTARY, *QK_NORM, SCALE, _OUT),
+        slots=_SLOTS,
+        inits=COPIES,
         cost=_cost,
         keeps=("mask", "rotary", "causal", "groups"),
         source="arXiv 1706.03762; grouped-query: arXiv 2305.13245, section 2",
-        variants={CROSS_ATTENTION: _CROSS},
+        variants={CROSS_ATTENTION: _CROSS, JOINT_ATTENTION: _JOINT},
     ),
     OperatorSpec(
         name="latent_attention",
@@ -159,6 +246,8 @@ SPECS = (
             Arg("rank", "int", required=True, minimum=1, doc="numbers a token that k and v share"),
             *(a for a in attention_args() if a.name != "kv_heads"),
             ROTARY,
+            *QK_NORM,
+            SCALE,
         ),
         slots=(
             Slot("q", "q_proj"),
@@ -166,9 +255,11 @@ SPECS = (
             Slot("kv_up", "kv_up"),
             Slot("out_proj", "out_proj", last=True),
             Slot("out", "out_proj", last=True, doc="the same as out_proj"),
+            *QK_NORM_SLOTS,
         ),
         inits={
             SELF_ATTENTION: {
+                **QK_NORM_INITS,
                 "q": part("q"),
                 "kv_down": Apply("random"),
                 "kv_up": Apply("random"),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from graftc.operators.spec import Apply, Arg, Arguments, Const, Cost, OperatorSpec, Slot
 from graftc.operators.specs._common import (
+    QK_NORM,
     ROTARY,
+    SCALE,
     SELF_ATTENTION,
     attention_args,
     attention_projections,
     attention_sizes,
     integer,
+    norm_params,
 )
 from graftc.operators.specs.attention import COPIES, FITTED, LINEAR, SLOTS
 
@@ -45,7 +48,7 @@ def _cost(arguments: Arguments, tokens: int) -> Cost:
     width, maps = _width(arguments)
     columns = integer(arguments, "head_dim") + 1
     operator = 4 * tokens * integer(arguments, "heads") * width * columns
-    return Cost(params + maps, operator, projections + 2 * tokens * maps)
+    return Cost(params + maps + norm_params(arguments), operator, projections + 2 * tokens * maps)
 
 
 def _window_cost(arguments: Arguments, tokens: int) -> Cost:
@@ -76,6 +79,7 @@ SPECS = (
             _FEATURES,
             *attention_args(),
             ROTARY,
+            *QK_NORM,
         ),
         slots=(*SLOTS, *_MAPS),
         inits={SELF_ATTENTION: {**FITTED[SELF_ATTENTION], **_MAP_INITS}},
@@ -104,6 +108,8 @@ SPECS = (
             Arg("start", "float", -2.197, doc="the window's share at first, before its sigmoid"),
             *attention_args(),
             ROTARY,
+            *QK_NORM,
+            SCALE,
         ),
         slots=(*SLOTS, *_MAPS, Slot("factor", "", parameter="factor", doc="the window's share")),
         inits={

@@ -6,11 +6,16 @@ from graftc.operators.spec import Arg, Arguments, Cost, OfSite, OperatorSpec, Sl
 from graftc.operators.specs._common import (
     DIM,
     JOINT_ATTENTION,
+    QK_NORM,
     ROTARY,
+    SCALE,
     SELF_ATTENTION,
     attention_args,
     attention_projections,
     integer,
+    norm_params,
+    norm_slots,
+    own_or_one,
     part,
 )
 from graftc.operators.specs.attention import COPIES, SLOTS
@@ -46,7 +51,7 @@ def _cost(arguments: Arguments, tokens: int) -> Cost:
     params, projections = attention_projections(arguments, grid)
     heads = integer(arguments, "heads")
     operator = scores * heads * (4 * integer(arguments, "head_dim") + 2)
-    return Cost(params, operator, projections)
+    return Cost(params + norm_params(arguments), operator, projections)
 
 
 def _joint_cost(arguments: Arguments, tokens: int) -> Cost:
@@ -63,7 +68,7 @@ def _joint_cost(arguments: Arguments, tokens: int) -> Cost:
     both = 2 if arguments["both"] else 1
     params = 3 * inner * (dim + 1 + context + 1) + dim * (inner + 1)
     params += context * (inner + 1) * (both - 1)
-    params += 4 * head_dim if arguments["qk_norm"] != "none" else 0
+    params += 2 * norm_params(arguments)
     scores += grid * others + others * (grid + others)
     on_grid, off = (grid, others) if counts and counts[0] == grid else (others, grid)
     featuriser = 2 * inner * (4 * on_grid * dim + (3 + both - 1) * off * context)
@@ -95,26 +100,22 @@ _JOINT = OperatorSpec(
             OfSite("first_stream"),
             doc="whose tokens come first in the attention",
         ),
-        Arg("qk_norm", "symbol", OfSite("qk_norm"), choices=("none", "rms_norm")),
+        *QK_NORM,
+        SCALE,
         ROTARY,
     ),
     slots=(
         *(Slot(f"{n}_1", "in_proj", rows=(i, 3)) for i, n in enumerate(_NAMES)),
         *(Slot(f"{n}_2", "in_proj_2", rows=(i, 3)) for i, n in enumerate(_NAMES)),
-        *(
-            Slot(n, n, when="qk_norm=rms_norm")
-            for n in ("q_norm", "k_norm", "q_norm_2", "k_norm_2")
-        ),
+        *norm_slots("q_norm", "k_norm", "q_norm_2", "k_norm_2"),
         Slot("out_1", "out_proj", last=True),
         Slot("out_2", "out_proj_2", when="both"),
     ),
     inits={
         JOINT_ATTENTION: {
             **{f"{n}_{s}": part(f"{n}_{s}") for n in (*_NAMES, "out") for s in (1, 2)},
-            "q_norm": part("q_norm_1"),
-            "k_norm": part("k_norm_1"),
-            "q_norm_2": part("q_norm_2"),
-            "k_norm_2": part("k_norm_2"),
+            **{f"{n}_norm": own_or_one(f"{n}_norm_1") for n in ("q", "k")},
+            **{f"{n}_norm_2": own_or_one(f"{n}_norm_2") for n in ("q", "k")},
         }
     },
     cost=_joint_cost,
@@ -136,6 +137,8 @@ SPECS = (
             _HEIGHT,
             _WIDTH,
             ROTARY,
+            *QK_NORM,
+            SCALE,
         ),
         slots=SLOTS,
         inits=COPIES,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec
 from graftc.operators.specs._common import (
+    QK_NORM,
     ROTARY,
+    SCALE,
     SELF_ATTENTION,
     attention_args,
     attention_projections,
     attention_sizes,
     form_arg,
     integer,
+    norm_params,
 )
 from graftc.operators.specs.attention import FITTED, LINEAR, SLOTS
 
@@ -21,7 +24,9 @@ def _cost(arguments: Arguments, tokens: int) -> Cost:
     seen = min(tokens, (1 if arguments["causal"] else 2) * window + 1)
     scores = tokens * seen
     inner, heads = attention_sizes(arguments)[0], integer(arguments, "heads")
-    return Cost(params, 4 * scores * inner + 2 * heads * scores, projections)
+    return Cost(
+        params + norm_params(arguments), 4 * scores * inner + 2 * heads * scores, projections
+    )
 
 
 def _form(arguments: Arguments, tokens: int | None) -> str:
@@ -50,6 +55,8 @@ SPECS = (
             *attention_args(),
             ROTARY,
             form_arg("blocks", "dense"),
+            *QK_NORM,
+            SCALE,
         ),
         slots=SLOTS,
         inits=FITTED,
