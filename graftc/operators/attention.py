@@ -26,7 +26,7 @@ class Attention(nn.Module):
     before they are turned, each head (SD3, arXiv 2403.03206, section 5.3.2) or, with `norm_over =
     width`, all heads together. A mask is added to the scores, or hides where it is False; cos and
     sin turn q and k where `rotary` says how. Without `out` there is no last map, and y is
-    [batch, tokens, heads · head_dim].
+    [batch, tokens, heads · head_dim]. `tokens_first`: x and y are [tokens, batch, …].
 
     >>> import torch
     >>> Attention(dim=8, heads=4, kv_heads=2)(torch.zeros(1, 3, 8)).shape
@@ -47,6 +47,7 @@ class Attention(nn.Module):
         norm_affine: bool | None = None,
         scale: float | None = None,
         out: bool = True,
+        tokens_first: bool = False,
     ) -> None:
         super().__init__()
         kv_heads, head_dim = head_sizes("attention", dim, heads, kv_heads, head_dim)
@@ -62,6 +63,7 @@ class Attention(nn.Module):
         self.k_norm = make_norm(
             "attention", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
         )
+        self.tokens_first = tokens_first
         self.scale = head_dim**-0.5 if scale is None else scale
         self.out_proj = nn.Linear(heads * head_dim, dim) if out else None
 
@@ -72,6 +74,8 @@ class Attention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
     ) -> Tensor:
+        if self.tokens_first:
+            x = x.transpose(0, 1)
         batch, tokens, _ = x.shape
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
@@ -92,7 +96,8 @@ class Attention(nn.Module):
             scale=self.scale,
         )
         y = y.transpose(1, 2).reshape(batch, tokens, inner)
-        return y if self.out_proj is None else self.out_proj(y)
+        y = y if self.out_proj is None else self.out_proj(y)
+        return y.transpose(0, 1) if self.tokens_first else y
 
 
 def _also_causal(mask: Tensor, tokens: int, causal: bool) -> Tensor:
@@ -112,7 +117,7 @@ class CrossAttention(nn.Module):
     x and y are [batch, tokens, dim], context is [batch, its tokens, context_dim]. `q_proj` holds
     the rows of q, `kv_proj` those of k and v, in this order, head by head. Fewer `kv_heads` are
     shared by groups of query heads (arXiv 2305.13245). A mask is added to the scores, or hides
-    where it is False. `qk_norm`, `scale` and `out` are those of `Attention`; `rotary` turns q alone,
+    where it is False. `qk_norm`, `scale`, `out` and `tokens_first` are those of `Attention`; `rotary` turns q alone,
     as a context has no such positions (HunyuanDiT).
 
     >>> import torch
@@ -135,6 +140,7 @@ class CrossAttention(nn.Module):
         norm_affine: bool | None = None,
         scale: float | None = None,
         out: bool = True,
+        tokens_first: bool = False,
     ) -> None:
         super().__init__()
         kv_heads, head_dim = head_sizes("cross_attention", dim, heads, kv_heads, head_dim)
@@ -150,6 +156,7 @@ class CrossAttention(nn.Module):
         self.k_norm = make_norm(
             "cross_attention", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
         )
+        self.tokens_first = tokens_first
         self.scale = head_dim**-0.5 if scale is None else scale
         self.out_proj = nn.Linear(heads * head_dim, dim) if out else None
 
@@ -161,6 +168,8 @@ class CrossAttention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
     ) -> Tensor:
+        if self.tokens_first:
+            x, context = x.transpose(0, 1), context.transpose(0, 1)
         batch, tokens, _ = x.shape
         keys = context.shape[1]
         q = self.q_proj(x).reshape(batch, tokens, self.heads, self.head_dim)
@@ -180,7 +189,8 @@ class CrossAttention(nn.Module):
             scale=self.scale,
         )
         y = y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim)
-        return y if self.out_proj is None else self.out_proj(y)
+        y = y if self.out_proj is None else self.out_proj(y)
+        return y.transpose(0, 1) if self.tokens_first else y
 
 
 class LatentAttention(nn.Module):

@@ -173,6 +173,7 @@ def analyse(program: Program) -> Analysis:
             a = outside[call.path]
             role, stream = a.kind, _argument_index(call, [linear_input(o) for o in a.q])
             facts, has = _attention_facts(a, batch)
+            facts |= _order_facts(a, call.args[stream] if stream < len(call.args) else None)
             kept = _kept(a, call)
             if a.kind == "joint_attention":
                 stream, facts, kept = _joint(a, call, program, stream, facts, kept)
@@ -408,6 +409,23 @@ def _mlp_facts(m: Mlp) -> dict[str, Fact]:
         "gated": gated,
         "kind": "gated" if gated else "plain",
     }
+
+
+def _order_facts(a: Attention, stream: Any) -> dict[str, Fact]:
+    """Whether the stream is [tokens, batch, dim], by the sizes that its keys arrive with."""
+    given = [size_hint(s) for s in linear_input(a.k[0]).tensor.shape]
+    key = [size_hint(s) for s in a.key.tensor.shape]
+    if len(given) != 3 or len(key) not in (3, 4) or given[0] == given[1] or a.form != "softmax":
+        return {}
+    first = given[1] == key[0] if len(key) == 4 else given[0] == key[1]
+    if not first or given[0] != key[-2] or given[1] == key[-2]:
+        return {}
+    facts: dict[str, Fact] = {"tokens_first": True}
+    if isinstance(stream, Op) and stream.tensor is not None:
+        facts["tokens"] = size_hint(stream.tensor.shape[0])
+    if a.kind == "cross_attention":
+        facts["context_tokens"] = given[0]
+    return facts
 
 
 def _out_features(op: Op) -> int:

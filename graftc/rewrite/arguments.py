@@ -225,6 +225,20 @@ def check_fits(
             if spec.arg("causal")
             else "choose a causal operator",
         )
+    if (
+        spec.mixes == "tokens"
+        and site.facts.get("tokens_first") is True
+        and arguments.get("tokens_first") is not True
+    ):
+        fail(
+            "G364",
+            f"{site.path} has its tokens before its batch, and `{spec.name}` mixes the second dimension",
+            span=span,
+            site=site.path,
+            wanted="[batch, tokens, features]",
+            found="[tokens, batch, features]",
+            help="keep the attention there (`except {…}`), or build the model with `batch_first=True`",
+        )
     _check_qk(spec, arguments, site, drop, span)
     if spec.mixes == "tokens" and arguments.get("window") is not None:
         tokens, window = site.facts.get("tokens"), arguments["window"]

@@ -4,7 +4,8 @@
     python -m tests.models.matrix llama dit    these models again, then the page
     python -m tests.models.matrix --quick      without builds and ONNX
 
-Results stand in `out/models/`, one file a model, so that a run can be broken off and taken up.
+Results stand in `out/models/`, one file a model, so that a run can be broken off and taken up. Where names are
+given, the models that have no file there keep the row that the page has.
 """
 
 from __future__ import annotations
@@ -364,6 +365,22 @@ def page(results: list[Result]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _from_page(text: str, name: str) -> Result | None:
+    """A model's row as the page has it; None where it was not run."""
+    row = next((r for r in text.splitlines() if r.startswith(f"| {name} |")), None)
+    section = text.partition(f"### {name}\n\n")[2].partition("\n\n")[0].splitlines()
+    if row is None or not section:
+        return None
+    said = dict(line.removeprefix("- ").split(": ", 1) for line in section if ": " in line)
+    marks = {"yes": "yes", "**no**": "no", "—": "none"}
+    cells = {
+        column: (marks[mark], said.get(column, "").replace("&lt;", "<"))
+        for column, mark in zip(COLUMNS, row.strip("| ").split(" | ")[1:], strict=True)
+        if mark in marks
+    }
+    return Result(name, cells, float(section[-1].removeprefix("- ").partition(" ")[0]))
+
+
 def _escaped(text: str) -> str:
     return text.replace("<", "&lt;").replace("\n", " ")
 
@@ -392,10 +409,13 @@ def main(words: list[str]) -> None:
             if mark == "no":
                 print(f"    {column}: {detail}", flush=True)
     results: list[Result] = []
+    before = Path("docs/models.md").read_text() if names else ""
     for case in CASES:
         file = folder / f"{case.name.replace(' ', '-').replace('/', '-')}.json"
         if file.exists():
             results.append(Result(**json.loads(file.read_text())))
+        elif (row_before := _from_page(before, case.name)) is not None:
+            results.append(row_before)
     Path("docs/models.md").write_text(page(results))
 
 

@@ -63,7 +63,15 @@ FITTED: dict[str, dict[str, InitSource]] = {
 }
 """The site's own, and then v and out fitted: for an attention that weighs its tokens otherwise."""
 
-_OUT = Arg("out", "bool", OfSite("out", True, optional=True), doc="a linear map follows")
+_OUT = (
+    Arg("out", "bool", OfSite("out", True, optional=True), doc="a linear map follows"),
+    Arg(
+        "tokens_first",
+        "bool",
+        OfSite("tokens_first", False, optional=True),
+        doc="the streams are [tokens, batch, features]",
+    ),
+)
 _SLOTS = tuple(replace(s, when="out") if s.module == "out_proj" else s for s in SLOTS)
 
 LINEAR = (SLOTS[3],)
@@ -151,7 +159,7 @@ _CROSS = OperatorSpec(
         ROTARY,
         *QK_NORM,
         SCALE,
-        _OUT,
+        *_OUT,
     ),
     slots=(
         Slot("q", "q_proj"),
@@ -228,7 +236,7 @@ SPECS = (
         summary="softmax attention; fewer kv_heads make it grouped-query or multi-query",
         roles=(SELF_ATTENTION, CROSS_ATTENTION, JOINT_ATTENTION),
         mixes="tokens",
-        args=(*attention_args(), ROTARY, *QK_NORM, SCALE, _OUT),
+        args=(*attention_args(), ROTARY, *QK_NORM, SCALE, *_OUT),
         slots=_SLOTS,
         inits=COPIES,
         cost=_cost,
