@@ -3,6 +3,8 @@
     python -m tests.models.matrix              every model that has no result yet, then the page
     python -m tests.models.matrix llama dit    these models again, then the page
     python -m tests.models.matrix --quick      without builds and ONNX
+    python -m tests.models.matrix flux --columns "attention self-graft,operator swap"
+                                               these alone; the rest of the row stays as the page has it
 
 Results stand in `out/models/`, one file a model, so that a run can be broken off and taken up. Where names are
 given, the models that have no file there keep the row that the page has.
@@ -48,8 +50,10 @@ class Result:
     cells: dict[str, tuple[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def put(self, column: str, work: Callable[[], str]) -> None:
+    def put(self, column: str, work: Callable[[], str], only: tuple[str, ...] = ()) -> None:
         """Run one check; its text where it passes, its diagnostic where not."""
+        if only and column not in only:
+            return
         try:
             self.cells[column] = ("yes", work())
         except Nothing as nothing:
@@ -150,8 +154,8 @@ def first_that_applies(model: Model, texts: list[str]) -> tuple[str, Any]:
     raise AssertionError
 
 
-def row(case: Case, quick: bool = False) -> Result:
-    """Try everything on one model; `quick` leaves out what needs a build (they read NOT RUN)."""
+def row(case: Case, quick: bool = False, only: tuple[str, ...] = ()) -> Result:
+    """Try everything on one model; `quick` leaves out what needs a build (they read NOT RUN), `only` all other columns."""
     result, start = Result(case.name), time.process_time()
     model = case.build()
     state: dict[str, Any] = {}
@@ -168,11 +172,11 @@ def row(case: Case, quick: bool = False) -> Result:
         result.seconds = time.process_time() - start
         return result
     program, analysis = state["program"], state["analysis"]
-    _edits(result, case, model, analysis, state)
-    result.put("other sizes", lambda: _other_sizes(model, program, state))
+    _edits(result, case, model, analysis, state, only)
+    result.put("other sizes", lambda: _other_sizes(model, program, state), only)
     if not quick:
-        result.put("outputs kept", lambda: _package(model, state))
-        result.put("ONNX", lambda: _onnx(state))
+        result.put("outputs kept", lambda: _package(model, state), only)
+        result.put("ONNX", lambda: _onnx(state), only)
     if "folder" in state:
         state["folder"].cleanup()
     result.seconds = time.process_time() - start
@@ -180,7 +184,12 @@ def row(case: Case, quick: bool = False) -> Result:
 
 
 def _edits(
-    result: Result, case: Case, model: Model, analysis: Analysis, state: dict[str, Any]
+    result: Result,
+    case: Case,
+    model: Model,
+    analysis: Analysis,
+    state: dict[str, Any],
+    only: tuple[str, ...],
 ) -> None:
     inputs = flat_inputs(model.inputs)
     teacher = run(analysis.program, inputs)
@@ -270,15 +279,16 @@ def _edits(
         return text.splitlines()[2].strip().removeprefix("replace with ")
 
     ratio = next((m.facts["ratio"] for m in analysis.of_role("mlp")), 1)
-    result.put("found", is_found)
-    result.put("attention self-graft", attention)
+    result.put("found", is_found, only)
+    result.put("attention self-graft", attention, only)
     result.put(
         "MLP self-graft",
         lambda: self_graft("mlp", rule("m = mlp", f"replace m with mlp(ratio = {ratio})")),
+        only,
     )
-    result.put("operator swap", swap)
-    result.put("MLP edit", widen)
-    result.put("structural edit", structure)
+    result.put("operator swap", swap, only)
+    result.put("MLP edit", widen, only)
+    result.put("structural edit", structure, only)
 
 
 def _is_finite(values: list[Tensor]) -> None:
@@ -393,15 +403,25 @@ def _version(package: str) -> str:
 
 def main(words: list[str]) -> None:
     torch.set_num_threads(1)
+    only: tuple[str, ...] = ()
+    if "--columns" in words:
+        at = words.index("--columns")
+        only = tuple(words[at + 1].split(","))
+        words = words[:at] + words[at + 2 :]
+        if unknown := set(only) - set(COLUMNS):
+            raise SystemExit(f"no columns: {', '.join(unknown)}")
     quick, names = "--quick" in words, [w for w in words if w != "--quick"]
     folder = Path("out/models")
     folder.mkdir(parents=True, exist_ok=True)
+    before = Path("docs/models.md").read_text() if names else ""
     for case in CASES:
         file = folder / f"{case.name.replace(' ', '-').replace('/', '-')}.json"
         chosen = any(n.lower() in case.name.lower() for n in names)
         if (file.exists() and not chosen) or (names and not chosen):
             continue
-        result = row(case, quick)
+        result = row(case, quick, only)
+        if only and (whole := _from_page(before, case.name)) is not None:
+            result = Result(case.name, {**whole.cells, **result.cells}, whole.seconds)
         file.write_text(json.dumps(vars(result), indent=1))
         cells = " ".join(f"{c.split()[0]}={s}" for c, (s, _) in result.cells.items())
         print(f"{case.name}: {result.seconds:.0f} s  {cells}", flush=True)
@@ -409,7 +429,6 @@ def main(words: list[str]) -> None:
             if mark == "no":
                 print(f"    {column}: {detail}", flush=True)
     results: list[Result] = []
-    before = Path("docs/models.md").read_text() if names else ""
     for case in CASES:
         file = folder / f"{case.name.replace(' ', '-').replace('/', '-')}.json"
         if file.exists():

@@ -182,7 +182,7 @@ def test_another_mask_of_written_out_attention_is_seen() -> None:
     assert analysis.by_path[path].has == {"causal", "mask"}
 
 
-def test_an_unusual_scale_goes_into_q() -> None:
+def test_an_unusual_scale_is_a_fact_of_the_site() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -194,9 +194,7 @@ def test_an_unusual_scale_goes_into_q() -> None:
             return self.proj(y.transpose(1, 2).reshape(2, 5, 8))
 
     analysis, path = site_of(Scaled(), torch.randn(2, 5, 8))
-    q = part_refs(analysis, path)["q"]
-    assert isinstance(q, PartRef)
-    assert q.factor == 2.0
+    assert analysis.by_path[path].facts["scale"] == 1.0
 
 
 def test_multihead_attention_with_weights() -> None:
