@@ -220,7 +220,9 @@ def start(case: Case) -> dict[int, nn.Module]:
         arguments = {
             a.name: case.arguments.get(
                 a.name,
-                facts.get(a.default.fact) if isinstance(a.default, OfSite) else a.default,
+                facts.get(a.default.fact, a.default.otherwise)
+                if isinstance(a.default, OfSite)
+                else a.default,
             )
             for a in spec.args
         }

@@ -48,7 +48,10 @@ def _arguments(name: str, **given):
     facts |= {"activation": "gelu", "gated": False, "rotary": "none"}
     spec = SPECS[name]
     return {
-        a.name: given.get(a.name, facts.get(a.name) if hasattr(a.default, "fact") else a.default)
+        a.name: given.get(
+            a.name,
+            facts.get(a.name, a.default.otherwise) if hasattr(a.default, "fact") else a.default,
+        )
         for a in spec.args
     }
 
