@@ -9,7 +9,7 @@ from torch import nn
 
 from graftc.diagnostics import GraftError, Source, Span
 from graftc.operators.build import build
-from graftc.operators.spec import Apply, Const, Part
+from graftc.operators.spec import Apply, Const, Part, holds
 from graftc.operators.specs import MERGES, SPECS
 from graftc.weights.fit import WIDEST, Block
 from graftc.weights.initialise import initialise, plan_init
@@ -47,13 +47,12 @@ def _arguments(name: str, **given):
     facts = {"dim": DIM, "heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM, "causal": False}
     facts |= {"activation": "gelu", "gated": False, "rotary": "none"}
     spec = SPECS[name]
-    return {
-        a.name: given.get(
-            a.name,
-            facts.get(a.name, a.default.otherwise) if hasattr(a.default, "fact") else a.default,
-        )
-        for a in spec.args
-    }
+    arguments = {}
+    for a in spec.args:
+        own = a.default
+        own = facts.get(a.name, own.otherwise) if hasattr(own, "fact") else own
+        arguments[a.name] = given.get(a.name, own if holds(a.when, arguments) else None)
+    return arguments
 
 
 def _init(name, parts, role="self_attention", clauses=(), site_kv_heads=HEADS, **given):
