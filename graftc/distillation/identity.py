@@ -25,7 +25,17 @@ from graftc.distillation.targets import Candidate, Site, Targets, to_dict
 _NOT_KEY = ("name", "rule", "origin", "operator", "teacher", "student", "trainable", "pending", "after", "exact", "candidates", "sample", "init")  # fmt: skip
 """Fields of a site that its key has in another form, or that change nothing of what is trained."""
 
-_NOT_TRAINING = ("site_by_site", "seed", "steps", "batch", "lr", "samples", "threads", "stacked")
+_NOT_TRAINING = (
+    "site_by_site",
+    "cache",
+    "seed",
+    "steps",
+    "batch",
+    "lr",
+    "samples",
+    "threads",
+    "stacked",
+)
 """Options of a run that its plan already says, or that change a sum's rounding at most."""
 
 

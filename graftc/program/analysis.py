@@ -422,7 +422,10 @@ def _order_facts(a: Attention, stream: Any) -> dict[str, Fact]:
         return {}
     facts: dict[str, Fact] = {"tokens_first": True}
     if isinstance(stream, Op) and stream.tensor is not None:
-        facts["tokens"] = size_hint(stream.tensor.shape[0])
+        outside = [size_hint(s) for s in stream.tensor.shape]
+        if len(outside) != 3 or outside[1] != given[1]:  # turned inside the module (`batch_first`)
+            return {}
+        facts["tokens"] = outside[0]
     if a.kind == "cross_attention":
         facts["context_tokens"] = given[0]
     return facts

@@ -29,7 +29,9 @@ def arguments(spec: OperatorSpec) -> dict:
     found = {}
     for arg in spec.args:
         value = REQUIRED[arg.name] if arg.required else arg.default
-        found[arg.name] = FACTS[value.fact] if isinstance(value, OfSite) else value
+        found[arg.name] = (
+            FACTS.get(value.fact, value.otherwise) if isinstance(value, OfSite) else value
+        )
     if found.get("rotary") is False and any(
         a.name == "rotary" and a.kind == "symbol" for a in spec.args
     ):

@@ -47,7 +47,7 @@ def known(bare: Analysis) -> Analysis:
 
     def at(path: str) -> SiteMeasures:
         block = next((int(p) for p in path.split(".") if p.isdigit()), 0)
-        if path.endswith(".attn"):
+        if path.endswith(".self_attention"):
             figures = Statistics(0.0, 1.0, 2.0, 10.0 + block)
             share = torch.tensor([0.1, 0.2 + block / 10, 1.0])
             return SiteMeasures(within=share, statistics=figures, why={})
@@ -117,8 +117,8 @@ def test_the_plan_lists_what_was_chosen_and_what_was_not(known: Analysis) -> Non
 def test_explain_says_how_far_a_place_is(known: Analysis) -> None:
     text = "rule r {\n match a = self_attention in blocks all\n where locality(a, band = 1) > 0.55\n remove a\n}"
     (found,) = explain(check(text), known)
-    assert found.selected == ("blocks.4.attn", "blocks.5.attn")
-    (near,) = explain(check(text), known, at="blocks.3.attn")
+    assert found.selected == ("blocks.4.attn.self_attention", "blocks.5.attn.self_attention")
+    (near,) = explain(check(text), known, at="blocks.3.attn.self_attention")
     assert near.misses[0].changes[0].text == "locality(a, band = 1) is 0.5, wanted > 0.55"
     text = text.replace("> 0.55", "> 0.99")
     (found,) = explain(check(text), known)
@@ -320,7 +320,7 @@ def test_inspect_on_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert said["measured_on"]["samples"] == 5
     assert said["measured_on"]["read_from_cache"] == ["locality", "influence", "statistics"]
     sites = {s["path"]: s.get("measured", {}) for s in said["sites"]}
-    assert 0 < sites["blocks.1.attn"]["locality"]["4"] < 1
+    assert 0 < sites["blocks.1.attn.self_attention"]["locality"]["4"] < 1
     assert 0 < sites["blocks.1"]["influence"] < 1
     assert sites["blocks.1.mlp"]["kurtosis"] > 1
 

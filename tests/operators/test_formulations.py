@@ -34,7 +34,10 @@ CASES = [
 def _made(name: str, form: str, given: dict[str, object]) -> torch.nn.Module:
     spec = SPECS[name]
     arguments = {
-        a.name: given.get(a.name, SITE.get(a.name) if hasattr(a.default, "fact") else a.default)
+        a.name: given.get(
+            a.name,
+            SITE.get(a.name, a.default.otherwise) if hasattr(a.default, "fact") else a.default,
+        )
         for a in spec.args
         if a.when is None
     }
