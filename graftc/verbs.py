@@ -147,7 +147,7 @@ def explain(
     >>> text = "rule wide {\\n match m = mlp\\n where ratio(m) == 4\\n replace m with mlp(ratio = 6)\\n}"
     >>> (found,) = graftc.explain(text, model)
     >>> found.misses[0].changes[0].text, found.help
-    ('ratio(m) is 2, wanted == 4', 'write `ratio(m) == 2`')
+    ('ratio(m) is 2, wanted == 4', 'write `ratio(m) == 2` for `ratio(m) == 4`')
     """
     from graftc.rewrite.user_files import bind
     from graftc.rewrite.whynot import explain as explained

@@ -49,12 +49,11 @@ def bind(rules: Rules, allowed: Words = ()) -> Rules:
 
     >>> from graftc.language.check import check
     >>> text = 'rule r {\\n match m = mlp\\n replace m with python("ops.py:Mixer")\\n}'
-    >>> bind(check(text))
-    Traceback (most recent call last):
-        ...
-    graftc.diagnostics.diagnostic.GraftError: error[G430]: this runs code of a Python file, `ops.py`
-    ...
-      = help: if you trust the file, write `--allow-python ops.py`
+    >>> try:
+    ...     bind(check(text))
+    ... except GraftError as error:
+    ...     print(error.diagnostics[0].help)
+    if you trust the file, write `--allow-python ops.py`
     """
     problems: list[Diagnostic] = []
     hashes: dict[str, str] = {}
