@@ -47,41 +47,34 @@ def recorded(block: nn.Module) -> Generator[Record]:
     (True, False)
     """
     record = Record()
-    modules = dict(block.named_modules())
-    classes = {path: type(m) for path, m in modules.items()}
-    lengths = _lengths(modules.values())
+    paths = {id(m): path for path, m in block.named_modules()}
+    lengths = _lengths(block.modules())
+    write: Any = nn.Module.__setattr__
+
+    # On nn.Module and not on the blocks: a class of their own would change what `type(self)` is.
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        path = paths.get(id(self))
+        if path is not None:
+            if name == "__dict__":
+                # torch's own look-ups go through it; anybody else sees everything.
+                if not sys._getframe(1).f_code.co_filename.endswith("modules/module.py"):
+                    record.read.add((path, _ALL))
+            elif name not in _STORES:
+                record.read.add((path, name))
+        return super(nn.Module, self).__getattribute__(name)
+
+    def __setattr__(self: nn.Module, name: str, given: Any) -> None:
+        record.written = record.written or id(self) in paths
+        write(self, name, given)
+
+    every: Any = nn.Module
+    every.__getattribute__, every.__setattr__ = __getattribute__, __setattr__
     try:
-        for path, module in modules.items():
-            object.__setattr__(module, "__class__", _recording(classes[path], path, record))
         yield record
     finally:
-        for path, module in modules.items():
-            object.__setattr__(module, "__class__", classes[path])
-    record.written = record.written or lengths != _lengths(modules.values())
-
-
-def _recording(cls: type[nn.Module], path: str, record: Record) -> type[nn.Module]:
-    def __getattribute__(self: Any, name: str) -> Any:
-        if name == "__dict__":
-            # torch's own look-ups go through it; anybody else sees everything.
-            if not sys._getframe(1).f_code.co_filename.endswith("modules/module.py"):
-                record.read.add((path, _ALL))
-        elif name not in _STORES:
-            record.read.add((path, name))
-        return cls.__getattribute__(self, name)
-
-    def __setattr__(self: Any, name: str, given: Any) -> None:
-        record.written = True
-        cls.__setattr__(self, name, given)
-
-    body = {
-        "__getattribute__": __getattribute__,
-        "__setattr__": __setattr__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-    }
-    made: Any = type(cls)  # its metaclass
-    return made(cls.__name__, (cls,), body)
+        del every.__getattribute__
+        every.__setattr__ = write
+    record.written = record.written or lengths != _lengths(block.modules())
 
 
 def _lengths(modules: Iterable[nn.Module]) -> list[int]:

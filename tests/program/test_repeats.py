@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from graftc.program.capture import capture
+from graftc.program.capture import _capture, capture
 from graftc.program.model import Model
 from graftc.program.program import graphs
+from graftc.program.repeats import NotShared
+from tests.models.case import Case
 from tests.models.zoo import CASES
 
 
@@ -118,6 +122,14 @@ class Delegates(Block):
         return x + self.processor(self, x)
 
 
+class Asks(Block):
+    """Does something else where it is not itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        same = type(self) is Asks and self.__class__ is Asks
+        return super().forward(x) * (2.0 if same else 3.0)
+
+
 class Reaches(Block):
     """Uses a value that is not its input."""
 
@@ -160,12 +172,23 @@ def twice() -> Stack:
         lambda: Stack([InPlace() for _ in range(3)]),
         lambda: Stack([Appends() for _ in range(3)]),
         lambda: Stack([Delegates(g) for g in (1.0, 1.0, 2.0)]),
+        lambda: Stack([Asks() for _ in range(3)]),
         lambda: Feeds([Reaches() for _ in range(3)]),
         hooked,
         indexed,
         twice,
     ],
-    ids=["state", "in place", "appends", "processor", "outside value", "hook", "vars", "twice"],
+    ids=[
+        "state",
+        "in place",
+        "appends",
+        "processor",
+        "its own class",
+        "outside value",
+        "hook",
+        "vars",
+        "twice",
+    ],
 )
 def test_blocks_that_differ_out_of_sight_are_told_apart(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
@@ -183,6 +206,56 @@ def test_what_tracing_changed_is_put_back() -> None:
     after: list[Any] = [(type(m), dict(vars(m))) for m in module.modules()]
     assert [c for c, _ in after] == [c for c, _ in before]
     assert [list(v) for _, v in after] == [list(v) for _, v in before]
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def computed(root: fx.GraphModule) -> object:
+    """What a tree computes: each value as the operation and the values that it comes of.
+
+    Sizes stand as what they are, since one size can be read off several tensors.
+    """
+
+    def run(path: str, module: fx.GraphModule, given: list[object]) -> Any:
+        values: dict[fx.Node, Any] = {}
+        rest = iter(given)
+        for node in module.graph.nodes:
+            args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+            size = node.meta.get("val")
+            if node.op == "placeholder":
+                values[node] = next(rest)
+            elif node.op == "get_attr":
+                values[node] = f"{path}.{node.target}"
+            elif node.op == "output":
+                return args[0][0]
+            elif isinstance(size, torch.SymInt) or node.target is torch.ops.aten.sym_size.int:
+                values[node] = "a size" if size is None else str(size)
+            elif node.op == "call_module" and isinstance(
+                inner := module.get_submodule(str(node.target)), fx.GraphModule
+            ):
+                values[node] = run(f"{path}.{node.target}", inner, args[0])
+            elif node.target is operator.getitem and isinstance(args[0][0], (tuple, list)):
+                values[node] = args[0][0][args[0][1]]
+            else:
+                text = repr((path if node.op == "call_module" else "", node.target, args))
+                values[node] = hashlib.sha256(text.encode()).hexdigest()
+        raise AssertionError("a graph without output")
+
+    return run("", root, [n.name for n in root.graph.nodes if n.op == "placeholder"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "Lumina2" not in c.name], ids=lambda c: c.name
+)
+def test_every_model_of_the_matrix_is_captured_alike(case: Case) -> None:
+    try:
+        shared = _capture(case.build(), share=True)
+    except NotShared as reason:
+        pytest.skip(f"traced block by block: {reason}")
+    alone = _capture(case.build(), share=False)
+    assert computed(shared.root) == computed(alone.root)
+    names = [sorted((n, t.shape) for n, t in p.root.state_dict().items()) for p in (shared, alone)]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("name", ["transformers Gemma 3", "U-ViT", "diffusers PixArt"])
