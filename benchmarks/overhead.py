@@ -32,7 +32,7 @@ from graftc.distillation.optim import Schedule
 from graftc.distillation.stage2 import finetune_module
 from graftc.distillation.students import students_of
 from graftc.distillation.targets import Stage2, Targets, from_dict
-from graftc.verbs import load_data
+from graftc.loading import load_data, task_of
 
 ROOT = Path(__file__).parents[1]
 MODEL = f"{ROOT}/examples/digits/model.py:teacher"
@@ -163,7 +163,7 @@ def measure() -> Report:
         file.write_text(RULE)
         build = verbs.compile(file, MODEL, Path(folder) / "b")
         targets, teacher = from_dict(build.targets), build.teacher().eval()
-        task = verbs._task(build, None)  # pyright: ignore[reportPrivateUsage]
+        task = task_of(build, None)
         first = stage1(targets, teacher, build.student(), task, data)
         ours: list[float] = []
         theirs: list[float] = []

@@ -254,7 +254,7 @@ def check_weights(module: nn.Module) -> None:
 def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) -> Targets:
     """First weights that need data, solved on the teacher's activations."""
     from graftc.distillation.first_weights import solve_first_weights
-    from graftc.verbs import load_data, load_task
+    from graftc.loading import load_data, load_task
 
     chosen = load_task(task if task is not None else model.task)
     if chosen is None:
@@ -276,7 +276,7 @@ def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) ->
 
 def _noise(task: Any) -> Noise | None:
     """What makes the batches; None where compile was told of no task."""
-    from graftc.verbs import load_task
+    from graftc.loading import load_task
 
     return None if task is None else noise_of(load_task(task))
 

@@ -42,7 +42,7 @@ def measuring(
 
     `cache`: a folder; None is the user's own (`measures.default_cache`). Raises GraftError where no Task is named (G231).
     """
-    from graftc.verbs import load_data, load_task
+    from graftc.loading import load_data, load_task
 
     if data is None:
         return None

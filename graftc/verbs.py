@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from graftc.diagnostics import Diagnostic, GraftError, NotRunError, fail
 from graftc.environment import doctor
 from graftc.language.check import check
+from graftc.loading import as_build, as_model, load_data, recorded_sources, task_inputs, task_of
+from graftc.verification import keep, keep_in_build, with_trajectory
 
 if TYPE_CHECKING:
     from graftc.deploy.profile import Comparison
@@ -57,7 +59,7 @@ def inspect(
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
 
-    loaded = _model(model, on_meta=data is None)
+    loaded = as_model(model, on_meta=data is None)
     found = analyse(capture(loaded))
     if data is not None:
         from graftc.compiler import check_weights
@@ -166,7 +168,7 @@ def _analysis(
     from graftc.selectors import asks, measured_for, measuring
 
     measures = data is not None and asks(rules)
-    loaded = _model(model, on_meta=not measures)
+    loaded = as_model(model, on_meta=not measures)
     on = None
     if measures:
         from graftc.compiler import check_weights
@@ -239,10 +241,12 @@ def assemble(
     """
     from graftc.distillation.assemble import assemble as engine
 
-    opened = _build(build)
+    opened = as_build(build)
     given = None if data is None else load_data(data)
-    chosen = None if data is None else _task(opened, task)
-    sources = {"command": command} if data is None else _sources(opened, data, task, command)
+    chosen = None if data is None else task_of(opened, task)
+    sources = (
+        {"command": command} if data is None else recorded_sources(opened, data, task, command)
+    )
     return engine(opened, bank, data=given, task=chosen, sources=sources)
 
 
@@ -253,9 +257,9 @@ def load_targets(build: str | Path | Build, *, task: str | Any = None) -> Distil
     """
     from graftc.distillation.plain import Distillation
 
-    opened = _build(build)
+    opened = as_build(build)
     try:
-        chosen = _task(opened, task)
+        chosen = task_of(opened, task)
     except GraftError as error:
         if error.diagnostics[0].code != "G231":
             raise
@@ -290,8 +294,8 @@ def plan_distill(
     """
     from graftc.distillation import plan_distill as planned
 
-    opened = _build(build)
-    return planned(opened, load_data(data), _task(opened, task), **_sizes(options))
+    opened = as_build(build)
+    return planned(opened, load_data(data), task_of(opened, task), **_sizes(options))
 
 
 def _sizes(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,33 +321,14 @@ def finetune(
 def _train(
     engine: Any, build: str | Path | Build, data: Any, task: Any, options: dict[str, Any]
 ) -> RunResult:
-    opened = _build(build)
+    opened = as_build(build)
     return engine(
         opened,
         load_data(data),
-        _task(opened, task),
-        sources=_sources(opened, data, task, str(options.pop("command", ""))),
+        task_of(opened, task),
+        sources=recorded_sources(opened, data, task, str(options.pop("command", ""))),
         **options,
     )
-
-
-def _sources(build: Build, data: Any, task: Any, command: str = "") -> dict[str, Any]:
-    """DATA and TASK for the run's record: by reference and hash where they were named, else by class.
-
-    `command` is what was typed, if anything was.
-    """
-    from graftc.program.model import Reference, source_of
-
-    def entry(what: Any, kind: str) -> dict[str, str]:
-        if not isinstance(what, str):
-            return source_of(what)
-        if ":" not in what or what.startswith("hf:") or Path(what).is_dir():
-            return {"reference": what}
-        return {"reference": what, "sha256": Reference(what, kind).source_hash()}
-
-    used = build.manifest.get("task") if task is None else entry(task, "TASK")
-    named = {"data": entry(data, "DATA"), "task": used}
-    return {**named, "command": command} if command else named
 
 
 def export(
@@ -369,7 +354,7 @@ def export(
     from graftc.deploy.request import read_request
     from graftc.emit.onnx import chosen_run, export_onnx
 
-    opened = _build(build)
+    opened = as_build(build)
     plain = (to, precision, dynamic, target, opset, data) == (
         "onnx",
         "fp32",
@@ -388,7 +373,7 @@ def export(
     )
     into = Path(output) if output else opened.path / "exports" / f"{to}-{precision}"
     made = write_export(
-        opened, into, request, run=chosen_run(opened, run), inputs=_task_inputs(opened, data)
+        opened, into, request, run=chosen_run(opened, run), inputs=task_inputs(opened, data)
     )
     return made.path
 
@@ -424,39 +409,16 @@ def verify(
         opened_export = Export.open(Path(path))
         result = verify_export(opened_export, ep=ep, regions=regions, tolerance=tolerance)
         if trajectory is not None:
-            result = _with_trajectory(opened_export, result, trajectory)
-        _keep_in_build(opened_export, result, command)
+            result = with_trajectory(opened_export, result, trajectory)
+        keep_in_build(opened_export, result, command)
         return result
-    opened = _build(path)
+    opened = as_build(path)
     if regions or ep != "cpu" or tolerance is not None or trajectory is not None:
         fail("G666", "--ep, --regions, --tolerance and --trajectory are for an export directory", site=str(opened.path),
              help=f"graftc export {opened.path} -o OUT; graftc verify OUT")  # fmt: skip
-    result = check_file(opened, Path(onnx) if onnx else None, inputs=_task_inputs(opened, data))
-    _keep_verification(opened, result, command)
+    result = check_file(opened, Path(onnx) if onnx else None, inputs=task_inputs(opened, data))
+    keep(opened, result, command)
     return result
-
-
-def _keep_in_build(export: Any, result: Verification, command: str) -> None:
-    from graftc.emit.build import Build
-
-    folder = Path(str((export.manifest.get("build") or {}).get("path", "")))
-    if not (folder / "manifest.yaml").is_file() or not os.access(folder, os.W_OK):
-        return
-    opened = Build.open(folder)
-    if (
-        str((opened.manifest.get("weights") or {}).get("student", ""))
-        == export.manifest["hashes"]["build"]
-    ):
-        _keep_verification(opened, result, command)
-
-
-def _keep_verification(build: Build, result: Verification, command: str) -> None:
-    from graftc.emit.files import write_yaml
-    from graftc.environment import versions
-
-    rungs = [{"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs]
-    said = {"file": str(result.file), "command": command, "versions": versions(), "rungs": rungs}
-    write_yaml(build.path / "verification.yaml", said)
 
 
 def report(build: str | Path | Build, output: str | Path) -> Path:
@@ -469,39 +431,11 @@ def report(build: str | Path | Build, output: str | Path) -> Path:
     from graftc.reporting.gather import gather
     from graftc.reporting.page import page
 
-    opened = _build(build)
+    opened = as_build(build)
     kept = opened.path / "verification.yaml"
     facts = gather(opened, read_yaml(kept) if kept.is_file() else None)
     write_text(Path(output), page(facts))
     return Path(output)
-
-
-def _with_trajectory(export: Any, result: Verification, steps: int) -> Verification:
-    from graftc.deploy.trajectory import check_trajectory
-    from graftc.emit.build import Build
-    from graftc.emit.verify import Rung, Verification
-
-    if steps < 1:
-        fail("G663", "a trajectory has one step at least", site="--trajectory", found=str(steps))
-    said = export.manifest.get("build") or {}
-    folder = Path(str(said.get("path", "")))
-    if not (folder / "manifest.yaml").is_file():
-        rung = Rung("trajectory", "NOT RUN", f"the build that was exported is not at {folder}")
-        return Verification(result.file, (*result.rungs, rung))
-    opened = Build.open(folder)
-    if (
-        str(opened.manifest.get("weights", {}).get("student", ""))
-        != export.manifest["hashes"]["build"]
-    ):
-        fail(
-            "G652",
-            "the build is another one than was exported",
-            site=str(folder),
-            help="export it again",
-        )
-    run = None if said["run"] == "untrained" else str(said["run"])
-    rungs = check_trajectory(export, opened.student(run), _task(opened, None), steps)
-    return Verification(result.file, (*result.rungs, *rungs))
 
 
 def bench(
@@ -594,90 +528,6 @@ def serve_editor(model: str | None = None) -> None:
     serve(model)
 
 
-# -- words to values ---------------------------------------------------------------------------
-
-
 def _title(model: str | Model) -> str:
     """The model's name over a drawing."""
     return model.rpartition("/")[2] if isinstance(model, str) else type(model.module).__name__
-
-
-def _model(model: str | Model, *, on_meta: bool) -> Model:
-    from graftc.program.model import as_model, load_model
-
-    return load_model(model, on_meta=on_meta) if isinstance(model, str) else as_model(model)
-
-
-def _build(build: str | Path | Build) -> Build:
-    from graftc.emit.build import Build
-
-    return build if isinstance(build, Build) else Build.open(Path(build))
-
-
-def load_data(data: str | Any) -> Any:
-    """DATA by name, or the object itself.
-
-    A name is `file.py:function` (called), the path of a folder of safetensors shards, or `hf:NAME#CONFIG:SPLIT`,
-    a data set of Hugging Face, streamed.
-    """
-    from graftc.distillation import call_data
-    from graftc.distillation.shards import Shards, hugging_face
-    from graftc.program.model import Reference
-
-    if not isinstance(data, str):
-        return data
-    if data.startswith("hf:"):
-        return hugging_face(data.removeprefix("hf:"))
-    if Path(data).is_dir():
-        return Shards(Path(data))
-    return call_data(Reference(data, "DATA").resolve())
-
-
-def load_task(task: str | Any) -> Any:
-    """TASK by name: a shipped one, `file.py:Task` (called if it is a class or a function), or the object."""
-    from graftc.program.model import Reference, user_error
-    from graftc.tasks import get_task
-
-    if not isinstance(task, str):
-        return task
-    if ":" not in task:
-        try:
-            return get_task(task)()
-        except ValueError as error:
-            fail("G230", str(error), site="-t")
-    found = Reference(task, "TASK").resolve()
-    try:
-        return found() if callable(found) else found
-    except Exception as error:
-        raise user_error(error, "TASK", task) from error
-
-
-def _task(build: Build, task: str | Any) -> Any:
-    if task is not None:
-        return load_task(task)
-    recorded = build.manifest.get("task") or {}
-    if "absolute" in recorded:  # else it is the model's own, or was given as an object
-        return load_task(recorded["absolute"])
-    model = (build.manifest.get("model") or {}).get("absolute")
-    own = _model(model, on_meta=True).task if model else None
-    if own is None:
-        fail(
-            "G231",
-            "no task: the model names none",
-            site=str(build.path),
-            wanted="-t TASK",
-            help="give -t ddpm, -t file.py:Task, or return graftc.Model(…, task = …)",
-        )
-    return load_task(own)
-
-
-def _task_inputs(build: Build, data: str | Any) -> Any:
-    """Inputs by batch size, as the Task draws them from DATA: given, or recorded at compile; else None."""
-    chosen = data if data is not None else (build.manifest.get("data") or {}).get("absolute")
-    if chosen is None:
-        return None
-    from graftc.distillation.data import open_data
-
-    source = open_data(load_data(chosen), seed=0, fraction=None, samples=None, validation=None)
-    task = _task(build, None)
-    return lambda batch, g: source.prepared(task, g.initial_seed() % 997, batch, "verify").inputs

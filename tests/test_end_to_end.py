@@ -11,6 +11,7 @@ import yaml
 from graftc import verbs
 from graftc.cli.main import main
 from graftc.diagnostics import GraftError
+from graftc.loading import task_of
 
 ROOT = Path(__file__).parents[1]
 MODEL = f"{ROOT}/examples/digits/model.py:teacher"
@@ -84,7 +85,7 @@ def test_least_squares_at_compile_time_lowers_the_error(tmp_path: Path) -> None:
         made = verbs.compile(file, MODEL, tmp_path / f"build{len(errors)}", data=data)
         assert bool(made.targets["sites"][0]["pending"]) is (data is None)
         model = verbs.load_data(f"{ROOT}/examples/digits/data.py:held_out")
-        task = verbs._task(made, None)
+        task = task_of(made, None)
         from graftc.distillation.data import open_data
 
         batch = open_data(model, seed=0, fraction=None, samples=None, validation=None).prepared(

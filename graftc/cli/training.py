@@ -1,0 +1,189 @@
+"""Training a build: distill, finetune; the bank and the check before a long run (sites.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftc.cli import sites
+from graftc.cli.options import (
+    BankOption,
+    BuildArgument,
+    DataOption,
+    FormatOption,
+    MaybeSeed,
+    TaskOption,
+    check_format,
+    print_json,
+    typed,
+)
+from graftc.cli.progress import Progress
+
+app = typer.Typer()
+
+
+def _training(
+    verb: str, directory: Path, data: str, task: str | None, options: dict[str, Any]
+) -> None:
+    from graftc import verbs
+    from graftc.cli.render import show_run
+
+    try:
+        with Progress() as progress:
+            result = getattr(verbs, verb)(
+                directory,
+                data,
+                task=task,
+                progress=progress,
+                command=typed(),
+                **{k: v for k, v in options.items() if v is not None},
+            )
+    except KeyboardInterrupt:
+        print("interrupted: `--resume ID` goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+    show_run(result)
+
+
+StepsOption = Annotated[
+    int | None, typer.Option(help="optimiser steps; default: the file's, or the engine's")
+]
+BatchOption = Annotated[int | None, typer.Option(help="samples a step")]
+RateOption = Annotated[float | None, typer.Option("--lr", help="learning rate")]
+BoardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="TensorBoard events too, in the run's folder")
+]
+ResumeOption = Annotated[
+    str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")
+]
+
+
+@app.command()
+def distill(
+    directory: BuildArgument,
+    data: DataOption,
+    task: TaskOption = None,
+    steps: StepsOption = None,
+    batch: BatchOption = None,
+    lr: RateOption = None,
+    seed: MaybeSeed = None,
+    resume: ResumeOption = None,
+    bank: BankOption = None,
+    tensorboard: BoardOption = False,
+    reuse: Annotated[
+        str | None,
+        typer.Option(metavar="R", help="steps that each teacher batch is used for, or `auto`"),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="what the run may take in all: 8GB")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="what kept teacher batches may take on disk")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="keep the teacher's batches here, for later runs too"),
+    ] = None,
+    site_by_site: Annotated[
+        bool, typer.Option("--site-by-site", help="one site after the other: the memory of one")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show time, memory and disk, and stop there")
+    ] = False,
+    format: FormatOption = "text",
+) -> None:
+    """Stage 1: train each new operator on the teacher's activations."""
+    from functools import partial
+
+    from graftc import verbs
+    from graftc.cli.render import show_training_plan
+
+    check_format(format)
+    options: dict[str, Any] = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    kept: dict[str, Any] = {"reuse": _reuse(reuse), "memory": memory, "disk": disk, "cache": cache}
+    kept["site_by_site"] = True if site_by_site else None
+    if dry_run:
+        given = {k: v for k, v in (options | kept).items() if v is not None}
+        plan = verbs.plan_distill(directory, data, task=task, **given)
+        print_json(plan.to_dict()) if format == "json" else show_training_plan(plan)
+        return
+    announce = partial(show_training_plan, to_stderr=True)
+    options |= {
+        **kept,
+        "resume": resume,
+        "announce": announce,
+        "bank": bank,
+        "tensorboard": tensorboard or None,
+    }
+    _training("distill", directory, data, task, options)
+
+
+def _reuse(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal():
+        raise typer.BadParameter(f"--reuse takes a number or `auto`, found {text!r}")
+    return int(text)
+
+
+@app.command()
+def finetune(
+    directory: BuildArgument,
+    data: DataOption,
+    task: TaskOption = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run",
+            metavar="ID",
+            help="the run to start from, or `untrained`; default: the latest of stage 1",
+        ),
+    ] = None,
+    steps: StepsOption = None,
+    batch: BatchOption = None,
+    lr: RateOption = None,
+    seed: MaybeSeed = None,
+    warmup: Annotated[int | None, typer.Option(help="steps over which the rate rises")] = None,
+    ema: Annotated[float | None, typer.Option(help="decay of the averaged weights")] = None,
+    clip: Annotated[float | None, typer.Option(help="largest norm of the gradient")] = None,
+    task_weight: Annotated[float | None, typer.Option(help="weight of the task's loss")] = None,
+    teacher_weight: Annotated[
+        float | None, typer.Option(help="weight of the teacher's output in the loss")
+    ] = None,
+    features_weight: Annotated[
+        float | None, typer.Option(help="weight of the sites' outputs in the loss")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="all, inserted, or lora(RANK)")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast)")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="compute blocks again in the backward pass")
+    ] = False,
+    preview: Annotated[
+        int | None, typer.Option(metavar="N", help="a sheet of samples every N steps")
+    ] = None,
+    preview_steps: Annotated[
+        int | None, typer.Option(help="steps of the sampler for a sheet; default: the task's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    resume: ResumeOption = None,
+    tensorboard: BoardOption = False,
+    format: FormatOption = "text",
+) -> None:
+    """Stage 2: train the whole student on the task's loss, and on the teacher where it is asked to."""
+    check_format(format)
+    options: dict[str, Any] = {
+        "run": run, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume, "warmup": warmup,
+        "ema": ema, "clip": clip, "task_weight": task_weight, "teacher_weight": teacher_weight,
+        "features_weight": features_weight, "train": train, "precision": precision, "device": device,
+        "checkpointing": checkpointing or None, "preview": preview, "tensorboard": tensorboard or None,
+        "preview_options": None if preview_steps is None else {"steps": preview_steps},
+    }  # fmt: skip
+    _training("finetune", directory, data, task, options)
+
+
+app.command()(sites.bank)
+app.command(name="check-distill")(sites.check_distill)
