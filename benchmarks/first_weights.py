@@ -1,6 +1,7 @@
 """Where new weights should start: every init policy of every operator, on the digits teacher.
 
     python benchmarks/first_weights.py run      # measures what is not yet in first_weights.json
+    python benchmarks/first_weights.py run --only 'linear_attention(feature = relu) | random, AdamW'
     python benchmarks/first_weights.py frechet  # three operators by Fréchet distance, likewise
     python benchmarks/first_weights.py table    # docs/first-weights.md from the JSON
 
@@ -319,9 +320,11 @@ def write(found: Mapping[str, Any]) -> None:
     partial.replace(RESULTS)
 
 
-def run_all() -> None:
-    """Measure every case that has no row yet, or one of some steps only."""
+def run_all(only: str | None = None) -> None:
+    """Measure every case that has no row yet, or one of some steps only; with `only`, those whose key has that text."""
     for case in cases():
+        if only is not None and only not in case.key:
+            continue
         row = read()["rows"].get(case.key)
         wanted = {"0", *map(str, BUDGETS)} if case.trained else {"0"}
         if row is not None and wanted <= row["output_error"].keys():
@@ -374,6 +377,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("run", "frechet", "table"))
+    parser.add_argument("--only", metavar="TEXT", help="of `run`: cases whose key has this text")
     words = parser.parse_args()
     torch.set_num_threads(1)
     if words.what == "table":
@@ -381,7 +385,7 @@ def main() -> None:
 
         (ROOT / "docs" / "first-weights.md").write_text(markdown(read()), encoding="utf-8")
         return
-    run_all() if words.what == "run" else run_frechet()
+    run_all(words.only) if words.what == "run" else run_frechet()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graftc.deploy.profile import Comparison
     from graftc.distillation import RunResult
     from graftc.distillation.assemble import Assembly
+    from graftc.distillation.modelopt import ModelOptConfig
     from graftc.distillation.overfit import SiteCheck
     from graftc.distillation.plain import Distillation
     from graftc.distillation.planner import TrainingPlan
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "assemble", "bench", "check", "check_distill", "compile", "distill", "doctor", "explain", "export", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "plan_distill", "report", "serve_editor", "test_files", "verify",
+    "assemble", "bench", "check", "check_distill", "compile", "distill", "doctor", "explain", "export", "export_targets", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "plan_distill", "report", "serve_editor", "test_files", "verify",
 ]  # fmt: skip
 
 
@@ -265,6 +266,19 @@ def load_targets(build: str | Path | Build, *, task: str | Any = None) -> Distil
             raise
         chosen = None  # said once it is asked for
     return Distillation(opened, chosen)
+
+
+def export_targets(build: str | Path | Build, output: str | Path) -> ModelOptConfig:
+    """A build's targets as a Python file for NVIDIA Model-Optimizer's layer-wise distillation, with a training loop.
+
+    Returns the pairs of modules, and what is left out or otherwise than in `distill`. Raises GraftError where no
+    site fits (G583), or the file cannot be written.
+    """
+    from graftc.distillation.modelopt import write_modelopt
+    from graftc.distillation.plain import Distillation
+
+    opened = as_build(build)
+    return write_modelopt(Distillation(opened), opened.path, Path(output))
 
 
 def check_distill(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftc.cli import sites
+from graftc.cli import sites, targets
 from graftc.cli.options import (
     BankOption,
     BuildArgument,
@@ -26,10 +26,16 @@ app = typer.Typer()
 
 
 def _training(
-    verb: str, directory: Path, data: str, task: str | None, options: dict[str, Any]
+    verb: str,
+    directory: Path,
+    data: str,
+    task: str | None,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
 ) -> None:
     from graftc import verbs
-    from graftc.cli.render import show_run
+    from graftc.cli.render import run_dict, show_run
 
     try:
         with Progress() as progress:
@@ -44,7 +50,7 @@ def _training(
     except KeyboardInterrupt:
         print("interrupted: `--resume ID` goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
-    show_run(result)
+    print_json(run_dict(result)) if as_json else show_run(result)
 
 
 StepsOption = Annotated[
@@ -55,6 +61,7 @@ RateOption = Annotated[float | None, typer.Option("--lr", help="learning rate")]
 BoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="TensorBoard events too, in the run's folder")
 ]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 ResumeOption = Annotated[
     str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")
 ]
@@ -89,6 +96,10 @@ def distill(
     site_by_site: Annotated[
         bool, typer.Option("--site-by-site", help="one site after the other: the memory of one")
     ] = False,
+    device: DeviceOption = "cpu",
+    compile_teacher: Annotated[
+        bool, typer.Option("--compile", help="the teacher's pass through torch.compile (fullgraph)")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show time, memory and disk, and stop there")
     ] = False,
@@ -103,7 +114,7 @@ def distill(
     check_format(format)
     options: dict[str, Any] = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
     kept: dict[str, Any] = {"reuse": _reuse(reuse), "memory": memory, "disk": disk, "cache": cache}
-    kept["site_by_site"] = True if site_by_site else None
+    kept |= {"site_by_site": site_by_site or None, "device": device}
     if dry_run:
         given = {k: v for k, v in (options | kept).items() if v is not None}
         plan = verbs.plan_distill(directory, data, task=task, **given)
@@ -116,8 +127,9 @@ def distill(
         "announce": announce,
         "bank": bank,
         "tensorboard": tensorboard or None,
+        "compile": compile_teacher or None,
     }
-    _training("distill", directory, data, task, options)
+    _training("distill", directory, data, task, options, as_json=format == "json")
 
 
 def _reuse(text: str | None) -> int | str | None:
@@ -168,7 +180,7 @@ def finetune(
     preview_steps: Annotated[
         int | None, typer.Option(help="steps of the sampler for a sheet; default: the task's")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: DeviceOption = "cpu",
     resume: ResumeOption = None,
     tensorboard: BoardOption = False,
     format: FormatOption = "text",
@@ -182,8 +194,9 @@ def finetune(
         "checkpointing": checkpointing or None, "preview": preview, "tensorboard": tensorboard or None,
         "preview_options": None if preview_steps is None else {"steps": preview_steps},
     }  # fmt: skip
-    _training("finetune", directory, data, task, options)
+    _training("finetune", directory, data, task, options, as_json=format == "json")
 
 
 app.command()(sites.bank)
 app.command(name="check-distill")(sites.check_distill)
+app.command()(targets.targets)

@@ -77,6 +77,26 @@ def extract(module: nn.Module, cut: Cut) -> nn.Module:
     return _graph_module(owner, region, "Region")
 
 
+def passed_by_position(module: nn.Module, cut: Cut) -> tuple[str | None, ...] | None:
+    """Which of the cut's inputs each positional argument of its call is; None for one that is no input of the cut.
+
+    None in all where the region is more than one call. Raises GraftError as `extract`.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> passed_by_position(net, Cut("", (CutInput("x", "0", 0),), "0"))
+    ('x',)
+    >>> passed_by_position(net, Cut("", (CutInput("x", "0", 0),), "1")) is None
+    True
+    """
+    if any(given.call != cut.output for given in cut.inputs):
+        return None
+    owner = _submodule(module, cut.graph)
+    graph = _trace(owner, cut.graph)
+    names = {_argument(graph, owner, cut.graph, given): given.name for given in cut.inputs}
+    call = _call(graph, cut.graph, cut.output)
+    return tuple(names.get(a) if isinstance(a, fx.Node) else None for a in call.args)
+
+
 def side_by_side(value: Any) -> Any:
     """The tensors that a region returns (the two streams of a joint attention) as one, [batch, …]."""
     if not isinstance(value, (tuple, list)):

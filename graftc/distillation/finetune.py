@@ -16,7 +16,7 @@ from graftc.distillation.data import Task
 from graftc.distillation.optim import align
 from graftc.distillation.preview import Preview
 from graftc.distillation.run import Build, Progress, RunResult, finished, latest, open_run
-from graftc.distillation.scopes import using_threads
+from graftc.distillation.scopes import usable_device, using_threads
 from graftc.distillation.stage2 import Which, finetune_module, terms_of
 from graftc.distillation.targets import Lora, Only, Site, Stage2, Targets, Train, from_dict
 from graftc.distillation.tensorboard import board_of
@@ -67,6 +67,7 @@ def finetune(
     the Task's `sample`); `resume`, `tensorboard` and `sources` as in `distill`. The
     result's weights are the EMA ones; its metrics are the task's loss over the held-out samples.
     """
+    usable_device(device)
     targets = from_dict(build.targets)
     parent = None
     if model == "student" and resume is None and run != UNTRAINED:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from graftc.diagnostics import fail
 from graftc.distillation.sources import seeded
 from graftc.distillation.students import Student
 
@@ -20,6 +21,22 @@ def using_threads(count: int) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def usable_device(device: str) -> str:
+    """The device, once a tensor could be put there. Raises GraftError (G568), before anything is written.
+
+    >>> usable_device("cpu")
+    'cpu'
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+        fail("G568", f"this torch cannot use the device `{device}`", site="--device",
+             wanted=" or ".join(["cpu", *here]), found=first)  # fmt: skip
+    return device
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from graftc.distillation.planner import (
 from graftc.distillation.replay import Window
 from graftc.distillation.reuse import Reuse, result_of, reuse_of, state_as_chosen, take
 from graftc.distillation.run import Build, Progress, Run, RunResult, SiteResult, open_run
-from graftc.distillation.scopes import using_threads
+from graftc.distillation.scopes import usable_device, using_threads
 from graftc.distillation.stacked import Mode
 from graftc.distillation.students import trainable_names
 from graftc.distillation.supply import costs_of, fresh_folder, supply
@@ -109,6 +109,7 @@ def distill(
         "site_by_site": site_by_site,
     }
     options = given if resume else filled(given)
+    usable_device(device)
     targets = from_dict(build.targets)
     with open_run(build, "distill", options=options, resume=resume, sources=sources) as run:
         if (done := run.result()) is not None:
@@ -178,6 +179,7 @@ def plan_distill(
     Nothing is written. Raises GraftError as `distill`, and where the settings do not fit (G592).
     """
     settings = filled(options)
+    usable_device(device)
     with using_threads(settings["threads"]):
         work = open_work(
             build,
