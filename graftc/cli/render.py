@@ -318,6 +318,13 @@ def show_run(result: RunResult) -> None:
         console.print(f"  {name}: {value:.5g}")
 
 
+def run_dict(result: RunResult) -> dict[str, Any]:
+    """A finished run as plain data."""
+    from dataclasses import asdict
+
+    return {**asdict(result), "path": str(result.path), "weights": str(result.weights)}
+
+
 def show_export(written: Path) -> None:
     """Where an export is, and for a directory what it is for, what was proved and what stays in float32."""
     console = wide_console()

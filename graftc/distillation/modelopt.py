@@ -106,9 +106,7 @@ def _misfit(site: Site, teacher: nn.Module, student: nn.Module) -> str | None:
     if theirs is None or ours is None:
         return "it is more than one call"
     if theirs != ours:
-        shown = " and ".join(
-            f"({', '.join(n or '_' for n in names)})" for names in (theirs, ours)
-        )
+        shown = " and ".join(f"({', '.join(n or '_' for n in names)})" for names in (theirs, ours))
         return f"teacher and student are called with other positional arguments: {shown}"
     return None
 

@@ -100,7 +100,9 @@ def test_the_file_trains_the_sites_and_nothing_else(build, tmp_path, capsys):
     assert [p["student"] for p in told["pairs"]] == ["blocks.1.attn", "blocks.2.attn"]
     start = graftc.load_targets(build, task=Noisy())
     start.solve(tokens())
-    trained = runpy.run_path(str(file))["train"](tokens(), steps=60, batch=16, lr=2e-3, task=Noisy())
+    trained = runpy.run_path(str(file))["train"](
+        tokens(), steps=60, batch=16, lr=2e-3, task=Noisy()
+    )
     before, after = start.student.state_dict(), trained.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
