@@ -238,13 +238,17 @@ def show_build(build: Build, *, say_next: bool = True) -> None:
         console.print(f"  {line}")
     for note in build.manifest.get("notes", []):
         console.print(note)
-    if sites:
-        console.print(
-            f"  {len(sites)} sites to distil"
-            + (f", {pending} with first weights that wait for data" if pending else "")
-        )
-        if say_next:
-            console.print(f"next: graftc distill {build.path} -d DATA")
+    trained = sum(s["budget"]["steps"] != 0 for s in sites)
+    said = [f"{trained} sites to distil"] if trained else []
+    if trained < len(sites):
+        said.append(f"{len(sites) - trained} that keep their first weights (no `distill`)")
+    if pending:
+        said.append(f"{pending} with first weights that wait for data")
+    if said:
+        console.print(f"  {', '.join(said)}")
+    if sites and say_next:
+        verb = "distill" if trained or pending else "finetune"
+        console.print(f"next: graftc {verb} {build.path} -d DATA")
 
 
 def show_training_plan(plan: TrainingPlan, *, to_stderr: bool = False) -> None:
@@ -254,15 +258,16 @@ def show_training_plan(plan: TrainingPlan, *, to_stderr: bool = False) -> None:
     print_ = wide_console(to_stderr=to_stderr).print
     for costs, made in plan.groups:
         names = ", ".join(costs.sites[:4]) + (", …" if len(costs.sites) > 4 else "")
-        print_(f"{len(costs.sites)} site{'s' * (len(costs.sites) != 1)} together ({names}), "
-               f"{costs.steps} steps of {costs.batch} samples")  # fmt: skip
+        number = f"{len(costs.sites)} site{'s' * (len(costs.sites) != 1)}"
+        if not costs.steps:
+            print_(f"{number} ({names}): first weights alone; no `distill` trains them")
+            continue
+        print_(f"{number} together ({names}), {costs.steps} steps of {costs.batch} samples")
         table = wide_table("", "teacher passes", "time", "peak memory", "disk")
         ways = [
             w for w in others(costs, plan.machine) if (w.mode, w.reuse) != (made.mode, made.reuse)
         ]
         for way in (made, *ways):
-            if not costs.steps:
-                break
             table.add_row(
                 ("> " if way is made else "  ") + _way(way),
                 str(way.passes),

@@ -334,7 +334,9 @@ def _row(made: Choice) -> dict[str, Any]:
 
 
 def others(costs: Costs, machine: Machine) -> Sequence[Choice]:
-    """The ways there are, to be shown beside the one that is taken."""
+    """The ways there are, to be shown beside the one that is taken; none for sites that take no steps."""
+    if not costs.steps:
+        return ()
     found = [choice(costs, "stream", Window(1, 1), {})]
     for reuse in (2, 4, 8):
         made = _replayed(costs, reuse, Wanted(), machine)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from graftc.cli.render import show_training_plan
 from graftc.diagnostics import GraftError
 from graftc.distillation import distill, plan_distill
 from graftc.distillation.activations import Teacher
@@ -166,3 +167,16 @@ def test_out_of_memory_is_told_with_the_next_smaller_setting(tmp_path, monkeypat
     told = raised.value.diagnostics[0]
     assert (told.code, "--site-by-site" in str(told.help)) == ("G593", True)
     assert (tmp_path / "b" / "runs" / "0001-distill" / "checkpoint.safetensors").is_file()
+
+
+def test_sites_that_nothing_trains_are_planned_and_said(tmp_path, capsys):
+    untrained = [tiny.attention_site(i, budget=Budget(steps=0)) for i in (1, 2)]
+    made = tiny.FakeBuild(
+        tmp_path, tiny.targets(*untrained), make_student=lambda: tiny.hyena((1, 2))
+    )
+    plan = plan_distill(made, tiny.latents(64), tiny.Denoise(), steps=60)
+    show_training_plan(plan)
+    said = capsys.readouterr().out
+    assert "2 sites" in said
+    assert "first weights alone" in said
+    assert plan.to_dict()["groups"][0]["others"] == []
