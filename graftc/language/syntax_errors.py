@@ -154,6 +154,9 @@ def _suggestion(
         word = nearest(last.value, words)
         if word and word != last.value:
             return f"write `{word}` in place of `{last.value}`"
+        if tokens[at - 2].value == "in" and (token.value == "." or token.type == "NUMBER"):
+            # `in layers 1..4`, `in model.layers 1..4`: the chain's name in place of `blocks`
+            return 'blocks are `in blocks 1..4`, and of one chain of several `in blocks of "CHAIN" 1..4`'
     if token.type == "EQ" and "EQUAL" in expected:
         return "write `=`; `==` compares"
     if token.type == "EQUAL" and last is not None:
