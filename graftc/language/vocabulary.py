@@ -252,5 +252,6 @@ DROPS: Mapping[str, str] = {
     "mask": "a padding or additive mask",
     "rotary": "rotary positions",
     "qk_norm": "the norms of q and k",
+    "softcap": "the cap of the scores",
 }
 TRAIN_WORDS = ("inserted",)

@@ -1,9 +1,12 @@
-"""What the operators with heads share: sizes, the split of q|k|v, masks, rotary positions."""
+"""What the operators with heads share: sizes, norms of q and k, rotary positions, masks, softmax attention."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+QKNorm = nn.RMSNorm | nn.LayerNorm | None
 
 
 def head_sizes(
@@ -71,7 +74,7 @@ def make_norm(
     head_dim: int,
     eps: float | None,
     affine: bool | None,
-) -> nn.RMSNorm | nn.LayerNorm | None:
+) -> QKNorm:
     """The norm of q or of k: over each head's features, or over the `width` of all heads.
 
     >>> make_norm("attention", "rms_norm", "width", heads=2, head_dim=4, eps=1e-6, affine=True)
@@ -88,7 +91,7 @@ def make_norm(
     return made(size, eps=1e-6 if eps is None else eps, elementwise_affine=affine is not False)
 
 
-def normalise(x: Tensor, norm: nn.RMSNorm | nn.LayerNorm | None) -> Tensor:
+def normalise(x: Tensor, norm: QKNorm) -> Tensor:
     """x after the norm that `make_norm` made; x: [batch, tokens, heads, head_dim]."""
     if norm is None:
         return x
@@ -120,6 +123,124 @@ def four_dimensions(mask: Tensor) -> Tensor:
     return mask.unsqueeze(0).unsqueeze(0) if mask.ndim == 2 else mask
 
 
+def also_causal(mask: Tensor, tokens: int) -> Tensor:
+    """`mask`, and no later token."""
+    step = torch.arange(tokens, device=mask.device)
+    seen = step.unsqueeze(1) >= step
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(scores / softcap), before any mask (Gemma 2, arXiv 2408.00118); None: the scores.
+
+    >>> capped(torch.tensor([1e9, -1e9]), 50.0).tolist()
+    [50.0, -50.0]
+    """
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(capped(scale · q kᵀ) + mask) v; q and the result: [batch, tokens, heads, width].
+
+    k, v: [batch, keys, kv_heads, width], each of their heads serving heads / kv_heads of q's. A mask is
+    one that `four_dimensions` takes.
+
+    >>> q, k = torch.zeros(1, 3, 4, 2), torch.ones(1, 5, 2, 2)
+    >>> attend(q, k, k, 1.0).shape, attend(q, k, k, 1.0).sum().item()
+    (torch.Size([1, 3, 4, 2]), 24.0)
+    """
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if mask is not None:
+        mask = four_dimensions(mask)
+        mask = also_causal(mask, q.shape[2]) if causal else mask
+    if softcap is None:
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale
+        )
+        return y.transpose(1, 2)
+    if causal and mask is None:
+        mask = also_causal(torch.ones(1, 1, dtype=torch.bool, device=q.device), q.shape[2])
+    scores = hide(capped(scale * (q @ k.transpose(-1, -2)), softcap), mask)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
 def broadcast_mask(mask: Tensor, batch: int, heads: int, tokens: int) -> Tensor:
     """A mask that is of size 1 in some dimensions as [batch, heads, queries, keys]."""
     return four_dimensions(mask).expand(batch, heads, tokens, tokens)
+
+
+class HeadMixer(nn.Module):
+    """The set-up of an operator with heads: sizes, norms of q and k, rotary positions, factor and cap of the scores.
+
+    `operator` is the name that errors give. What a subclass adds are its maps and how it mixes.
+
+    >>> HeadMixer("attention", 12, 4, kv_heads=2).rows
+    24
+    """
+
+    def __init__(
+        self,
+        operator: str,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rotary: str = "none",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads, head_dim = head_sizes(operator, dim, heads, kv_heads, head_dim)
+        if softcap is not None and softcap <= 0:
+            raise ValueError(f"{operator}: softcap is {softcap}, wanted more than 0")
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.rotary = check_rotary(operator, rotary)
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.softcap = softcap
+        norm = (norm_eps, norm_affine)
+        self.q_norm = make_norm(operator, qk_norm, norm_over, heads, head_dim, *norm)
+        self.k_norm = make_norm(operator, qk_norm, norm_over, kv_heads, head_dim, *norm)
+
+    @property
+    def rows(self) -> int:
+        """How many features the rows of q, k and v are together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def split(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, [batch, tokens, heads, head_dim] each, of their rows side by side; not yet normalised."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q, k, v = u.split([q, kv, kv], dim=-1)
+        return self.by_head(q), self.by_head(k), self.by_head(v)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[batch, tokens, heads · head_dim] as [batch, tokens, heads, head_dim]."""
+        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim))
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k after their norms."""
+        return normalise(q, self.q_norm), normalise(k, self.k_norm)
+
+    def turned(
+        self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """q and k after their rotary positions."""
+        return rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)

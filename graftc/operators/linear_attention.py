@@ -6,16 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import (
-    broadcast_mask,
-    check_rotary,
-    four_dimensions,
-    head_sizes,
-    hide,
-    make_norm,
-    normalise,
-    rotate,
-)
+from graftc.operators.heads import HeadMixer, broadcast_mask, capped, four_dimensions, hide
 
 
 class FeatureMap(nn.Module):
@@ -49,6 +40,8 @@ def causal_sum(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     the products are masked; what lies before it comes as one running sum of k_jᵀ v_j.
     """
     batch, tokens, heads, _ = q.shape
+    if tokens == 0:
+        return v
     # Row r of what follows is one chunk of one head of one sample. Chunks are cut by index, the
     # last one filled up with its last token, which nothing sees: no shape then depends on a
     # remainder, and torch.export takes any batch and length; it needs the two chunks as well.
@@ -88,7 +81,50 @@ def weigh_keys(k: Tensor, mask: Tensor | None, operator: str) -> Tensor:
     return k * through.permute(0, 3, 1, 2)
 
 
-class LinearAttention(nn.Module):
+class FeatureMixer(HeadMixer):
+    """An operator with heads and a positive feature map φ of q and of k, learned where it is `softmax_pair`.
+
+    >>> FeatureMixer("linear_attention", 8, 2, feature="relu").phi(torch.tensor([-1.0, 2.0]), None).tolist()
+    [0.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        operator: str,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rotary: str = "none",
+        qk_norm: str = "none",
+        norm_over: str | None = None,
+        norm_eps: float | None = None,
+        norm_affine: bool | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        feature: str = "softmax_pair",
+        features: int | None = None,
+    ) -> None:
+        norm = (qk_norm, norm_over, norm_eps, norm_affine)
+        super().__init__(operator, dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap)
+        if feature not in ("elu1", "relu", "softmax_pair"):
+            raise ValueError(
+                f"{operator}: unknown feature {feature!r}, wanted elu1, relu or softmax_pair"
+            )
+        self.feature = feature
+        learned = feature == "softmax_pair"
+        wide = self.head_dim if features is None else features
+        self.feature_q = FeatureMap(heads, self.head_dim, wide) if learned else None
+        self.feature_k = FeatureMap(self.kv_heads, self.head_dim, wide) if learned else None
+
+    def phi(self, x: Tensor, learned: FeatureMap | None) -> Tensor:
+        """φ(x)."""
+        if learned is not None:
+            return learned(x)
+        return F.relu(x) if self.feature == "relu" else F.elu(x) + 1
+
+
+class LinearAttention(FeatureMixer):
     """y_i = out(Σ_j (φ(q_i) · φ(k_j)) v_j / Σ_j φ(q_i) · φ(k_j)); x and y: [batch, tokens, dim].
 
     φ is elu(x) + 1 (`elu1`, arXiv 2006.16236), relu (Sana, arXiv 2410.10629), or `softmax_pair`:
@@ -118,38 +154,15 @@ class LinearAttention(nn.Module):
         norm_eps: float | None = None,
         norm_affine: bool | None = None,
     ) -> None:
-        super().__init__()
-        if feature not in ("elu1", "relu", "softmax_pair"):
-            raise ValueError(
-                f"linear_attention: unknown feature {feature!r}, wanted elu1, relu or softmax_pair"
-            )
-        kv_heads, head_dim = head_sizes("linear_attention", dim, heads, kv_heads, head_dim)
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = head_dim
-        self.feature = feature
+        norm = (qk_norm, norm_over, norm_eps, norm_affine)
+        super().__init__(
+            "linear_attention", dim, heads, kv_heads, head_dim, rotary, *norm,
+            feature=feature, features=features,
+        )  # fmt: skip
         self.causal = causal
-        self.rotary = check_rotary("linear_attention", rotary)
         self.eps = 1e-6  # relu may leave a token with nothing to see
-        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
-        learned = feature == "softmax_pair"
-        wide = head_dim if features is None else features
-        self.feature_q = FeatureMap(heads, head_dim, wide) if learned else None
-        self.feature_k = FeatureMap(kv_heads, head_dim, wide) if learned else None
-        self.q_norm = make_norm(
-            "linear_attention", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
-        )
-        self.k_norm = make_norm(
-            "linear_attention", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
-        )
-        self.out_proj = nn.Linear(heads * head_dim, dim)
-
-    def map(self, x: Tensor, learned: FeatureMap | None) -> Tensor:
-        """φ(x) in float32 at least."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if learned is not None:
-            return learned(x)
-        return F.relu(x) if self.feature == "relu" else F.elu(x) + 1
+        self.in_proj = nn.Linear(dim, self.rows)
+        self.out_proj = nn.Linear(heads * self.head_dim, dim)
 
     def forward(
         self,
@@ -158,15 +171,19 @@ class LinearAttention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
     ) -> Tensor:
-        batch, tokens, _ = x.shape
-        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
+        q, k, v = self.split(self.in_proj(x))
+        q, k = self.turned(*self.normed(q, k), cos, sin)
+        return self.out_proj(self.mix(q, k, v, mask).to(x.dtype).flatten(2))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The weighted means, in float32 at least; q, k, v: [batch, tokens, heads, head_dim]."""
         groups = self.heads // self.kv_heads
-        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm)
-        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm)
-        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
-        q, k = self.map(q, self.feature_q), self.map(k, self.feature_k)
-        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).to(q.dtype)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k, v = (
+            self.phi(q.to(wide), self.feature_q),
+            self.phi(k.to(wide), self.feature_k),
+            v.to(wide),
+        )
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         k = weigh_keys(k, mask, "linear_attention")
         # A last column of ones turns into the normaliser, by the same products.
@@ -176,11 +193,10 @@ class LinearAttention(nn.Module):
         else:
             state = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
             y = (q.transpose(1, 2) @ state).transpose(1, 2)
-        y = (y[..., :-1] / (y[..., -1:] + self.eps)).to(x.dtype)
-        return self.out_proj(y.reshape(batch, tokens, inner))
+        return y[..., :-1] / (y[..., -1:] + self.eps)
 
 
-class LinearWindowAttention(nn.Module):
+class LinearWindowAttention(FeatureMixer):
     """Softmax inside a window, linear attention outside it, one normaliser; [batch, tokens, dim].
 
     The tokens are cut into blocks of `window`. With s_ij = scale · q_i · k_j and m_i the largest
@@ -190,7 +206,7 @@ class LinearWindowAttention(nn.Module):
     (`elu1`) or relu, and `factor` one number a head
     that begins at `start` (a share of 0.1). (LoLCATs, arXiv 2410.10254, with its
     terraced window.) A mask of keys hides or is added; cos and sin turn q and k first,
-    after `qk_norm` (see `Attention`, as for `scale`).
+    after `qk_norm` (see `Attention`, as for `scale` and `softcap`, which the softmax alone has).
 
     >>> LinearWindowAttention(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -213,40 +229,21 @@ class LinearWindowAttention(nn.Module):
         norm_eps: float | None = None,
         norm_affine: bool | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        name = "linear_window_attention"
+        norm = (qk_norm, norm_over, norm_eps, norm_affine)
+        super().__init__(
+            "linear_window_attention", dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap,
+            feature, features,
+        )  # fmt: skip
         if window < 1:
-            raise ValueError(f"{name}: window is {window}, wanted at least 1")
-        if feature not in ("elu1", "relu", "softmax_pair"):
-            raise ValueError(
-                f"{name}: unknown feature {feature!r}, wanted elu1, relu, softmax_pair"
-            )
-        kv_heads, head_dim = head_sizes(name, dim, heads, kv_heads, head_dim)
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = head_dim
+            raise ValueError(f"linear_window_attention: window is {window}, wanted at least 1")
         self.window = window
-        self.feature = feature
         self.causal = causal
-        self.rotary = check_rotary(name, rotary)
         self.eps = 1e-12  # a token whose keys are all masked gives zeros
-        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
-        learned = feature == "softmax_pair"
-        wide = head_dim if features is None else features
-        self.feature_q = FeatureMap(heads, head_dim, wide) if learned else None
-        self.feature_k = FeatureMap(kv_heads, head_dim, wide) if learned else None
+        self.in_proj = nn.Linear(dim, self.rows)
         self.factor = nn.Parameter(torch.full((heads,), float(start)))
-        self.q_norm = make_norm(name, qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine)
-        self.k_norm = make_norm(name, qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine)
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.out_proj = nn.Linear(heads * head_dim, dim)
-
-    def map(self, x: Tensor, learned: FeatureMap | None) -> Tensor:
-        """φ(x)."""
-        if learned is not None:
-            return learned(x)
-        return F.relu(x) if self.feature == "relu" else F.elu(x) + 1
+        self.out_proj = nn.Linear(heads * self.head_dim, dim)
 
     def forward(
         self,
@@ -255,16 +252,18 @@ class LinearWindowAttention(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
     ) -> Tensor:
-        batch, tokens, _ = x.shape
-        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q, k, v = self.split(self.in_proj(x))
         wide = torch.promote_types(x.dtype, torch.float32)
-        q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
+        q, k = (t.to(wide) for t in self.normed(q, k))
+        q, k = self.turned(q, k, cos, sin)
+        y = self.mix(q, k, v.to(wide), mask) if x.shape[1] else q
+        return self.out_proj(y.to(x.dtype).flatten(2))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The weighted means; q, k, v: [batch, tokens, heads, head_dim], in float32 at least."""
+        batch, tokens, _, _ = q.shape
         groups = self.heads // self.kv_heads
-        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm).to(wide)
-        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm).to(wide)
-        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
-        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim).to(wide)
-        phi_q, phi_k = self.map(q, self.feature_q), self.map(k, self.feature_k)
+        phi_q, phi_k = self.phi(q, self.feature_q), self.phi(k, self.feature_k)
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         phi_k = weigh_keys(phi_k.repeat_interleave(groups, dim=2), mask, "linear_window_attention")
         v = F.pad(v, (0, 1), value=1.0)  # the last column becomes the normaliser
@@ -272,22 +271,22 @@ class LinearWindowAttention(nn.Module):
         # Blocks are cut by index, as in `causal_sum`; the last one is filled up with its last token.
         size = self.window
         blocks: int = torch.sym_max(2, (tokens + size - 1) // size)  # type: ignore[assignment]
-        row = torch.arange(batch * self.heads * blocks, device=x.device).unsqueeze(1)
+        row = torch.arange(batch * self.heads * blocks, device=q.device).unsqueeze(1)
         sequence = row // blocks
         block = row - sequence * blocks
         sample, head = sequence // self.heads, sequence % self.heads
-        step = torch.arange(size, device=x.device)
+        step = torch.arange(size, device=q.device)
         query = block * size + step
         after = 0 if self.causal else size
-        key = block * size + torch.arange(-size, size + after, device=x.device)
+        key = block * size + torch.arange(-size, size + after, device=q.device)
         own = (sample, query.clamp(max=tokens - 1), head)
         near = (sample, key.clamp(0, tokens - 1), head)
 
         seen = ((key >= 0) & (key < tokens)).unsqueeze(1)
         if self.causal:
             seen = seen & (key.unsqueeze(1) <= query.unsqueeze(2))
-        lowest = torch.finfo(wide).min
-        scores = (q[own] * self.scale) @ k[near].transpose(1, 2)
+        lowest = torch.finfo(q.dtype).min
+        scores = capped((q[own] * self.scale) @ k[near].transpose(1, 2), self.softcap)
         if mask is not None:
             whole = broadcast_mask(mask, batch, self.heads, tokens)
             rows, columns = query.clamp(max=tokens - 1).unsqueeze(2), near[1].unsqueeze(1)
@@ -295,7 +294,7 @@ class LinearWindowAttention(nn.Module):
         scores = scores.masked_fill(~seen, lowest)
         weight = (scores - scores.amax(dim=-1, keepdim=True)).exp()
         weight = weight.masked_fill(~seen | (scores <= lowest), 0.0)
-        share = self.factor.to(wide).sigmoid()[head].unsqueeze(2)
+        share = self.factor.to(q.dtype).sigmoid()[head].unsqueeze(2)
         y = (share * weight) @ v[near]
 
         # What lies outside: sums over the blocks before the one before, and after the one after.
@@ -308,8 +307,7 @@ class LinearWindowAttention(nn.Module):
             far = far + behind[sequence.squeeze(1), (blocks - 1 - block).squeeze(1)]
         y = y + phi_q[own] @ far
 
-        token = torch.arange(tokens, device=x.device).unsqueeze(1)
-        first = torch.arange(batch * self.heads, device=x.device) * blocks
+        token = torch.arange(tokens, device=q.device).unsqueeze(1)
+        first = torch.arange(batch * self.heads, device=q.device) * blocks
         y = y[first.reshape(batch, 1, self.heads) + token // size, token % size]
-        y = (y[..., :-1] / (y[..., -1:] + self.eps)).to(x.dtype)
-        return self.out_proj(y.reshape(batch, tokens, inner))
+        return y[..., :-1] / (y[..., -1:] + self.eps)

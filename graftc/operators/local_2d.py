@@ -1,12 +1,19 @@
-"""Attention inside a disc of a grid of tokens, in tiles; alone, or joint with a second stream."""
+"""Attention inside a disc of a grid of tokens, in tiles; alone, beside other tokens, or joint with a second stream."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import check_rotary, head_sizes, make_norm, normalise, rotate
+from graftc.operators.heads import (
+    HeadMixer,
+    attend,
+    capped,
+    four_dimensions,
+    hide,
+    make_norm,
+    normalise,
+)
 
 
 def parse_groups(text: str) -> dict[str, str]:
@@ -58,27 +65,29 @@ def disc_attention(
     others: tuple[Tensor, Tensor] | None,
     grid: tuple[int, int],
     radius: int,
-    scale: float,
+    softcap: float | None,
+    masks: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Softmax of each token of the grid over its disc, and over all of `others`' keys.
 
-    q, k, v: [batch, heads, height · width, d]; others: the keys and values of the other tokens,
-    [batch, heads, n, d].
+    q (scaled), k, v: [batch, heads, height · width, d]; others: the keys and values of the other tokens,
+    [batch, heads, n, d]; masks: of the grid's keys and of the others', [1 or batch, 1 or heads, height · width, keys].
     """
     height, width = grid
     queries, keys, seen = tiles(height, width, radius, q.device)
     tokens = q.shape[2]
-    q = q * scale
-    near = k[:, :, keys], v[:, :, keys]  # [batch, heads, tiles, m, d]
-    scores = q[:, :, queries] @ near[0].transpose(-1, -2)
-    scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min)
-    if others is not None:
-        to_others = q[:, :, queries] @ others[0].unsqueeze(2).transpose(-1, -2)
-        weight = torch.cat((scores, to_others), dim=-1).softmax(dim=-1)
-        count = keys.shape[1]
-        y = weight[..., :count] @ near[1] + weight[..., count:] @ others[1].unsqueeze(2)
+    own = q[:, :, queries]  # [batch, heads, tiles, n, d]
+    near = capped(own @ k[:, :, keys].transpose(-1, -2), softcap)
+    if masks is not None:
+        near = hide(near, masks[0][:, :, queries.unsqueeze(2), keys.unsqueeze(1)])
+    near = near.masked_fill(~seen, torch.finfo(q.dtype).min)
+    if others is None:
+        y = near.softmax(dim=-1) @ v[:, :, keys]
     else:
-        y = scores.softmax(dim=-1) @ near[1]
+        far = capped(own @ others[0].unsqueeze(2).transpose(-1, -2), softcap)
+        far = far if masks is None else hide(far, masks[1][:, :, queries])
+        weight, count = torch.cat((near, far), dim=-1).softmax(dim=-1), keys.shape[1]
+        y = weight[..., :count] @ v[:, :, keys] + weight[..., count:] @ others[1].unsqueeze(2)
     # Where each token of the grid stands among the tiles' queries.
     side = min(max(4, radius), max(height, width))
     columns = -(-width // side)
@@ -89,28 +98,81 @@ def disc_attention(
     return y.flatten(2, 3)[:, :, place]
 
 
-def check_grid(tokens: int, height: int, width: int) -> None:
-    """ValueError unless there is a token for each place of the grid."""
-    if tokens != height * width:
-        raise ValueError(
-            f"local_attention_2d: {tokens} tokens, built for a grid of {height} x {width}"
+class DiscMixer(HeadMixer):
+    """Attention inside discs of a grid, and of and to all tokens that are not on the grid."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None,
+        head_dim: int | None,
+        rotary: str,
+        qk_norm: str,
+        norm_over: str | None,
+        norm_eps: float | None,
+        norm_affine: bool | None,
+        scale: float | None,
+        softcap: float | None,
+        radius: int,
+        height: int,
+        width: int,
+    ) -> None:
+        norm = (qk_norm, norm_over, norm_eps, norm_affine)
+        super().__init__(
+            "local_attention_2d", dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap
         )
+        if radius < 1:
+            raise ValueError(f"local_attention_2d: radius is {radius}, wanted at least 1")
+        if height < 1 or width < 1:
+            raise ValueError(f"local_attention_2d: the grid is {height} x {width}")
+        self.radius = radius
+        self.height = height
+        self.width = width
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: bool) -> Tensor:
+        """The weighted means; q, k, v: [batch, tokens, heads, head_dim]; `first`: the grid's tokens come first."""
+        tokens, groups = q.shape[1], self.heads // self.kv_heads
+        grid = self.height * self.width
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        sizes = [grid, tokens - grid] if first else [tokens - grid, grid]
+        here, there = (0, 1) if first else (1, 0)
+        queries = (q * self.scale).transpose(1, 2).split(sizes, dim=2)
+        keys = k.transpose(1, 2).split(sizes, dim=2)
+        values = v.transpose(1, 2).split(sizes, dim=2)
+        masks = others = None
+        if mask is not None:
+            rows = four_dimensions(mask).expand(-1, -1, tokens, tokens).split(sizes, dim=2)
+            own = rows[here].split(sizes, dim=3)
+            masks, others = (own[here], own[there]), rows[there]
+        local = disc_attention(
+            queries[here],
+            keys[here],
+            values[here],
+            None if tokens == grid else (keys[there], values[there]),
+            (self.height, self.width),
+            self.radius,
+            self.softcap,
+            masks,
+        ).transpose(1, 2)
+        if tokens == grid:
+            return local
+        full = q.split(sizes, dim=1)[there]
+        full = attend(full, k, v, self.scale, others, softcap=self.softcap)
+        return torch.cat((local, full) if first else (full, local), dim=1)
 
 
-def check_disc(height: int, width: int, radius: int) -> None:
-    if radius < 1:
-        raise ValueError(f"local_attention_2d: radius is {radius}, wanted at least 1")
-    if height < 1 or width < 1:
-        raise ValueError(f"local_attention_2d: the grid is {height} x {width}")
-
-
-class LocalAttention2d(nn.Module):
+class LocalAttention2d(DiscMixer):
     """Softmax attention of each token to those less than `radius` away on the grid.
 
     y_i = out(Σ_j softmax_j(scale · q_i · k_j) v_j) over dy² + dx² < radius²; x and y are
     [batch, height · width, dim], row after row. `in_proj` holds the rows of q, k and v in this
     order; fewer `kv_heads` are shared by groups of query heads. Computed in tiles with a halo, so
     that the cost grows linearly with the tokens. (CLEAR, arXiv 2412.16112.)
+
+    `groups`, `text: full, image: local`, says that other tokens stand before the grid's (or after, where they
+    are named last), as many as there are: they see all tokens, and all see them. A mask is added to the
+    scores, or hides where it is False; `rotary`, `qk_norm`, `scale` and `softcap` are those of `Attention`.
 
     >>> LocalAttention2d(dim=8, heads=2, radius=2, height=4, width=6)(torch.zeros(1, 24, 8)).shape
     torch.Size([1, 24, 8])
@@ -131,59 +193,56 @@ class LocalAttention2d(nn.Module):
         norm_eps: float | None = None,
         norm_affine: bool | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        groups: str | None = None,
     ) -> None:
-        super().__init__()
-        kv_heads, head_dim = head_sizes("local_attention_2d", dim, heads, kv_heads, head_dim)
-        check_disc(height, width, radius)
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = head_dim
-        self.radius = radius
-        self.height = height
-        self.width = width
-        self.rotary = check_rotary("local_attention_2d", rotary)
-        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
-        self.q_norm = make_norm(
-            "local_attention_2d", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
+        norm = (qk_norm, norm_over, norm_eps, norm_affine)
+        super().__init__(
+            dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap, radius, height, width
         )
-        self.k_norm = make_norm(
-            "local_attention_2d", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
-        )
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.out_proj = nn.Linear(heads * head_dim, dim)
+        kinds = ["local"] if groups is None else list(parse_groups(groups).values())
+        if sorted(kinds) not in (["local"], ["full", "local"]):
+            raise ValueError(
+                f"local_attention_2d: groups {groups!r}, wanted one local group and one full one"
+            )
+        self.groups = groups
+        self.grid_first = kinds[0] == "local"
+        self.alone = len(kinds) == 1
+        self.in_proj = nn.Linear(dim, self.rows)
+        self.out_proj = nn.Linear(heads * self.head_dim, dim)
 
-    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
-        batch, tokens, _ = x.shape
-        check_grid(tokens, self.height, self.width)
-        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        groups = self.heads // self.kv_heads
-        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm)
-        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm)
-        q, k = rotate(q, cos, sin, self.rotary), rotate(k, cos, sin, self.rotary)
-        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
-        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        y = disc_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            None,
-            (self.height, self.width),
-            self.radius,
-            self.scale,
-        )
-        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, inner))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
+        check_grid(x.shape[1], self.height, self.width, others=not self.alone)
+        q, k, v = self.split(self.in_proj(x))
+        q, k = self.turned(*self.normed(q, k), cos, sin)
+        return self.out_proj(self.mix(q, k, v, mask, self.grid_first).flatten(2))
 
 
-class JointLocalAttention2d(nn.Module):
+def check_grid(tokens: int, height: int, width: int, others: bool) -> None:
+    """ValueError unless there is a token for each place of the grid, and more where there are `others`."""
+    grid = height * width
+    if (tokens <= grid) if others else (tokens != grid):
+        more = " and more" if others else ""
+        raise ValueError(
+            f"local_attention_2d: {tokens} tokens, built for a grid of {height} x {width}{more}"
+        )
+
+
+class JointLocalAttention2d(DiscMixer):
     """Two streams in one attention, one of them on a grid and local there: (y1, y2) of (x1, x2).
 
     x1, x2 and y1, y2 are [batch, tokens, dim]. `streams` names them in this order; `groups` says of
     each whether it is `local` or `full`. A token of a full stream sees all tokens of both; one of
     the local stream, which lies on the grid, sees the tokens of its own stream less than `radius`
     away, and all of the other's. Rows of each `in_proj` are q, k, v; `qk_norm` (see `Attention`, as for
-    `scale`) normalises q and k, each stream with weights of its own. With `both = false` only
-    the first stream's output is returned. cos and sin are for the tokens in the order that `first`
+    `scale` and `softcap`) normalises q and k, each stream with weights of its own. With `both = false` only
+    the first stream's output is returned. The mask, cos and sin are for the tokens in the order that `first`
     says: the stream it names, then the other. (CLEAR, arXiv 2412.16112; joint attention: SD3,
     arXiv 2403.03206.)
 
@@ -211,77 +270,51 @@ class JointLocalAttention2d(nn.Module):
         norm_eps: float | None = None,
         norm_affine: bool | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        kv_heads: int | None = None,
     ) -> None:
-        super().__init__()
-        _, head_dim = head_sizes("local_attention_2d", dim, heads, None, head_dim)
-        check_disc(height, width, radius)
+        norm = (qk_norm, norm_over, norm_eps, norm_affine)
+        super().__init__(
+            dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap, radius, height, width
+        )
         names = [name.strip() for name in streams.split(",")]
         kinds = parse_groups(groups)
         if len(names) != 2 or set(kinds) != set(names):
             raise ValueError(f"local_attention_2d: groups {groups!r} of the streams {streams!r}")
         if list(kinds.values()).count("local") != 1:
             raise ValueError(f"local_attention_2d: groups {groups!r}, wanted one local stream")
-        self.heads = heads
-        self.head_dim = head_dim
-        self.radius = radius
-        self.height = height
-        self.width = width
         self.local = [kinds[name] for name in names].index("local")
         self.both = both
-        self.rotary = check_rotary("local_attention_2d", rotary)
         self.swapped = first == names[1]
-        inner = heads * head_dim
-        self.in_proj = nn.Linear(dim, 3 * inner)
-        self.in_proj_2 = nn.Linear(context_dim, 3 * inner)
-        self.q_norm, self.k_norm, self.q_norm_2, self.k_norm_2 = (
-            make_norm(
-                "local_attention_2d", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
-            )
-            for _ in range(4)
-        )
-        self.scale = head_dim**-0.5 if scale is None else scale
+        inner = heads * self.head_dim
+        self.in_proj = nn.Linear(dim, self.rows)
+        self.in_proj_2 = nn.Linear(context_dim, self.rows)
+        name, size = "local_attention_2d", (self.head_dim, norm_eps, norm_affine)
+        self.q_norm_2 = make_norm(name, qk_norm, norm_over, heads, *size)
+        self.k_norm_2 = make_norm(name, qk_norm, norm_over, self.kv_heads, *size)
         self.out_proj = nn.Linear(inner, dim)
         self.out_proj_2 = nn.Linear(inner, context_dim) if both else None
 
-    def turn(self, q1: Tensor, q2: Tensor, cos: Tensor | None, sin: Tensor | None) -> list[Tensor]:
-        """Rotary positions over both streams, in the order in which they were given."""
-        if self.rotary == "none":
-            return [q1, q2]
-        order = (q2, q1) if self.swapped else (q1, q2)
-        turned = rotate(torch.cat(order, dim=1), cos, sin, self.rotary)
-        found = turned.split([order[0].shape[1], order[1].shape[1]], dim=1)
-        return [found[1], found[0]] if self.swapped else [found[0], found[1]]
-
     def forward(
-        self, x: Tensor, context: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        sizes = (3, self.heads, self.head_dim)
-        q1, k1, v1 = self.in_proj(x).unflatten(-1, sizes).unbind(2)
-        q2, k2, v2 = self.in_proj_2(context).unflatten(-1, sizes).unbind(2)
-        q1, k1 = normalise(q1, self.q_norm), normalise(k1, self.k_norm)
-        q2, k2 = normalise(q2, self.q_norm_2), normalise(k2, self.k_norm_2)
-        q = [t.transpose(1, 2) for t in self.turn(q1, q2, cos, sin)]
-        k = [t.transpose(1, 2) for t in self.turn(k1, k2, cos, sin)]
-        v = [v1.transpose(1, 2), v2.transpose(1, 2)]
-        check_grid(q[self.local].shape[2], self.height, self.width)
-        here, there = self.local, 1 - self.local
-        y = [v1, v2]
-        y[here] = disc_attention(
-            q[here],
-            k[here],
-            v[here],
-            (k[there], v[there]),
-            (self.height, self.width),
-            self.radius,
-            self.scale,
-        )
-        y[there] = F.scaled_dot_product_attention(
-            q[there],
-            torch.cat((k[0], k[1]), dim=2),
-            torch.cat((v[0], v[1]), dim=2),
-            scale=self.scale,
-        )
-        y1, y2 = (t.transpose(1, 2).flatten(2) for t in y)
+        local = (x, context)[self.local]
+        check_grid(local.shape[1], self.height, self.width, others=False)
+        q1, k1, v1 = self.split(self.in_proj(x))
+        q2, k2, v2 = self.split(self.in_proj_2(context))
+        own = [*self.normed(q1, k1), v1]
+        other = [normalise(q2, self.q_norm_2), normalise(k2, self.k_norm_2), v2]
+        begin, end = (other, own) if self.swapped else (own, other)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(begin, end, strict=True))
+        q, k = self.turned(q, k, cos, sin)
+        y = self.mix(q, k, v, mask, (self.local == 0) != self.swapped).flatten(2)
+        y1, y2 = y.split([begin[0].shape[1], end[0].shape[1]], dim=1)
+        y1, y2 = (y2, y1) if self.swapped else (y1, y2)
         if self.out_proj_2 is None:
             return self.out_proj(y1)
         return self.out_proj(y1), self.out_proj_2(y2)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftc.operators.conv import along_tokens
+
 
 def ssd_scan(x: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """y_i = c_i · h_i, h_i = exp(decay_i) h_{i − 1} + b_i x_iᵀ: the definition, token by token.
@@ -37,6 +39,8 @@ def ssd(x: Tensor, decay: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
     are carried on by one product over chunks.
     """
     batch, tokens, heads, width = x.shape
+    if tokens == 0:
+        return x
     groups, size = b.shape[2], b.shape[3]
     each = heads // groups
     # The last chunk is filled up with its last token, which nothing earlier sees: no shape then
@@ -177,8 +181,7 @@ class Mamba2(nn.Module):
     ) -> Tensor:
         """One direction: [x, B, C] before the convolution, and dt, to y."""
         batch, tokens, _ = mixed.shape
-        left = filter.kernel_size[0] - 1
-        mixed = F.silu(filter(F.pad(mixed.transpose(1, 2), (left, 0))).transpose(1, 2))
+        mixed = F.silu(along_tokens(mixed, filter, causal=True, grid=None))
         wide = torch.promote_types(mixed.dtype, torch.float32)
         size = self.groups * self.state
         x, b, c = mixed.to(wide).split([self.inner, size, size], dim=-1)

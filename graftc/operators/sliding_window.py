@@ -5,18 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graftc.operators.heads import (
-    broadcast_mask,
-    check_rotary,
-    head_sizes,
-    hide,
-    make_norm,
-    normalise,
-    rotate,
-)
+from graftc.operators.heads import HeadMixer, broadcast_mask, capped, hide
 
 
-class SlidingWindow(nn.Module):
+class SlidingWindow(HeadMixer):
     """Softmax attention of each token to those at most `window` away; x, y: [batch, tokens, dim].
 
     y_i = out(Σ_j softmax_j(scale · q_i · k_j) v_j) over |i − j| ≤ window, or 0 ≤ i − j ≤ window
@@ -25,7 +17,7 @@ class SlidingWindow(nn.Module):
     its own keys and `window` of each neighbour's: the cost grows linearly with the tokens. `form =
     dense` computes the same from all pairs, which is faster where there are few tokens. A mask
     is added to the scores, or hides where it is False; cos and sin turn q and k where `rotary`
-    says how, after `qk_norm` (see `Attention`, as for `scale`).
+    says how, after `qk_norm` (see `Attention`, as for `scale` and `softcap`).
 
     >>> SlidingWindow(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -46,30 +38,22 @@ class SlidingWindow(nn.Module):
         norm_eps: float | None = None,
         norm_affine: bool | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
-        super().__init__()
+        norm = (qk_norm, norm_over, norm_eps, norm_affine)
+        super().__init__(
+            "sliding_window", dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap
+        )
         if form not in ("auto", "blocks", "dense"):
             raise ValueError(f"sliding_window: unknown form {form!r}, wanted auto, blocks or dense")
         self.form = "blocks" if form == "auto" else form
         if window < 1:
             raise ValueError(f"sliding_window: window is {window}, wanted at least 1")
-        kv_heads, head_dim = head_sizes("sliding_window", dim, heads, kv_heads, head_dim)
-        self.heads = heads
-        self.kv_heads = kv_heads
-        self.head_dim = head_dim
         self.window = window
         self.causal = causal
-        self.rotary = check_rotary("sliding_window", rotary)
         self.block = max(window, 16)  # smaller blocks waste less, larger ones multiply faster
-        self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim)
-        self.q_norm = make_norm(
-            "sliding_window", qk_norm, norm_over, heads, head_dim, norm_eps, norm_affine
-        )
-        self.k_norm = make_norm(
-            "sliding_window", qk_norm, norm_over, kv_heads, head_dim, norm_eps, norm_affine
-        )
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.out_proj = nn.Linear(heads * head_dim, dim)
+        self.in_proj = nn.Linear(dim, self.rows)
+        self.out_proj = nn.Linear(heads * self.head_dim, dim)
 
     def forward(
         self,
@@ -78,27 +62,24 @@ class SlidingWindow(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
     ) -> Tensor:
-        batch, tokens, _ = x.shape
-        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = self.in_proj(x).split([inner, kv_inner, kv_inner], dim=-1)
-        q = normalise(q.reshape(batch, tokens, self.heads, self.head_dim), self.q_norm)
-        q = rotate(q, cos, sin, self.rotary) * self.scale
-        k = normalise(k.reshape(batch, tokens, self.kv_heads, self.head_dim), self.k_norm)
-        k = rotate(k, cos, sin, self.rotary)
-        v = v.reshape(batch, tokens, self.kv_heads, self.head_dim)
+        q, k, v = self.split(self.in_proj(x))
+        q, k = self.turned(*self.normed(q, k), cos, sin)
+        form = self._dense if self.form == "dense" or x.shape[1] == 0 else self._blocks
+        return self.out_proj(form(q * self.scale, k, v, mask).flatten(2))
 
-        if self.form == "dense":
-            return self.out_proj(self._dense(q, k, v, mask).reshape(batch, tokens, inner))
+    def _blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Block by block; q (scaled), k, v: [batch, tokens, heads, head_dim]."""
+        batch, tokens, _, _ = q.shape
         # Row r of what follows is one block of one head of one sample. Blocks are cut by index:
         # no shape then depends on a remainder, and torch.export takes any batch and length.
         blocks = (tokens + self.block - 1) // self.block
-        row = torch.arange(batch * self.heads * blocks, device=x.device).unsqueeze(1)
+        row = torch.arange(batch * self.heads * blocks, device=q.device).unsqueeze(1)
         sequence = row // blocks
         sample, head = sequence // self.heads, sequence % self.heads
         start = (row - sequence * blocks) * self.block
         after = 0 if self.causal else self.window
-        query = start + torch.arange(self.block, device=x.device)
-        key = start + torch.arange(-self.window, self.block + after, device=x.device)
+        query = start + torch.arange(self.block, device=q.device)
+        key = start + torch.arange(-self.window, self.block + after, device=q.device)
         distance = key.unsqueeze(1) - query.unsqueeze(2)
         seen = (distance >= -self.window) & (distance <= after)
         seen = seen & ((key >= 0) & (key < tokens)).unsqueeze(1)
@@ -108,7 +89,7 @@ class SlidingWindow(nn.Module):
         k = k[sample, key.clamp(0, tokens - 1), kv_head]
         v = v[sample, key.clamp(0, tokens - 1), kv_head]
         # The lowest number, not -inf: a padded query sees nothing, and must not become NaN.
-        scores = q @ k.transpose(1, 2)
+        scores = capped(q @ k.transpose(1, 2), self.softcap)
         if mask is not None:
             whole = broadcast_mask(mask, batch, self.heads, tokens)
             rows = query.clamp(max=tokens - 1).unsqueeze(2)
@@ -116,18 +97,17 @@ class SlidingWindow(nn.Module):
             scores = hide(scores, whole[sample.unsqueeze(2), head.unsqueeze(2), rows, columns])
         y = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(dim=-1) @ v
 
-        token = torch.arange(tokens, device=x.device).unsqueeze(1)
-        first = torch.arange(batch * self.heads, device=x.device) * blocks
+        token = torch.arange(tokens, device=q.device).unsqueeze(1)
+        first = torch.arange(batch * self.heads, device=q.device) * blocks
         first = first.reshape(batch, 1, self.heads)
-        y = y[first + token // self.block, token % self.block]
-        return self.out_proj(y.reshape(batch, tokens, inner))
+        return y[first + token // self.block, token % self.block]
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """All pairs, those outside the window hidden; q (scaled), k, v: [batch, tokens, heads, head_dim]."""
         batch, tokens, heads, _ = q.shape
         k = k.repeat_interleave(heads // self.kv_heads, dim=2)
         v = v.repeat_interleave(heads // self.kv_heads, dim=2)
-        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        scores = capped(q.transpose(1, 2) @ k.permute(0, 2, 3, 1), self.softcap)
         if mask is not None:
             scores = hide(scores, broadcast_mask(mask, batch, heads, tokens))
         at = torch.arange(tokens, device=q.device)

@@ -10,8 +10,8 @@ class Tokens:
     """A polynomial in N: `coefficients[i]` is that of Nⁱ. As a size, N is larger than any number.
 
     >>> n = Tokens((0, 1))
-    >>> str(4 * n * n + 3 * n), str(2 * n * min(n, 9))
-    ('4·N² + 3·N', '18·N')
+    >>> str(4 * n * n + 3 * n), str(2 * n * min(n, 9)), str(n * n + -5)
+    ('4·N² + 3·N', '18·N', '1·N² − 5')
     """
 
     coefficients: tuple[float, ...]
@@ -42,4 +42,4 @@ class Tokens:
     def __str__(self) -> str:
         powers = ("", "·N", "·N²", "·N³", "·N⁴")
         terms = [f"{c:,}{p}" for c, p in zip(self.coefficients, powers, strict=False) if c]
-        return " + ".join(reversed(terms)) or "0"
+        return (" + ".join(reversed(terms)) or "0").replace("+ -", "− ")

@@ -381,6 +381,8 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
     }
     if abs(a.scale * head_dim**0.5 - 1) > 1e-6:
         facts["scale"] = a.scale
+    if a.softcap is not None:
+        facts["softcap"] = a.softcap
     if a.kind == "cross_attention":
         facts["context_dim"] = size_hint(linear_input(a.k[0]).tensor.shape[-1])
     has = {
@@ -391,6 +393,7 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
             ("rotary", a.rotary),
             ("qk_norm", a.normed),
             ("groups", kv_heads != heads),
+            ("softcap", a.bounded),
         ]
         if there
     }

@@ -41,13 +41,17 @@ from graftc.program.refusals import (
     why_not_just,
 )
 from graftc.program.rotary import is_rotary
+from graftc.program.scores import is_bounded, softcap_of
 
 Form = Literal["softmax", "linear", "opaque"]
 
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """An attention's ops before we know where it stands: its operands, its result, its masks."""
+    """An attention's ops before we know where it stands: its operands, its result, its masks.
+
+    `bounded`: its scores go through a tanh; `softcap` is the cap, where it is one.
+    """
 
     op: Op
     result: Op
@@ -58,6 +62,8 @@ class Anchor:
     masks: tuple[Masking, ...] = ()
     causal: bool = False
     scale: float | None = None
+    bounded: bool = False
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,7 @@ class Attention:
     'linear' (a product of products, no softmax) or 'opaque' (an op that graftc cannot see into). `masks` are
     those that do something else than hide the future, `reading` what all of them do together. `q_routes`: how each
     of `q` becomes the query. `scale`: what the products of the linears' results are multiplied by, in all.
+    `bounded`: the scores go through a tanh, and `softcap` is its cap, None where it is not one of that form.
     """
 
     path: str
@@ -91,6 +98,8 @@ class Attention:
     q_routes: tuple[Route, ...]
     k_routes: tuple[Route, ...]
     scale: float
+    bounded: bool
+    softcap: float | None
 
     @property
     def out(self) -> Op | None:
@@ -181,15 +190,27 @@ def _written_out(flat: Flat, refused: Refused, softmax: Op) -> Anchor | None:
         return None
     score, out = scores[-1], outs[0]
     offset = 1 if score.target is ATEN.baddbmm.default else 0
-    masks = maskings(_between(softmax, {score.index}), score)
+    way = _between(softmax, {score.index})
+    masks = maskings(way, score)
     if offset:
         masks = (Masking(score.args[0], "additive"), *masks)
     scale = float(score.argument(4, "alpha", 1)) if offset else 1.0
-    for op in _between(softmax, {score.index}):
+    for op in way:
         factor = factor_of(op)
         scale *= factor[0] if factor is not None else 1.0
     q, k = score.args[offset : offset + 2]
-    return Anchor(softmax, out, q, k, out.args[1], "softmax", masks, scale=scale)
+    return Anchor(
+        softmax,
+        out,
+        q,
+        k,
+        out.args[1],
+        "softmax",
+        masks,
+        scale=scale,
+        bounded=is_bounded(way),
+        softcap=softcap_of(softmax, score, way),
+    )
 
 
 def _product_of_products(outer: Op) -> Anchor | None:
@@ -320,6 +341,8 @@ def _around(
         q_routes=q_routes,
         k_routes=k_routes,
         scale=scale * q_routes[0].scale * k_routes[0].scale,
+        bounded=anchor.bounded,
+        softcap=anchor.softcap,
     )
 
 

@@ -264,6 +264,7 @@ def _check_qk(
     """Raise where an operator with q and k of its own would make them otherwise than the site did, unsaid."""
     if spec.arg("heads") is None:
         return
+    _check_softcap(spec, arguments, site, drop, span)
     unread = site.facts.get("unread")
     if "qk_norm" in site.has:
         if "qk_norm" in drop or arguments.get("qk_norm", "none") != "none":
@@ -288,3 +289,27 @@ def _check_qk(
             wanted="a linear map, a norm, rotary positions and a factor, nothing else",
             help="keep the attention there (`except {…}`), or choose an operator without heads",
         )
+
+
+def _check_softcap(
+    spec: OperatorSpec,
+    arguments: Mapping[str, Value],
+    site: Site,
+    drop: tuple[str, ...],
+    span: Span,
+) -> None:
+    """Raise where an operator with heads would leave out the cap of the scores, unsaid."""
+    if "softcap" not in site.has or "softcap" in drop or arguments.get("softcap") is not None:
+        return
+    unknown = site.facts.get("softcap") is None
+    fail(
+        "G354",
+        f"`{spec.name}` would drop the cap of the scores at {site.path}",
+        span=span,
+        site=site.path,
+        wanted="cap · tanh(scores / cap), before every mask" if unknown else None,
+        found="a tanh of the scores in another form"
+        if unknown
+        else f"softcap = {site.facts['softcap']:g}",
+        help="write `drop softcap` in the rule if that is meant",
+    )

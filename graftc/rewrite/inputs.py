@@ -19,6 +19,8 @@ def own_facts(site: Site, drop: tuple[str, ...]) -> dict[str, Value]:
     facts: dict[str, Value] = {**site.facts, "rotary": form}
     if "qk_norm" in drop or facts.get("qk_norm") == "other":
         facts["qk_norm"] = "none"
+    if "softcap" in drop:
+        facts.pop("softcap", None)
     return facts
 
 

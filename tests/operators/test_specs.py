@@ -117,8 +117,8 @@ GRID = {"kernel": 3, "causal": False, "dims": 2, "height": 4, "width": 6}
 def test_cost_counts_the_modules_parameters(name):
     spec = EVERY[name]
     few = {n: v for n, v in SMALL.items() if spec.arg(n)}
-    if "joint" in name:
-        few.pop("groups", None)
+    if (groups := spec.arg("groups")) is not None and groups.kind == "groups":
+        few.pop("groups")
     chosen = [_arguments(name), _arguments(name, **few)]
     if spec.arg("dims"):
         chosen.append(_arguments(name, **GRID))

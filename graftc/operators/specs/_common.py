@@ -76,6 +76,14 @@ SCALE = Arg(
     doc="of the scores; 1 / √head_dim if not given and not the site's own",
 )
 
+SOFTCAP = Arg(
+    "softcap",
+    "float",
+    OfSite("softcap", None, optional=True),
+    above=0,
+    doc="bounds the scores: softcap · tanh(scores / softcap); none if not given and not the site's own",
+)
+
 
 def norm_params(arguments: Arguments) -> int:
     """Parameters of the norms of q and k.

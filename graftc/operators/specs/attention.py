@@ -25,6 +25,7 @@ from graftc.operators.specs._common import (
     ROTARY,
     SCALE,
     SELF_ATTENTION,
+    SOFTCAP,
     attention_args,
     attention_projections,
     attention_sizes,
@@ -159,6 +160,7 @@ _CROSS = OperatorSpec(
         ROTARY,
         *QK_NORM,
         SCALE,
+        SOFTCAP,
         *_OUT,
     ),
     slots=(
@@ -208,6 +210,7 @@ _JOINT = OperatorSpec(
         ROTARY,
         *QK_NORM,
         SCALE,
+        SOFTCAP,
     ),
     slots=(
         *(Slot(f"{n}_1", "in_proj", rows=(i, 3)) for i, n in enumerate(_NAMES)),
@@ -236,7 +239,7 @@ SPECS = (
         summary="softmax attention; fewer kv_heads make it grouped-query or multi-query",
         roles=(SELF_ATTENTION, CROSS_ATTENTION, JOINT_ATTENTION),
         mixes="tokens",
-        args=(*attention_args(), ROTARY, *QK_NORM, SCALE, *_OUT),
+        args=(*attention_args(), ROTARY, *QK_NORM, SCALE, SOFTCAP, *_OUT),
         slots=_SLOTS,
         inits=COPIES,
         cost=_cost,
@@ -256,6 +259,7 @@ SPECS = (
             ROTARY,
             *QK_NORM,
             SCALE,
+            SOFTCAP,
         ),
         slots=(
             Slot("q", "q_proj"),

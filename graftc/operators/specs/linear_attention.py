@@ -8,6 +8,7 @@ from graftc.operators.specs._common import (
     ROTARY,
     SCALE,
     SELF_ATTENTION,
+    SOFTCAP,
     attention_args,
     attention_projections,
     attention_sizes,
@@ -110,6 +111,7 @@ SPECS = (
             ROTARY,
             *QK_NORM,
             SCALE,
+            SOFTCAP,
         ),
         slots=(*SLOTS, *_MAPS, Slot("factor", "", parameter="factor", doc="the window's share")),
         inits={

@@ -10,8 +10,10 @@ from graftc.operators.specs._common import (
     ROTARY,
     SCALE,
     SELF_ATTENTION,
+    SOFTCAP,
     attention_args,
     attention_projections,
+    attention_sizes,
     integer,
     norm_params,
     norm_slots,
@@ -47,10 +49,14 @@ def _scores(arguments: Arguments) -> tuple[int, int]:
 
 
 def _cost(arguments: Arguments, tokens: int) -> Cost:
+    """Without `groups` every token is on the grid; with them the others see all, and all see them."""
     scores, grid = _scores(arguments)
-    params, projections = attention_projections(arguments, grid)
-    heads = integer(arguments, "heads")
-    operator = scores * heads * (4 * integer(arguments, "head_dim") + 2)
+    beside = arguments.get("groups") is not None
+    all_tokens = tokens if beside else grid
+    params, projections = attention_projections(arguments, all_tokens)
+    if beside:
+        scores = tokens * tokens + (scores - grid * grid)
+    operator = scores * (integer(arguments, "heads") * (4 * integer(arguments, "head_dim") + 2))
     return Cost(params + norm_params(arguments), operator, projections)
 
 
@@ -60,18 +66,14 @@ def _joint_cost(arguments: Arguments, tokens: int) -> Cost:
     counts = [n for n in (tokens, arguments.get("context_tokens")) if isinstance(n, int)]
     others = next((n for n in counts if n != grid), grid)
     heads, head_dim = integer(arguments, "heads"), integer(arguments, "head_dim")
-    inner, dim, context = (
-        heads * head_dim,
-        integer(arguments, "dim"),
-        integer(arguments, "context_dim"),
-    )
-    both = 2 if arguments["both"] else 1
-    params = 3 * inner * (dim + 1 + context + 1) + dim * (inner + 1)
-    params += context * (inner + 1) * (both - 1)
+    dim, context = integer(arguments, "dim"), integer(arguments, "context_dim")
+    rows, inner = sum(attention_sizes(arguments)), heads * head_dim
+    both = 1 if arguments["both"] else 0
+    params = rows * (dim + 1 + context + 1) + dim * (inner + 1) + both * context * (inner + 1)
     params += 2 * norm_params(arguments)
     scores += grid * others + others * (grid + others)
-    on_grid, off = (grid, others) if counts and counts[0] == grid else (others, grid)
-    featuriser = 2 * inner * (4 * on_grid * dim + (3 + both - 1) * off * context)
+    first, second = (grid, others) if counts and counts[0] == grid else (others, grid)
+    featuriser = 2 * first * dim * (rows + inner) + 2 * second * context * (rows + both * inner)
     return Cost(params, scores * heads * (4 * head_dim + 2), featuriser)
 
 
@@ -89,7 +91,7 @@ _JOINT = OperatorSpec(
         Arg(
             "context_dim", "int", OfSite("context_dim"), minimum=1, doc="width of the other stream"
         ),
-        *(a for a in attention_args() if a.name in ("heads", "head_dim")),
+        *(a for a in attention_args() if a.name in ("heads", "kv_heads", "head_dim")),
         _HEIGHT,
         _WIDTH,
         Arg("streams", "symbol", OfSite("streams"), doc="the streams' names, the first one first"),
@@ -102,11 +104,15 @@ _JOINT = OperatorSpec(
         ),
         *QK_NORM,
         SCALE,
+        SOFTCAP,
         ROTARY,
     ),
     slots=(
-        *(Slot(f"{n}_1", "in_proj", rows=(i, 3)) for i, n in enumerate(_NAMES)),
-        *(Slot(f"{n}_2", "in_proj_2", rows=(i, 3)) for i, n in enumerate(_NAMES)),
+        *(
+            Slot(f"{n}_{stream}", path, rows=(i, 3), sizes=attention_sizes)
+            for stream, path in ((1, "in_proj"), (2, "in_proj_2"))
+            for i, n in enumerate(_NAMES)
+        ),
         *norm_slots("q_norm", "k_norm", "q_norm_2", "k_norm_2"),
         Slot("out_1", "out_proj", last=True),
         Slot("out_2", "out_proj_2", when="both"),
@@ -119,7 +125,7 @@ _JOINT = OperatorSpec(
         }
     },
     cost=_joint_cost,
-    keeps=("rotary", "groups", "context", "qk_norm"),
+    keeps=("mask", "rotary", "groups", "context"),
     length="fixed",
     source="CLEAR, arXiv 2412.16112",
 )
@@ -133,18 +139,24 @@ SPECS = (
         mixes="tokens",
         args=(
             _RADIUS,
+            Arg(
+                "groups",
+                "groups",
+                doc="of the tokens in their order, which are on the grid (`local`) and which see all (`full`)",
+            ),
             *(a for a in attention_args() if a.name != "causal"),
             _HEIGHT,
             _WIDTH,
             ROTARY,
             *QK_NORM,
             SCALE,
+            SOFTCAP,
         ),
         slots=SLOTS,
         inits=COPIES,
         cost=_cost,
-        keeps=("rotary", "groups"),
-        length="fixed",
+        keeps=("mask", "rotary", "groups"),
+        length="groups=None",
         source="CLEAR, arXiv 2412.16112",
         variants={JOINT_ATTENTION: _JOINT},
     ),
