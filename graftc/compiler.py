@@ -25,6 +25,8 @@ from graftc.language.rules import Rules
 from graftc.measures import DEFAULT_SAMPLES, Measuring
 from graftc.program.analysis import Analysis, Site, analyse
 from graftc.program.capture import capture
+from graftc.program.given_weights import load_weights, weights_hash
+from graftc.program.libraries import LibraryReference
 from graftc.program.model import Model, Reference, as_model, load_model, model_reference, source_of
 from graftc.program.parts import PartRef, part_refs
 from graftc.program.program import Program
@@ -158,6 +160,7 @@ def compile_build(
     seed: int,
     copy_teacher: bool,
     command: str,
+    weights: Path | None = None,
     student_weights: Path | None = None,
     allow_python: Sequence[str | Path] = (),
     samples: int = DEFAULT_SAMPLES,
@@ -165,7 +168,7 @@ def compile_build(
 ) -> Build:
     """Compile and write the build directory; see `graftc.compile`."""
     rules = bind(check(file, overrides), allow_python)
-    loaded = load_model(model) if isinstance(model, str) else as_model(model)
+    loaded = _loaded(model, weights, rules)
     check_weights(loaded.module)
     on = (
         measuring(loaded, data, task, samples=samples, seed=seed, cache=cache)
@@ -195,6 +198,7 @@ def compile_build(
             "rules": {"file": str(file), "read": list(rules.files), "sha256": rules.digest,
                       "python": dict(rules.python), "parameters": dict(rules.parameters)},
             "model": _named(model, "MODEL"),
+            "model_weights": _weights_entry(weights),
             "student_weights": _file_entry(student_weights),
             "data": _named(data, "DATA"),
             "task": _task_entry(task, loaded.task),
@@ -205,8 +209,32 @@ def compile_build(
         copy_teacher=copy_teacher or not isinstance(model, str),
         provenance={n.path: f"{e.rule.name} @ {e.origin}" for e in compiled.plan.edits for n in e.new},
         model=model_reference(model).absolute() if isinstance(model, str) else "",
+        model_weights="" if weights is None else str(weights.absolute()),
         made_by=f"graftc {__version__} from {file.name}",
     )  # fmt: skip
+
+
+def _loaded(model: str | Model, weights: Path | None, rules: Rules) -> Model:
+    """The model with its weights. Where they are read from files, the rules are planned first, on the meta
+    device: what does not fit is said before gigabytes are read."""
+    if not isinstance(model, str):
+        if weights is not None:
+            load_weights(as_model(model).module, weights)
+        return as_model(model)
+    deferred = weights is not None or isinstance(model_reference(model), LibraryReference)
+    if deferred and not asks(rules):
+        make_plan(rules, analyse(capture(load_model(model, on_meta=True, weights=weights))))
+    return load_model(model, weights=weights)
+
+
+def _weights_entry(weights: Path | None) -> dict[str, str] | None:
+    if weights is None:
+        return None
+    return {
+        "reference": str(weights),
+        "absolute": str(weights.absolute()),
+        "sha256": weights_hash(weights),
+    }
 
 
 def _released(student: Program, file: Path, original: nn.Module) -> Program:

@@ -15,6 +15,7 @@ from graftc.program.analysis import Analysis
 from graftc.program.calls import CallRecord, Leaf, recorded
 from graftc.program.model import Model
 from graftc.program.program import Program, shape_hint
+from graftc.program.saved import Saved
 from graftc.rewrite.edits import Edit
 from graftc.rewrite.plan import Plan
 
@@ -23,6 +24,12 @@ LOCAL = ("replace", "remove", "skip")
 
 def forms(plan: Plan, analysis: Analysis, student: Program, model: Model) -> dict[str, Any]:
     """An entry for the manifest: the original's class and call, and `modules`, or None and a `reason`."""
+    if isinstance(model.module, Saved):
+        return {
+            "class": "",
+            "modules": None,
+            "reason": "a saved program has no Python class of its own",
+        }
     outlined = bool(analysis.program.moved)  # a module that the original has not
     paths = [] if outlined else [s.path for e in plan.edits for s in e.sites]
     found: dict[str, Any] = {"class": analysis.program.classes.get("", ""), "modules": None}

@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     from graftc.program.model import Model
 
 
-def as_model(model: str | Model, *, on_meta: bool) -> Model:
+def as_model(model: str | Model, *, on_meta: bool, weights: str | Path | None = None) -> Model:
+    """MODEL by name, or the object; `weights` are read into it (on meta their names and shapes are checked)."""
+    from graftc.program.given_weights import load_weights
     from graftc.program.model import as_model as made
     from graftc.program.model import load_model
 
-    return load_model(model, on_meta=on_meta) if isinstance(model, str) else made(model)
+    if isinstance(model, str):
+        return load_model(model, on_meta=on_meta, weights=weights)
+    given = made(model)
+    if weights is not None:
+        load_weights(given.module, Path(weights))
+    return given
 
 
 def as_build(build: str | Path | Build) -> Build:

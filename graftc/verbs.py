@@ -38,6 +38,7 @@ __all__ = [
 def inspect(
     model: str | Model,
     *,
+    weights: str | Path | None = None,
     data: str | Any = None,
     task: str | Any = None,
     samples: int = 64,
@@ -47,7 +48,10 @@ def inspect(
 ) -> Analysis:
     """The roles, chains of blocks, sites, parameters and FLOPs of a model, captured on the meta device.
 
-    `model`: `file.py:function`, `package.module:function`, or a `graftc.Model`. `graph` receives a drawing of the
+    `model`: `file.py:function`, `package.module:function`, `diffusers:CLASS@FOLDER`, `transformers:CLASS@FOLDER`,
+    a `model.pt2` of `torch.export.save`, or a `graftc.Model`. `weights`: a safetensors file, a folder of shards, or
+    a state dict of `torch.save`, in place of the model's own; without `data` only names and shapes are checked.
+    `graph` receives a drawing of the
     chains as SVG. With `data` the model is loaded with its weights, and each site is measured on `samples` samples
     (`Site.measured`): locality, influence, statistics; they are kept in `cache` by content. Raises GraftError.
 
@@ -60,7 +64,7 @@ def inspect(
     from graftc.program.analysis import analyse
     from graftc.program.capture import capture
 
-    loaded = as_model(model, on_meta=data is None)
+    loaded = as_model(model, on_meta=data is None, weights=weights)
     found = analyse(capture(loaded))
     if data is not None:
         from graftc.compiler import check_weights
@@ -84,6 +88,7 @@ def plan(
     file: str | Path,
     model: str | Model,
     *,
+    weights: str | Path | None = None,
     data: str | Any = None,
     task: str | Any = None,
     overrides: Mapping[str, str] | None = None,
@@ -96,8 +101,8 @@ def plan(
 ) -> Plan:
     """What `file` does to `model`: sites, parameters and FLOPs before and after, origins of new weights.
 
-    `overrides` are the file's `set` parameters; `allow_python` are Python files that its rules name and that may
-    be run; `output` receives the plan as YAML, `graph` a drawing of the chains
+    `weights` is as in `inspect`. `overrides` are the file's `set` parameters; `allow_python` are Python files that its
+    rules name and that may be run; `output` receives the plan as YAML, `graph` a drawing of the chains
     before and after as SVG. Measured selectors are measured on `samples` samples of `data` through `task` (default:
     the model's own), drawn by `seed`, and kept in the folder `cache` (default: the user's cache) by content; for them
     alone the model is loaded with its weights. Raises GraftError.
@@ -107,7 +112,7 @@ def plan(
     from graftc.rewrite.user_files import bind
 
     rules = bind(check(file, dict(overrides or {})), allow_python)
-    made = make_plan(rules, _analysis(rules, model, data, task, samples, seed, cache))
+    made = make_plan(rules, _analysis(rules, model, data, task, samples, seed, cache, weights))
     if output is not None:
         from graftc.emit.files import write_yaml
 
@@ -130,6 +135,7 @@ def explain(
     rule: str | None = None,
     *,
     at: str | None = None,
+    weights: str | Path | None = None,
     data: str | Any = None,
     task: str | Any = None,
     overrides: Mapping[str, str] | None = None,
@@ -156,12 +162,19 @@ def explain(
     from graftc.rewrite.whynot import explain as explained
 
     rules = bind(check(file, dict(overrides or {})), allow_python)
-    analysis = _analysis(rules, model, data, task, samples, seed, cache)
+    analysis = _analysis(rules, model, data, task, samples, seed, cache, weights)
     return explained(rules, analysis, rule, at)
 
 
 def _analysis(
-    rules: Rules, model: Any, data: Any, task: Any, samples: int, seed: int, cache: Any
+    rules: Rules,
+    model: Any,
+    data: Any,
+    task: Any,
+    samples: int,
+    seed: int,
+    cache: Any,
+    weights: Any,
 ) -> Analysis:
     """The model's Analysis, on the meta device; with weights and measures where the rules ask for them and DATA is there."""
     from graftc.program.analysis import analyse
@@ -169,7 +182,7 @@ def _analysis(
     from graftc.selectors import asks, measured_for, measuring
 
     measures = data is not None and asks(rules)
-    loaded = as_model(model, on_meta=not measures)
+    loaded = as_model(model, on_meta=not measures, weights=weights)
     on = None
     if measures:
         from graftc.compiler import check_weights
@@ -186,6 +199,7 @@ def compile(
     model: str | Model,
     output: str | Path,
     *,
+    weights: str | Path | None = None,
     data: str | Any = None,
     task: str | Any = None,
     overrides: Mapping[str, str] | None = None,
@@ -201,6 +215,7 @@ def compile(
     """The student and its distillation targets, as a build directory at `output`.
 
     With `data`, first weights that need data are solved now; without, they stay pending for `distill`.
+    With `weights`, the model's are read from that file or folder (as in `inspect`), shard by shard, after the plan.
     With `student_weights` all weights come from that file instead (safetensors, or of torch.save: its key
     `ema`, or the whole); a name that is missing there or left over is an error. Measured selectors are measured on
     `samples` samples of `data`, kept in `cache` as in `plan`.
@@ -219,6 +234,7 @@ def compile(
         seed=seed,
         copy_teacher=copy_teacher,
         command=command,
+        weights=None if weights is None else Path(weights),
         student_weights=None if student_weights is None else Path(student_weights),
         samples=samples,
         cache=None if cache is None else Path(cache),

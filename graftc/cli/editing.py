@@ -20,6 +20,7 @@ from graftc.cli.options import (
     SeedOption,
     SetOption,
     TaskOption,
+    WeightsOption,
     check_format,
     overrides,
     print_json,
@@ -35,9 +36,10 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="file.py:function, package.module:function, or diffusers:CLASS@FOLDER",
+            help="file.py:function, package.module:function, diffusers:CLASS@FOLDER, or model.pt2",
         ),
     ],
+    weights: WeightsOption = None,
     data: MaybeData = None,
     task: TaskOption = None,
     samples: SamplesOption = 64,
@@ -52,7 +54,14 @@ def inspect(
 
     check_format(format)
     analysis = verbs.inspect(
-        model, data=data, task=task, samples=samples, seed=seed, cache=cache, graph=graph
+        model,
+        weights=weights,
+        data=data,
+        task=task,
+        samples=samples,
+        seed=seed,
+        cache=cache,
+        graph=graph,
     )
     print_json(analysis_dict(analysis)) if format == "json" else show_analysis(analysis)
 
@@ -140,6 +149,7 @@ def lsp(
 def plan(
     file: Annotated[Path, typer.Argument(metavar="FILE")],
     model: ModelOption,
+    weights: WeightsOption = None,
     data: MaybeData = None,
     task: TaskOption = None,
     set_: SetOption = None,
@@ -161,7 +171,7 @@ def plan(
 
     check_format(format)
     made = verbs.plan(
-        file, model, data=data, task=task, overrides=overrides(set_),
+        file, model, weights=weights, data=data, task=task, overrides=overrides(set_),
         allow_python=allow_python or (), samples=samples, seed=seed, cache=cache, output=output,
         graph=graph,
     )  # fmt: skip
@@ -184,6 +194,7 @@ def explain(
         str | None,
         typer.Option("--at", metavar="PATH", help="only this module, however far it is"),
     ] = None,
+    weights: WeightsOption = None,
     data: MaybeData = None,
     task: TaskOption = None,
     set_: SetOption = None,
@@ -200,7 +211,7 @@ def explain(
 
     check_format(format)
     found = verbs.explain(
-        file, model, rule, at=at, data=data, task=task, overrides=overrides(set_),
+        file, model, rule, at=at, weights=weights, data=data, task=task, overrides=overrides(set_),
         allow_python=allow_python or (), samples=samples, seed=seed, cache=cache,
     )  # fmt: skip
     print_json(explanations_dict(found)) if format == "json" else show_explanations(found, at)
@@ -213,6 +224,7 @@ def compile_(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="the build directory")
     ],
+    weights: WeightsOption = None,
     data: MaybeData = None,
     task: TaskOption = None,
     set_: SetOption = None,
@@ -243,6 +255,7 @@ def compile_(
         file,
         model,
         output,
+        weights=weights,
         data=data,
         task=task,
         overrides=overrides(set_),

@@ -15,7 +15,15 @@ ModelOption = Annotated[
     typer.Option(
         "-m",
         "--model",
-        help="MODEL: file.py:function, package.module:function, or diffusers:CLASS@FOLDER",
+        help="MODEL: file.py:function, package.module:function, diffusers:CLASS@FOLDER, or model.pt2",
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE|FOLDER",
+        help="the model's weights: safetensors, a folder of shards, or a state dict of torch.save",
     ),
 ]
 DataOption = Annotated[

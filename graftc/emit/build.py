@@ -83,11 +83,11 @@ class Build:
 
     def teacher(self, state: State | Callable[[], State | nn.Module] | None = None) -> nn.Module:
         """The teacher. Where the build only links its weights, `state` or else MODEL itself gives them."""
-        linked = self.config("teacher")["weights"].get("model")
-        if state is None and linked:
+        linked = self.config("teacher")["weights"]
+        if state is None and linked.get("model"):
             from graftc.program.model import load_model
 
-            state = load_model(str(linked)).module
+            state = load_model(str(linked["model"]), weights=linked.get("from")).module
         return load_package(self.path / "teacher", state=state)
 
     def student(self, run: str | None = None) -> nn.Module:
@@ -131,13 +131,15 @@ def write_build(
     candidates: Mapping[str, Program] | None = None,
     provenance: Mapping[str, str] | None = None,
     model: str = "",
+    model_weights: str = "",
     made_by: str = "",
     drop_runs: bool = False,
 ) -> Build:
     """Write a build; an older one in `directory` is replaced only by a whole new one.
 
     `candidates`: folder in the build → a model to write there as a package (what `one of` did not choose).
-    `model`: the MODEL reference, by which a teacher that is not copied is found again. Runs of an
+    `model`: the MODEL reference, by which a teacher that is not copied is found again, `model_weights` the file
+    or folder that its weights were read from, where that was another. Runs of an
     older build are kept if its student is the very same; runs of another student are dropped only
     with `drop_runs`. Raises GraftError, and leaves the disk as it was, if there are such runs, if
     `directory` is no build, or if it cannot be written.
@@ -147,7 +149,7 @@ def write_build(
         config = write_package(student, partial / "student", provenance=provenance, made_by=made_by)
         about_teacher = write_package(
             teacher, partial / "teacher", made_by="The normalised teacher",
-            weights="copy" if copy_teacher else "link", link=model,
+            weights="copy" if copy_teacher else "link", link=model, linked_weights=model_weights,
         )  # fmt: skip
         for path, candidate in (candidates or {}).items():
             write_package(candidate, partial / path, made_by=made_by)

@@ -38,13 +38,14 @@ def write_package(
     config: Mapping[str, Any] | None = None,
     weights: Weights = "copy",
     link: str = "",
+    linked_weights: str = "",
     made_by: str = "",
 ) -> dict[str, Any]:
     """Write `program` into `directory` (not atomic: `write_build` and `export` see to that).
 
     `provenance`: module path → the comment at its place in `model.py`. `config`: entries to add to
     `config.yaml`. `weights="link"` writes no tensors but the SHA-256 of the state, and `link`, the
-    MODEL reference that gives it again. Returns what `config.yaml` holds. Raises GraftError for a
+    MODEL reference that gives it again (with the tensors of `linked_weights`, where given). Returns what `config.yaml` holds. Raises GraftError for a
     program on the meta device whose weights are to be copied, or one that cannot be printed.
     """
     folder = Path(directory)
@@ -56,7 +57,7 @@ def write_package(
              help="load the model with its weights")  # fmt: skip
     entry: dict[str, Any] = {"sha256": files.state_hash(stored)}
     if weights == "link":
-        entry = {"model": link, **entry}
+        entry = {"model": link, **({"from": linked_weights} if linked_weights else {}), **entry}
         names = {n: original_name(program, n) for n in stored}
         if moved := {n: old for n, old in names.items() if n != old}:
             entry["names"] = moved  # what was outlined from a block's own forward

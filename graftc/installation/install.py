@@ -51,6 +51,9 @@ def install(
     record = Record(
         opened.path / "student", {**facts, "absent": opened.manifest["facts"]["absent"]}
     )
+    if not facts.get("class"):
+        fail("G745", "this student has no Python class to be put back into", site=str(opened.path),
+             found=str(facts.get("reason", "")), help="use `Build.open(DIR).student()`")  # fmt: skip
     if form == "modules" and not facts.get("modules"):
         fail("G745", "this student has no form in the original's class", site=str(opened.path),
              found=str(facts.get("reason")), help='install it with form = "generated"')  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export.unflatten import InterpreterModule
 
 from graftc.diagnostics import GraftError
 from graftc.program.dtypes import follow_weights
@@ -35,6 +36,7 @@ from graftc.program.program import (
     value,
 )
 from graftc.program.repeats import NotShared, expand
+from graftc.program.saved import Saved
 from graftc.program.unsupported import check_supported
 
 
@@ -87,7 +89,7 @@ def _capture(model: Model, share: bool) -> Program:
             grid=model.grid,
             streams=model.stream_tokens,
         ),
-        classes={path: _class_name(type(m)) for path, m in model.module.named_modules()},
+        classes={path: _class_name(m) for path, m in model.module.named_modules()},
     )
     root = normalise(program.root)
     _share(root, model.module)
@@ -95,7 +97,7 @@ def _capture(model: Model, share: bool) -> Program:
 
 
 def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[str]]:
-    if model.dynamic:
+    if model.dynamic or isinstance(model.module, Saved):
         return {k: dict(v) for k, v in model.dynamic.items()}, []
     tensors = {k: v for k, v in model.inputs.items() if isinstance(v, torch.Tensor) and v.ndim}
     sizes = {int(v.shape[0]) for v in tensors.values()}
@@ -249,8 +251,12 @@ def _field_names(context: Any) -> tuple[str, ...]:
     return ()
 
 
-def _class_name(cls: type) -> str:
-    """`package.module.Class`; a MODEL file's own classes by the file's name."""
+def _class_name(of: nn.Module) -> str:
+    """`package.module.Class`; a MODEL file's own classes by the file's name, a saved program's as it was saved."""
+    saved = of.type_name() if isinstance(of, InterpreterModule) else None
+    if saved:
+        return saved
+    cls = type(of)
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
     if cls.__module__.startswith(USER_MODULE) and file:

@@ -19,6 +19,7 @@ from graftc.diagnostics import Diagnostic, GraftError, Note
 from graftc.program.model import user_error
 from graftc.program.program import ATEN
 from graftc.program.repeats import Blocks, NotShared, traced_once
+from graftc.program.saved import Saved
 
 Dynamic = Mapping[str, Mapping[int, str]]
 Traced = tuple[torch.export.ExportedProgram, Blocks]
@@ -43,6 +44,8 @@ def export(
     Raises GraftError with the user's own line where the model cannot be traced, NotShared where it has
     to be traced without sharing.
     """
+    if isinstance(module, Saved):
+        return _saved(module.exported, dynamic)
     run = partial(_run, share=share)
     dims = {d: torch.export.Dim(d) for by in dynamic.values() for d in by.values()}
     left = {k: dict(v) for k, v in dynamic.items()}
@@ -64,6 +67,14 @@ def export(
     exported = _functional(exported)
     inline_regions(exported.graph_module)
     return Exported(exported, blocks, {k: v for k, v in left.items() if v}, notes)
+
+
+def _saved(program: torch.export.ExportedProgram, dynamic: Dynamic) -> Exported:
+    """A program that was traced when it was saved."""
+    functional = _functional(program)
+    inline_regions(functional.graph_module)
+    notes = [] if dynamic else ["the program was saved with every size fixed"]
+    return Exported(functional, Blocks(), {k: dict(v) for k, v in dynamic.items()}, notes)
 
 
 def _what_stays_dynamic(

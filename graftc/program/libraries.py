@@ -80,8 +80,10 @@ class LibraryReference:
             hashlib.sha256(config.read_bytes()).hexdigest() if config and config.is_file() else ""
         )
 
-    def load(self, *, on_meta: bool) -> Model:
+    def load(self, *, on_meta: bool, bare: bool = False) -> Model:
         """The model with example inputs derived from its config; without weights where `on_meta`.
+
+        `bare`: from the config alone, with the values of its own first initialisation.
 
         Raises GraftError: no such class, folder, config or weights; NotRunError where the library is missing.
         """
@@ -89,7 +91,10 @@ class LibraryReference:
         self._check_folder()
         try:
             with _quiet(self.library):
-                module = self._on_meta(cls) if on_meta else self._with_weights(cls)
+                if on_meta or bare:
+                    module = self._from_config(cls, "meta" if on_meta else "cpu")
+                else:
+                    module = self._with_weights(cls)
         except Exception as error:
             raise user_error(error, f"{self.library}.{self.name}", self.text) from error
         module.eval()
@@ -144,13 +149,13 @@ class LibraryReference:
             options["subfolder"] = self.subfolder
         return options
 
-    def _on_meta(self, cls: Any) -> nn.Module:
+    def _from_config(self, cls: Any, device: str) -> nn.Module:
         if self.library == "diffusers":
             config = cls.load_config(self.where, **self._options())
-            with torch.device("meta"):
+            with torch.device(device):
                 return cls.from_config(config)
         config = cls.config_class.from_pretrained(self.where, **self._options())
-        with torch.device("meta"):
+        with torch.device(device):
             return cls(config)
 
     def _with_weights(self, cls: Any) -> nn.Module:

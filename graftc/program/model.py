@@ -22,6 +22,7 @@ from graftc.diagnostics import Note, fail, nearest
 
 if TYPE_CHECKING:
     from graftc.program.libraries import LibraryReference
+    from graftc.program.saved import SavedReference
 
 USER_MODULE = "_graftc_user_"
 """What the names of MODEL, DATA and TASK files begin with among the loaded modules."""
@@ -272,28 +273,47 @@ def user_error(error: BaseException, what: str, site: str) -> Exception:
     )
 
 
-def model_reference(text: str) -> Reference | LibraryReference:
-    """A MODEL word: a function, or a library's class with a folder."""
+def model_reference(text: str) -> Reference | LibraryReference | SavedReference:
+    """A MODEL word: a function, a library's class with a folder, or a program that torch.export saved."""
     from graftc.program.libraries import LibraryReference
+    from graftc.program.saved import SavedReference
 
+    if SavedReference.is_one(text):
+        return SavedReference(text)
     return LibraryReference.parse(text) if LibraryReference.is_one(text) else Reference(text)
 
 
-def load_model(reference: str, *, on_meta: bool = False) -> Model:
+def load_model(
+    reference: str, *, on_meta: bool = False, weights: str | Path | None = None
+) -> Model:
     """The model that `reference` names; on the meta device where `on_meta` (no memory for weights).
 
-    Raises GraftError if the function raises, or returns something else than
-    `(module, example_inputs)` or a `graftc.Model`.
+    `weights`: a file or folder whose tensors take the place of the model's own; on meta its names and shapes
+    are checked. Raises GraftError if the function raises, or returns something else than
+    `(module, example_inputs)` or a `graftc.Model`, or if the weights do not fit.
     """
+    model = as_model(_made(reference, on_meta, weights is not None), reference)
+    if weights is not None:
+        from graftc.program.given_weights import load_weights
+
+        load_weights(model.module, Path(weights))
+    return model
+
+
+def _made(reference: str, on_meta: bool, bare: bool) -> Any:
+    """What a MODEL word gives; `bare`: its weights come from elsewhere."""
+    from graftc.program.libraries import LibraryReference
+
     named = model_reference(reference)
+    if isinstance(named, LibraryReference):
+        return named.load(on_meta=on_meta, bare=bare)
     if not isinstance(named, Reference):
-        return as_model(named.load(on_meta=on_meta), reference)
+        return named.load()
     function = named.resolve()
     try:
-        made = _call_on_meta(function) if on_meta else function()
+        return _call_on_meta(function) if on_meta else function()
     except Exception as error:
         raise user_error(error, "MODEL", reference) from error
-    return as_model(made, reference)
 
 
 def as_model(made: Any, site: str = "MODEL") -> Model:
