@@ -95,6 +95,7 @@ def grafted_class(base: type[nn.Module], record: Record) -> type[nn.Module]:
     if saving is not None:
 
         def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            kwargs["variant"] = grafted.variant(kwargs.get("variant"))
             saving(self, save_directory, *args, **kwargs)
             record.save(Path(save_directory))
 

@@ -20,12 +20,23 @@ ROOTS = ("ModelMixin", "PreTrainedModel")
 """The libraries ask this module for them, to see that a class of it is one of theirs."""
 
 
+def variant(given: str | None) -> str:
+    """The libraries' `variant`, which is in the names of the weight files.
+
+    The original's class, or an `AutoModel`, looks for files without it and finds none. By their
+    usual names it would load what fits and leave the swapped modules random, with no more than a
+    warning.
+    """
+    return "graft" if given is None else f"graft.{given}"
+
+
 @functools.cache
 def facade(base: type[nn.Module]) -> type[nn.Module]:
     """The class that stands for every student made from `base`."""
 
     def from_pretrained(cls: Any, folder: Any, *args: Any, **options: Any) -> Any:
         if getattr(cls, "_record", None) is not None:  # made for one student
+            options["variant"] = variant(options.get("variant"))
             return base.from_pretrained.__func__(cls, folder, *args, **options)  # type: ignore[attr-defined]
         from graftc.installation.install import from_pretrained as load
 

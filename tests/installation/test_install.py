@@ -104,6 +104,8 @@ def test_a_pipeline_samples_saves_and_loads(pipeline, tmp_path: Path):
         again = diffusers.DiTPipeline.from_pretrained(tmp_path / "saved", **parts)
         again.set_progress_bar_config(disable=True)
         assert torch.equal(draw(again), student)
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model"):
+        diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "saved" / "transformer")
 
 
 def test_another_resolution_dtype_and_an_adapter_beside_the_graft(tmp_path: Path):
@@ -173,6 +175,9 @@ def test_a_decoder_without_a_cache_generates_what_it_computes(tmp_path: Path):
     loaded = graftc.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         assert torch.equal(loaded(tokens(5)).logits, model(tokens(5)).logits)
+    for plain in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
+        with pytest.raises(OSError, match=r"model\.safetensors"):  # and no random modules
+            plain.from_pretrained(tmp_path / "saved")
 
 
 @pytest.fixture(scope="module")
