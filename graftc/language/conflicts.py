@@ -14,13 +14,18 @@ from graftc.language.blocks import select
 from graftc.language.rules import (
     Blocks,
     DataflowMatch,
+    Edit,
     GroupMatch,
+    KindGuard,
+    OneOf,
     Parallel,
     Ref,
     Remove,
     Replace,
     Rewrite,
     Rule,
+    ShapeDim,
+    ShapeGuard,
     SiteMatch,
     Skip,
     SpreadTerm,
@@ -67,9 +72,14 @@ def _meetings(rules: Sequence[Rule]) -> Iterator[tuple[int, Sequence[int]]]:
     others: list[int] = []
     seen: list[int] = []
     by_text: dict[Any, int] = {}
+    guarded: dict[Any, int] = {}
     for at, rule in enumerate(rules):
         if rule.where is not None or rule.guards or len(rule.matches) != 1:
-            continue  # where a guard decides, `plan` tells
+            # where a guard decides, `plan` tells; but the same words take the same places
+            first = guarded.setdefault(_plain((rule.matches, rule.where, rule.guards)), at)
+            if first != at:
+                yield at, (first,)
+            continue
         match = rule.matches[0]
         if isinstance(match, DataflowMatch):
             first = by_text.setdefault(_plain(match.statements), at)
@@ -125,6 +135,8 @@ def _diagnostic(first: Rule, second: Rule, how: Sharing) -> Diagnostic:
 
 def _shared(first: Rule, second: Rule, known: _Known) -> Sharing | None:
     """What places two rules share in every model, None where that cannot be told or is nothing."""
+    if first.where is not None or first.guards or len(first.matches) != 1:
+        return "same" if _takes(first.edit) and _takes(second.edit) else None  # the same words
     one, other = first.matches[0], second.matches[0]
     if isinstance(one, DataflowMatch) and isinstance(other, DataflowMatch):
         both = isinstance(first.edit, Rewrite) and isinstance(second.edit, Rewrite)
@@ -137,6 +149,11 @@ def _shared(first: Rule, second: Rule, known: _Known) -> Sharing | None:
     if not isinstance(first.edit, _TAKES) or not isinstance(second.edit, _TAKES):
         return None
     return _of_sites(one, other, known)
+
+
+def _takes(edit: Edit) -> bool:
+    """Whether an edit takes its places for itself; an `insert` leaves them to others."""
+    return isinstance(edit, (*_TAKES, OneOf, Parallel, Rewrite))
 
 
 def _of_sites(one: SiteMatch, other: SiteMatch, known: _Known) -> Sharing | None:
@@ -188,6 +205,21 @@ def _of_chains(one: Blocks, other: Blocks) -> Sharing | None:
     return found.pop() if len(found) == 1 else "some"
 
 
+_NAMES: dict[type, tuple[str, ...]] = {
+    KindGuard: ("name",),
+    ShapeGuard: ("name",),
+    ShapeDim: ("names",),
+}
+"""Fields that hold names of the file's writer; of other types those called `binding` and `bindings`."""
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, tuple):
+        given: tuple[Any, ...] = value
+        return tuple(_renamed(v, names) for v in given)
+    return names.setdefault(str(value), str(len(names)))
+
+
 def _plain(value: Any, names: dict[str, str] | None = None) -> Any:
     """A value without its places in the text, its names numbered in the order that they come."""
     names = {} if names is None else names
@@ -196,8 +228,9 @@ def _plain(value: Any, names: dict[str, str] | None = None) -> Any:
     if isinstance(value, (Ref, SpreadTerm)):
         return type(value).__name__, names.setdefault(value.name, str(len(names)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        renamed = _NAMES.get(type(value), ("binding", "bindings"))
         fields = [
-            names.setdefault(str(x), str(len(names))) if f.name == "binding" else _plain(x, names)
+            _renamed(x, names) if f.name in renamed else _plain(x, names)
             for f in dataclasses.fields(value)
             if not isinstance(x := getattr(value, f.name), Span)
         ]

@@ -175,7 +175,8 @@ def _not_a(scope: Scope, node: s.Expr, resolved: Expr, kind: Type, wanted: str) 
             near = nearest(word, (*scope.settings, *FACTS))
             help = Instead(near) if near else f"add `set {word} = …`"
     elif wanted == "a condition":
-        help = f"compare it: `{shown(resolved)} >= …`"
+        sign = ">=" if kind in ("int", "float") else "=="
+        help = f"compare it: `{shown(resolved)} {sign} …`"
     fail(
         "G120",
         f"`{node.span.text}` is not {wanted}",
@@ -191,23 +192,47 @@ def _equality(scope: Scope, node: s.Binary) -> Expr:
     right, right_type = expression(scope, node.right)
     numeric = {"int", "float"}
     if left_type != right_type and not {left_type, right_type} <= numeric:
+        texts = [x for x in (left, right) if isinstance(x, Literal_)]
+        quoted = {left_type, right_type} == {"symbol", "text"} and texts
         fail(
             "G120",
             f"`{node.left.span.text}` and `{node.right.span.text}` are never equal",
             span=node.span,
             wanted=f"{_IN_WORDS[left_type]} on both sides",
             found=_IN_WORDS[right_type],
+            help=f"leave out the quotes: `{texts[0].value}`" if quoted else None,
         )
+    if isinstance(left, Fact) and isinstance(right, Fact):
+        _check_two(scope, node, left, right)
     for fact, word in ((left, right), (right, left)):
         if isinstance(fact, Fact) and isinstance(word, Literal_):
             _check_choice(scope, fact, word)
     return Operation(node.op, (left, right), node.span)
 
 
-def _check_choice(scope: Scope, fact: Fact, word: Literal_) -> None:
+def _choices(scope: Scope, fact: Fact) -> tuple[str, ...]:
+    """The words that a fact can be; nothing where it is no word, or where the site's role is not known."""
+    if fact.name not in FACTS:  # a number that a pattern captures
+        return ()
     binding, _, part = fact.binding.partition(".")
     role = part or scope.bindings[binding].role
-    choices = KINDS.get(role, ()) if fact.name == "kind" and role else FACTS[fact.name].choices
+    return KINDS.get(role, ()) if fact.name == "kind" and role else FACTS[fact.name].choices
+
+
+def _check_two(scope: Scope, node: s.Binary, left: Fact, right: Fact) -> None:
+    one, other = _choices(scope, left), _choices(scope, right)
+    if one and other and not set(one) & set(other):
+        fail(
+            "G120",
+            f"`{shown(left)}` and `{shown(right)}` are never equal",
+            span=node.span,
+            wanted=listed(one),
+            found=listed(other),
+        )
+
+
+def _check_choice(scope: Scope, fact: Fact, word: Literal_) -> None:
+    choices = _choices(scope, fact)
     if choices and word.value not in choices:
         fail(
             "G121",

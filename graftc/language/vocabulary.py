@@ -64,10 +64,20 @@ class FactWord:
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(ATTENTION, ("self", "cross", "joint")),
-    "norm": ("layer_norm", "rms_norm", "group_norm", "batch_norm"),
+    "norm": ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"),
     "mlp": ("plain", "gated"),
 }
 """What `kind(x)` can be, for the roles that have kinds."""
+
+ACTIVATIONS = (
+    *("gelu", "gelu_tanh", "silu", "relu", "quick_gelu", "relu_squared", "tanh", "sigmoid"),
+    *("leaky_relu", "elu", "mish", "softplus", "other"),
+)
+"""What `activation(m)` can be: the formulas that capture tells apart, and `other` for any that it does not know."""
+DTYPES = (
+    *("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2", "bool"),
+    *("int64", "int32", "int16", "int8", "uint8", "complex64", "complex128"),
+)
 
 _FEATURES = ("linear", "conv", "embedding")
 _MEASURED = (*ATTENTION, "mlp", "block")
@@ -89,9 +99,9 @@ FACTS: Mapping[str, FactWord] = {
     "out_features": FactWord("int", "width out", _FEATURES),
     "ratio": FactWord("float", "neurons of the MLP as a multiple of dim", ("mlp",)),
     "hidden": FactWord("int", "neurons of the MLP", ("mlp",)),
-    "activation": FactWord("symbol", "the MLP's activation", ("mlp",)),
+    "activation": FactWord("symbol", "the MLP's activation", ("mlp",), choices=ACTIVATIONS),
     "gated": FactWord("bool", "the MLP has a gate", ("mlp",)),
-    "dtype": FactWord("symbol", "element type of the weights"),
+    "dtype": FactWord("symbol", "element type of the weights", choices=DTYPES),
     "locality": FactWord(
         "float",
         "share of attention mass within |i - j| <= band, over heads and samples",

@@ -27,6 +27,7 @@ from graftc.program.program import Program
 from graftc.rewrite.apply import apply
 from graftc.rewrite.claims import check_claims
 from graftc.rewrite.dataflow.lower import Lowering
+from graftc.rewrite.dataflow.own_side import own_side
 from graftc.rewrite.dataflow.proof import TOLERANCE, proof_text, prove
 from graftc.rewrite.dataflow.view import program_view
 from graftc.rewrite.edits import edits_of
@@ -91,6 +92,13 @@ class _Run:
 
     def all(self) -> None:
         test, rule = self.test, self.test.rule
+        for told in own_side(rule):
+            if told.severity == "error":
+                self.problems.append(_in_test(told, test))
+            else:
+                self.checks.append(f"{told.severity}[{told.code}]: {told.message} ({told.span})")
+        if self.problems:
+            return
         model = _model(_graph(test, test.before, _weights(test)), test)
         analysis = analyse(capture(model))
         found = find_matches(rule, analysis, program_view(analysis.flat))

@@ -14,6 +14,7 @@ from graftc.program.measured import MeasuredOn
 from graftc.program.overview import overview
 from graftc.rewrite.apply import apply
 from graftc.rewrite.claims import check_claims
+from graftc.rewrite.dataflow.own_side import own_side
 from graftc.rewrite.dataflow.proof import proof_text, prove, signature
 from graftc.rewrite.dataflow.view import program_view
 from graftc.rewrite.edits import Edit, edits_of
@@ -67,9 +68,14 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     taken = {path for path, _ in analysis.program.root.named_modules(remove_duplicate=False)}
     view = program_view(analysis.flat)
     for rule in rules.rules:
-        if rule.repeat is not None:
-            continue  # it runs on what the others made
         try:
+            own = tuple(own_side(rule))
+            notes += (d for d in own if d.severity != "error")
+            if problem := [d for d in own if d.severity == "error"]:
+                problems += problem
+                continue
+            if rule.repeat is not None:
+                continue  # it runs on what the others made
             matches = match(rule, analysis, view)
             edits += edits_of(rule, matches.found, analysis, taken)
             notes += selection_notes(matches)

@@ -76,10 +76,10 @@ def test_any_parameter(value: str) -> None:
 
 
 def test_a_long_file_in_a_few_seconds() -> None:
-    body = RULE.partition("\n")[2] + "  where tokens(a) >= 64 and dim(a) % 4 == 0\n"
+    body = RULE.partition("\n")[2] + "  where tokens(a) >= NUMBER and dim(a) % 4 == 0\n"
     body += "  replace a with hyena_x(kernel = 4)\n  init q = a.q, out = least_squares\n"
     body += "  distill l1, samples = 8k, lr = 1e-3\n  expect 14\n}\n"
-    rules = [f"rule r{i} {{\n{body}" for i in range(1_250)]
+    rules = [f"rule r{i} {{\n{body}".replace("NUMBER", str(64 + i)) for i in range(1_250)]
     assert "".join(rules).count("\n") >= 10_000
     begin = time.process_time()
     check(Source("a.graft", "\n".join(rules)))

@@ -12,6 +12,7 @@ from graftc.diagnostics import Diagnostic, GraftError, Source, render
 from graftc.language.check import check
 from graftc.language.resources import rules_folder
 from graftc.program.analysis import Analysis
+from graftc.rewrite.dataflow.own_side import own_side
 from graftc.rewrite.plan import make_plan
 
 CASES: list[dict[str, Any]] = yaml.safe_load(
@@ -51,6 +52,11 @@ FILES = sorted([*rules_folder().rglob("*.graft"), *(ROOT / "tests/corpus").glob(
 def test_no_false_alarms(file: Path) -> None:
     """The rules that ship and the published edits of the corpus give no warning."""
     assert [render(d) for d in check(file).notes if d.severity == "warning"] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_rule_matches_its_own_left_side(file: Path) -> None:
+    assert [render(d) for rule in check(file).rules for d in own_side(rule)] == []
 
 
 def test_the_battery_is_large() -> None:
