@@ -115,16 +115,15 @@ def candidates(plan: Plan, analysis: Analysis, seed: int) -> dict[str, Program]:
 def _initialise(
     edit: Edit, new: NewModule, module: nn.Module, analysis: Analysis, seed: int
 ) -> None:
-    clause = init_clause(edit, new)
-    bound = edit.match.bindings
+    clause = init_clause(edit, new, analysis)
     initialise(
         module,
         new.spec,
         new.arguments,
         new.role,
         clause.sources,
-        parts={n: site_parts(analysis, s) for n, s in bound.items()},
-        heads={n: h for n, s in bound.items() if (h := _heads(s)) is not None},
+        parts={n: site_parts(analysis, s) for n, s in clause.sites.items()},
+        heads={n: h for n, s in clause.sites.items() if (h := _heads(s)) is not None},
         path=new.path,
         binding=clause.binding,
         seed=seed,

@@ -18,7 +18,7 @@ from graftc.rewrite.inputs import kept_inputs
 from graftc.rewrite.match import Match
 from graftc.rewrite.stream import StreamFold, stream_fold
 from graftc.rewrite.user_files import unread
-from graftc.rewrite.user_operator import spec_at
+from graftc.rewrite.user_operator import INPUTS, spec_at
 
 Kind = Literal["replace", "parallel", "together", "insert", "remove", "skip", "rewrite"]
 
@@ -192,7 +192,8 @@ def new_module(place: Place, call: OperatorCall, site: Site, path: str) -> NewMo
     unread(call.spec, call.span)
     check_role(call.spec, site, call.span)
     arguments = resolve_arguments(call, site, place.match, drop)
-    call = replace(call, spec=spec_at(call, arguments, site, place.analysis))
+    passes = [what for what in INPUTS if what not in drop]
+    call = replace(call, spec=spec_at(call, arguments, site, place.analysis, passes))
     check_fits(call.spec, arguments, site, call.span, drop)
     inputs = kept_inputs(call.spec, arguments, site, drop, call.span)
     return NewModule(path, call.spec, arguments, site.role, site, inputs)

@@ -13,11 +13,13 @@ from graftc.operators.tokens import Tokens
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import part_refs
 from graftc.program.program import Program
+from graftc.rewrite.block_parts import bound_site
 from graftc.rewrite.edit_rewrite import rewrite_price
 from graftc.rewrite.edits import Edit, Fold, NewModule
 from graftc.rewrite.facts import bound_fact
 from graftc.rewrite.stream import StreamFold
 from graftc.weights.initialise import Origin, plan_init
+from graftc.weights.sources import parts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,13 +140,13 @@ def _origins(edit: Edit, module: NewModule, analysis: Analysis) -> list[Origin]:
     """Where each parameter comes from, by its name in the student."""
     if module.copied is not None:
         return copy_origins(analysis.program, module)
-    clause = init_clause(edit, module)
+    clause = init_clause(edit, module, analysis)
     found = plan_init(
         module.spec,
         module.arguments,
         module.role,
         clause.sources,
-        {name: part_refs(analysis, s.path) for name, s in edit.match.bindings.items()},
+        {name: part_refs(analysis, s.path) for name, s in clause.sites.items()},
         module.path,
         binding=clause.binding,
         spans=clause.spans,
@@ -154,19 +156,26 @@ def _origins(edit: Edit, module: NewModule, analysis: Analysis) -> list[Origin]:
 
 @dataclass(frozen=True)
 class InitClause:
-    """A rule's init clause for one new module: (slot, source), and the name its default sources mean."""
+    """A rule's init clause for one new module: (slot, source), and the name its default sources mean.
+
+    `sites`: what a source may read by name: the rule's bindings, and sites inside a block (`b.mlp`).
+    """
 
     sources: tuple[tuple[str | None, InitSource], ...]
     spans: Mapping[str | None, Span]
     binding: str
+    sites: Mapping[str, Site]
 
 
-def init_clause(edit: Edit, module: NewModule) -> InitClause:
-    """The clause fills the rule's operator, or each of its candidates; a merge beside one keeps its default."""
+def init_clause(edit: Edit, module: NewModule, analysis: Analysis) -> InitClause:
+    """The clause fills the rule's operator, or each of its candidates; a merge beside one keeps its default.
+
+    Raises GraftError (G450) where a source reads a site inside a block that is not there, or not the only one.
+    """
     name = next((n for n, s in edit.match.bindings.items() if s is module.site), "site")
     own = next((n for n in edit.new if n.copied is None), None)
     if module is not own and module not in edit.candidates:
-        return InitClause((), {}, name)
+        return InitClause((), {}, name, edit.match.bindings)
     bound = edit.match.bindings
     sources = tuple(
         ("norm", Apply("fold"))
@@ -177,7 +186,14 @@ def init_clause(edit: Edit, module: NewModule) -> InitClause:
     if not sources and module.spec.fitted is not None:
         slots = module.spec.fitted(module.arguments, module.site.facts)
         sources = tuple((slot, Apply("least_squares")) for slot in slots)
-    return InitClause(sources, {i.slot: i.span for i in edit.rule.inits}, name)
+    inner = {
+        part.site: bound_site(analysis, edit.match, part.site, init.span)
+        for init in edit.rule.inits
+        for part in parts_of(init.source)
+        if "." in part.site
+    }
+    spans = {i.slot: i.span for i in edit.rule.inits}
+    return InitClause(sources, spans, name, {**bound, **inner})
 
 
 def _dropped(site: Site, analysis: Analysis, student: Program) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -34,22 +35,30 @@ _LEAK = 1e-4
 
 
 def spec_at(
-    call: OperatorCall, arguments: Arguments, site: Site, analysis: Analysis
+    call: OperatorCall,
+    arguments: Arguments,
+    site: Site,
+    analysis: Analysis,
+    passes: Collection[str] = (),
 ) -> OperatorSpec:
     """The call's spec; of a Python file's class, as it is at this site.
 
+    `passes`: what of `mask` and `rotary` the site's call can give it; the class has what its forward takes by name.
     Raises GraftError: G433 where the class cannot be built or run on the site's [batch, tokens, dim] or returns
-    another shape, with the user's own line; G434 where the site's call has inputs that it would drop.
+    another shape, with the user's own line; G434 where the site's call has inputs that it would drop; G558 where its
+    forward wants an input that it is not given here.
     """
     spec = call.spec
     if spec.user is None:
         return spec
     unread(spec, call.span)
     shape = _stream(site, analysis, call)
-    found = _measured(spec.user.found, tuple(arguments.items()), shape)
+    takes = _takes(call, site, passes)
+    given = _given(takes, site, analysis)
+    found = _measured(spec.user.found, tuple(arguments.items()), shape, given)
     if isinstance(found, GraftError):
         raise GraftError(*(replace(d, span=call.span, site=site.path) for d in found.diagnostics))
-    keeps = ("causal",) if found.causal and found.mixes else ()
+    keeps = (*(("causal",) if found.causal and found.mixes else ()), *takes)
     return replace(
         spec,
         mixes="tokens" if found.mixes else "channels",
@@ -97,9 +106,66 @@ def _stream(site: Site, analysis: Analysis, call: OperatorCall) -> tuple[int, ..
     return shape[1:]
 
 
+INPUTS: Mapping[str, tuple[str, ...]] = {"mask": ("mask",), "rotary": ("cos", "sin")}
+"""What a site can have beside its stream, and the names under which a class's forward takes it."""
+
+_Given = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+"""Name, shape and dtype of each input beside the stream."""
+
+
+def _takes(call: OperatorCall, site: Site, passes: Collection[str]) -> tuple[str, ...]:
+    """Which of the site's inputs the forward takes. Raises GraftError (G558) where it needs what is not there."""
+    cls = call.spec.user.found if call.spec.user is not None else None
+    _, *others = inspect.signature(cls.forward).parameters.values() if cls is not None else ()
+    names = {p.name: p for p in others[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    takes = tuple(
+        what
+        for what, known in INPUTS.items()
+        if what in passes and what in site.kept and all(n in names for n in known)
+    )
+    given = {n for what in takes for n in INPUTS[what]}
+    for name, parameter in names.items():
+        if name not in given and parameter.default is parameter.empty:
+            fail(
+                "G558",
+                f"the forward of `{call.spec.name}` needs `{name}`, which {site.path} does not give it",
+                span=call.span,
+                site=site.path,
+                wanted=f"forward({', '.join(['self', 'x', *sorted(given)])})",
+                found=f"{name}: no default",
+                help="graftc passes `mask`, and `cos` with `sin`, where the site's call has them; "
+                f"give `{name}` a default",
+            )
+    return takes
+
+
+def _given(takes: Sequence[str], site: Site, analysis: Analysis) -> _Given:
+    args = analysis.flat.first_calls[site.path].args
+    found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    for what in takes:
+        for name, place in zip(INPUTS[what], site.kept[what].arguments, strict=True):
+            tensor = args[place].tensor
+            found.append((name, tuple(size_hint(s) for s in tensor.shape), tensor.dtype))
+    return tuple(found)
+
+
+def _inputs(given: _Given, tokens: int, count: int) -> dict[str, Tensor]:
+    """Inputs that leave a token as it is and let it see all: for `count` tokens in place of the site's."""
+    made: dict[str, Tensor] = {}
+    for name, shape, dtype in given:
+        batch = shape[:1] if shape[0] == 1 else (_BATCH,)
+        sizes = (*batch, *(count if s == tokens else s for s in shape[1:]))
+        full = torch.ones if name == "cos" or dtype == torch.bool else torch.zeros
+        made[name] = full(sizes, dtype=dtype)
+    return made
+
+
 @cache
 def _measured(
-    cls: type[nn.Module], arguments: tuple[tuple[str, Value], ...], shape: tuple[int, ...]
+    cls: type[nn.Module],
+    arguments: tuple[tuple[str, Value], ...],
+    shape: tuple[int, ...],
+    inputs: _Given = (),
 ) -> _Found | GraftError:
     """What a class does with these arguments on [batch, tokens, dim]; a mistake is kept as it is, too."""
     given = dict(arguments)
@@ -110,15 +176,18 @@ def _measured(
                 bare = cls(**given).eval()
             plain = cls(**given).eval()
             trial = copy.deepcopy(plain)
-            made = _run(trial, _random(shape))
+            beside = _inputs(inputs, shape[0], shape[0])
+            made = _run(trial, _random(shape), beside)
             if tuple(getattr(made, "shape", ())) != (_BATCH, *shape):
                 return _other_shape(cls.__name__, shape, made)
-            mixes, causal, any_length = _mixing(trial, shape)
+            mixes, causal, any_length = _mixing(trial, shape, inputs)
     except Exception as error:  # the user's code may raise anything
         return _refused(cls.__name__, error)
     first = next(iter(inspect.signature(plain.forward).parameters))
     try:
-        traced = capture(Model(plain, {first: torch.zeros(_BATCH, *shape)}))
+        examples = {first: torch.zeros(_BATCH, *shape), **beside}
+        batch = {n: {0: "batch"} if len(t) == _BATCH else {} for n, t in examples.items()}
+        traced = capture(Model(plain, examples, dynamic=batch))
     except Exception as error:
         return _refused(cls.__name__, error, "cannot be traced")
     if isinstance(traced.inputs[0].shape[0], int):
@@ -151,12 +220,14 @@ def _random(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(_BATCH, *shape)
 
 
-def _run(module: nn.Module, x: Tensor) -> object:
+def _run(module: nn.Module, x: Tensor, inputs: Mapping[str, Tensor]) -> object:
     with torch.no_grad():
-        return module(x)
+        return module(x, **inputs)
 
 
-def _mixing(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
+def _mixing(
+    module: nn.Module, shape: tuple[int, ...], inputs: _Given
+) -> tuple[bool, bool, bool]:
     """(an output depends on other tokens, on no later one, other token counts are taken).
 
     Parameters are drawn anew: a map that starts at zero would hide what it reads.
@@ -166,7 +237,8 @@ def _mixing(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bool, bool
         parameter.data.normal_(std=0.3 / max(1.0, width**0.5) if parameter.ndim > 1 else 0.3)
     few = min(tokens, _FEW_TOKENS) - 1 if tokens > 2 else tokens + 1
     try:
-        free = getattr(_run(module, _random((few, width))), "shape", None) == (_BATCH, few, width)
+        trial = _run(module, _random((few, width)), _inputs(inputs, tokens, few))
+        free = getattr(trial, "shape", None) == (_BATCH, few, width)
     except Exception:  # a fixed length is no mistake
         free = False
     count = few if free else tokens
@@ -175,7 +247,8 @@ def _mixing(module: nn.Module, shape: tuple[int, ...]) -> tuple[bool, bool, bool
     x = _random((count, width))
     later, middle = x.clone(), count // 2
     later[:, middle] += torch.randn(width)
-    before, after = _run(module, x), _run(module, later)
+    beside = _inputs(inputs, tokens, count)
+    before, after = _run(module, x, beside), _run(module, later, beside)
     assert isinstance(before, Tensor)
     assert isinstance(after, Tensor)
     moved = (after - before).abs().amax(dim=(0, 2)) > _LEAK * before.abs().max().clamp(min=1e-12)
