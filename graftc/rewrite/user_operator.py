@@ -115,8 +115,10 @@ _Given = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 def _takes(call: OperatorCall, site: Site, passes: Collection[str]) -> tuple[str, ...]:
     """Which of the site's inputs the forward takes. Raises GraftError (G558) where it needs what is not there."""
-    cls = call.spec.user.found if call.spec.user is not None else None
-    _, *others = inspect.signature(cls.forward).parameters.values() if cls is not None else ()
+    user = call.spec.user
+    assert user is not None
+    assert isinstance(user.found, type)
+    others = list(inspect.signature(getattr(user.found, "forward")).parameters.values())[1:]  # noqa: B009
     names = {p.name: p for p in others[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes = tuple(
         what
@@ -225,9 +227,7 @@ def _run(module: nn.Module, x: Tensor, inputs: Mapping[str, Tensor]) -> object:
         return module(x, **inputs)
 
 
-def _mixing(
-    module: nn.Module, shape: tuple[int, ...], inputs: _Given
-) -> tuple[bool, bool, bool]:
+def _mixing(module: nn.Module, shape: tuple[int, ...], inputs: _Given) -> tuple[bool, bool, bool]:
     """(an output depends on other tokens, on no later one, other token counts are taken).
 
     Parameters are drawn anew: a map that starts at zero would hide what it reads.
