@@ -36,21 +36,24 @@ def _training(
 ) -> None:
     from graftc import verbs
     from graftc.cli.render import run_dict, show_run
+    from graftc.distillation.ranks import joined
 
     try:
-        with Progress() as progress:
+        # Joined before anything is read, so that one rank tells what is wrong with it.
+        with joined(options.get("device") or "cpu") as ranks, Progress() as progress:
             result = getattr(verbs, verb)(
                 directory,
                 data,
                 task=task,
-                progress=progress,
+                progress=progress if ranks.first else None,
                 command=typed(),
                 **{k: v for k, v in options.items() if v is not None},
             )
     except KeyboardInterrupt:
         print("interrupted: `--resume ID` goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
-    print_json(run_dict(result)) if as_json else show_run(result)
+    if ranks.first:
+        print_json(run_dict(result)) if as_json else show_run(result)
 
 
 StepsOption = Annotated[
@@ -61,7 +64,9 @@ RateOption = Annotated[float | None, typer.Option("--lr", help="learning rate")]
 BoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="TensorBoard events too, in the run's folder")
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, …; under `torchrun`, cuda is each rank's own card")
+]
 ResumeOption = Annotated[
     str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")
 ]
@@ -103,6 +108,10 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show time, memory and disk, and stop there")
     ] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(metavar="WAY", help="how the ranks of `torchrun` share the work: data"),
+    ] = None,
     format: FormatOption = "text",
 ) -> None:
     """Stage 1: train each new operator on the teacher's activations."""
@@ -128,6 +137,7 @@ def distill(
         "bank": bank,
         "tensorboard": tensorboard or None,
         "compile": compile_teacher or None,
+        "parallel": parallel,
     }
     _training("distill", directory, data, task, options, as_json=format == "json")
 

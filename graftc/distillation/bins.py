@@ -68,6 +68,18 @@ class BinSums:
         self._energy.index_add_(0, place, wide.square().sum(1).cpu())
         return True
 
+    def sums(self) -> list[float]:
+        """As numbers that add up over processes."""
+        return [*self._error.tolist(), *self._energy.tolist()]
+
+    @staticmethod
+    def of(edges: Sequence[float], sums: Sequence[float]) -> BinSums:
+        """What `sums` gave."""
+        made, count = BinSums(edges), len(edges) - 1
+        made._error = torch.tensor(sums[:count], dtype=torch.float64)
+        made._energy = torch.tensor(sums[count:], dtype=torch.float64)
+        return made
+
     def errors(self) -> list[float]:
         """‖student − teacher‖² / ‖teacher‖² of each bin."""
         return (self._error / self._energy).tolist()

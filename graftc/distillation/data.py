@@ -89,9 +89,10 @@ class Data:
         seeds = [seed_of("noise", self.seed, phase, step * batch + row) for row in chosen]
         return prepare(task, self.raw(step, batch, rows), seeds)
 
-    def validation(self, task: Task, batch: int) -> Iterator[Any]:
-        """The held-out batches; a sample always has the same noise."""
-        numbered = list(enumerate(self.held_out))
+    def validation(self, task: Task, batch: int, rows: range | None = None) -> Iterator[Any]:
+        """The held-out batches, or those of the held-out samples `rows`; a sample always has the same noise."""
+        chosen = range(len(self.held_out)) if rows is None else rows
+        numbered = [(number, self.held_out[number]) for number in chosen]
         for start in range(0, len(numbered), batch):
             part = numbered[start : start + batch]
             seeds = [seed_of("validation", number) for number, _ in part]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.diagnostics import Note, fail
+from graftc.diagnostics import fail
 from graftc.distillation.activations import Activations, Batch, Streaming, Teacher, Values
-from graftc.distillation.bins import BinSums, edges_of, times_of
 from graftc.distillation.budget import Plan
 from graftc.distillation.data import Data, Task
-from graftc.distillation.loss import Moments, Scale, finite, squared_error
+from graftc.distillation.held_out import HeldOut
+from graftc.distillation.loss import Scale, counted
 from graftc.distillation.optim import (
     Group,
     Kind,
@@ -25,20 +25,18 @@ from graftc.distillation.optim import (
     clip_or_drop,
     gradient_norm,
 )
+from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.scopes import random_of, training_only
 from graftc.distillation.stacked import Mode, Stack, alike, decide
-from graftc.distillation.student_inputs import StudentInputs, ends_with_own, share_at
-from graftc.distillation.students import Student, losses
-from graftc.distillation.targets import Cut, ModelInput, Site
+from graftc.distillation.student_inputs import StudentInputs, share_at
+from graftc.distillation.students import Student, check_teacher, cuts_of, losses
+from graftc.distillation.targets import ModelInput, Site
 
 ZERO = 1e-6
 """A relative error up to which a site counts as exact from the start, and is not trained."""
 
 CLIP = 1.0
 WARMUP = 0.05
-
-HELD_MEMORY = 256 * 2**20
-"""Bytes of held-out activations that are kept, to spare the teacher's pass at each validation."""
 
 _VALIDATIONS = 8
 _HOPELESS = 50
@@ -72,7 +70,7 @@ class State:
 
 @dataclass(frozen=True)
 class Setting:
-    """What stays the same through a run of stage 1."""
+    """What stays the same through a run of stage 1. `ranks` share each batch among them."""
 
     teacher: nn.Module
     inputs: tuple[ModelInput, ...]
@@ -83,6 +81,7 @@ class Setting:
     stacked: Mode
     device: str = "cpu"
     compile: bool = False
+    ranks: Ranks = ALONE
 
 
 class Generation:
@@ -109,6 +108,7 @@ class Generation:
         self.state = state or State()
         self.best: dict[str, Tensor] = {}
         self.batch = next(iter(plans.values())).batch
+        self.rows = setting.ranks.rows(self.batch)
         self.teacher = Teacher(
             setting.teacher, setting.inputs, setting.device, compile=setting.compile
         )
@@ -118,10 +118,9 @@ class Generation:
         self._whole = whole
         self.partial = False
         """Whether these are some sites of a generation."""
-        self._held: dict[str, list[Values]] = {}
         self._in_a_row: dict[str, int] = {}
         self._own = own
-        self._prepared: list[Any] = []
+        self.held_out = HeldOut(setting, self.teacher, self.batch, own)
 
     # -- the teacher ------------------------------------------------------------------------
 
@@ -133,14 +132,16 @@ class Generation:
         """The batch of a training step: the one place where its teacher values come from."""
         return self.activations.at(cuts_of(students), step)
 
-    def train_batch(self, step: int, phase: str) -> Any:
-        return self.setting.data.prepared(self.setting.task, step, self.batch, phase)
+    def train_batch(self, step: int, phase: str, *, whole: bool = False) -> Any:
+        """A step's batch, or with several processes this one's rows of it."""
+        rows = None if whole else self.rows
+        return self.setting.data.prepared(self.setting.task, step, self.batch, phase, rows)
 
     # -- before training --------------------------------------------------------------------
 
     def measure_scales(self) -> None:
         """Mean |t| and mean t² of each site's target. Raises GraftError for a target that is 0."""
-        scales = self._scales({})
+        scales = self.held_out.scales(self.students, {})
         for name, scale in scales.items():
             if not scale.energy > 0:
                 fail("G543", f"the teacher's output at `{name}` is zero on every held-out sample",
@@ -152,77 +153,19 @@ class Generation:
             if s.site.loss.mask_above is not None
         }
         self.state.scales = scales
-        for name, kept in (self._scales(limits) if limits else {}).items():
+        within = self.held_out.scales(self.students, limits) if limits else {}
+        for name, kept in within.items():
             if name in limits:
                 kurtosis = scales[name].kurtosis
                 self.state.scales[name] = replace(kept, limit=limits[name], kurtosis=kurtosis)
 
-    def _scales(self, limits: Mapping[str, float]) -> dict[str, Scale]:
-        """What the targets measure, each weighted by its gate, within its limit."""
-        sums = {s.site.name: Moments() for s in self.students}
-        for where, values in self._held_out(self.students):
-            check_teacher(self.students, values, where)
-            for student, given in zip(self.students, values, strict=True):
-                name = student.site.name
-                sums[name].add(student.weighed(given[-1], given), limits.get(name))
-        return {name: moments.scale() for name, moments in sums.items()}
-
     def measure(self, students: Sequence[Student]) -> dict[str, tuple[float, float]]:
         """(error, loss) of each student over the held-out samples."""
-        sums = {s.site.name: [0.0, 0.0, 0.0, 0.0] for s in students}
-        for values in self._measured_on(students):
-            for student, given in zip(students, values, strict=True):
-                name = student.site.name
-                student.region.eval()
-                with torch.no_grad():
-                    output = student.region(*student.inputs(given))
-                    loss = student.loss(output, given, self.state.scales[name])
-                student.region.train()
-                error, energy, _, count = squared_error(output, given[-1])
-                row = sums[name]
-                row[0], row[1] = row[0] + error, row[1] + energy
-                row[2], row[3] = row[2] + float(loss) * count, row[3] + count
-        return {
-            n: (error / energy, loss / count) for n, (error, energy, loss, count) in sums.items()
-        }
+        return self.held_out.measure(students, self.state.scales)
 
     def measure_bins(self) -> dict[str, dict[str, list[float]]]:
         """Errors on the held-out samples by bins of the task's time; nothing where the task has none."""
-        held = [times_of(p, self.setting.inputs) for p in self._held_prepared()]
-        times = [t for t in held if t is not None]
-        if len(times) < len(held):
-            return {}
-        bounds = getattr(self.setting.task, "time_range", None)
-        edges = edges_of(torch.cat(times), bounds)
-        sums = {s.site.name: BinSums(edges) for s in self.students}
-        for when, values in zip(times, self._measured_on(self.students), strict=True):
-            for student, given in zip(self.students, values, strict=True):
-                student.region.eval()
-                with torch.no_grad():
-                    output = student.region(*student.inputs(given))
-                student.region.train()
-                name = student.site.name
-                if name in sums and not sums[name].add(when, output, given[-1]):
-                    del sums[name]
-        return {n: {"edges": found.edges, "errors": found.errors()} for n, found in sums.items()}
-
-    def _measured_on(self, students: Sequence[Student]) -> Iterator[list[Values]]:
-        """The held-out values that students are measured on: the teacher's, or the student's own inputs."""
-        own = {s.site.name: 1.0 for s in students if ends_with_own(s)}
-        if not own:
-            yield from (values for _, values in self._held_out(students))
-            return
-        for (_, values), prepared in zip(
-            self._held_out(students), self._held_prepared(), strict=True
-        ):
-            yield self._fed(students, values, own, prepared.inputs)
-
-    def _held_prepared(self) -> list[Any]:
-        """The held-out batches as the task prepared them."""
-        if not self._prepared:
-            made = self.setting.data.validation(self.setting.task, self.batch)
-            self._prepared = [p.to(self.setting.device) for p in made]
-        return self._prepared
+        return self.held_out.bins(self.students)
 
     def _fed(
         self,
@@ -233,26 +176,8 @@ class Generation:
     ) -> list[Values]:
         if self._own is None:
             return list(values)
-        return self._own.fed(students, values, shares, inputs)
-
-    def _held_out(self, students: Sequence[Student]) -> Iterator[tuple[str, list[Values]]]:
-        """Each held-out batch's name and the teacher's values, kept in memory where they fit."""
-        names = [s.site.name for s in students]
-        if all(name in self._held for name in names):
-            for i, values in enumerate(zip(*(self._held[name] for name in names), strict=True)):
-                yield f"held-out batch {i}", list(values)
-            return
-        size, kept = 0, list[list[Values]]()
-        for i, prepared in enumerate(self.setting.data.validation(self.setting.task, self.batch)):
-            where = f"held-out batch {i}"
-            values = self.values(students, prepared, where)
-            size += sum(v.nbytes for given in values for v in given)
-            if size <= HELD_MEMORY:
-                kept.append(values)
-            yield where, values
-        if size <= HELD_MEMORY:
-            columns = map(list, zip(*kept, strict=True))
-            self._held.update(zip(names, columns, strict=True))
+        part = (self.rows, self.batch) if self.setting.ranks.size > 1 else None
+        return self._own.fed(students, values, shares, inputs, part)
 
     def begin(self) -> None:
         """Measure the errors at start and decide what is stacked."""
@@ -266,7 +191,8 @@ class Generation:
             values = self.taken(training, 0).values
             with training_only(training):
                 groups = alike(training, values)
-                self.state.stacks = decide(self.setting.stacked, groups, training, values)
+                stacks = decide(self.setting.stacked, groups, training, values)
+            self.state.stacks = self.setting.ranks.share(stacks)  # `auto` hangs on times
 
     def exact(self, site: Site) -> bool:
         """Whether the site's error at start is 0."""
@@ -342,15 +268,19 @@ class Generation:
         values = taken.values
         shares = {s.site.name: share_at(s, step, self.plans[s.site.name].steps) for s in students}
         fed = self._fed(students, values, shares, taken.inputs)
-        with random_of(self.setting.seed, self.phase, step):
+        ranks = self.setting.ranks
+        with random_of(self.setting.seed, self.phase, step, *ranks.key()):
             found = losses(students, fed, self.state.scales, stacks)
         weights = [s.site.loss.weight for s in students]
         optimiser.zero()
+        if ranks.size > 1:
+            shares_of_mean = self._shares(students, fed)
+            found = [x * share.to(x) for x, share in zip(found, shares_of_mean, strict=True)]
         torch.stack([w * x for w, x in zip(weights, found, strict=True)]).sum().backward()
+        told = torch.stack(found).detach()
+        ranks.add_gradients([p for s in students for p in s.parameters.values()], [told])
         norms = [gradient_norm(s.parameters.values()) for s in students]
-        table: list[list[float]] = torch.stack(
-            [torch.stack(found).detach(), torch.stack(norms)]
-        ).tolist()
+        table: list[list[float]] = torch.stack([told, torch.stack(norms).to(told)]).tolist()
         for student, weight, loss, norm in zip(students, weights, *table, strict=True):
             name = student.site.name
             # A loss that is no number leaves no gradient that is one.
@@ -366,6 +296,25 @@ class Generation:
                      help="lower its `lr`, or look at its operator")  # fmt: skip
         optimiser.step(step)
         return {s.site.name: loss for s, loss in zip(students, table[0], strict=True)}
+
+    def _shares(self, students: Sequence[Student], values: Sequence[Values]) -> list[Tensor]:
+        """How much of each site's mean over the whole batch is over the entries of this process."""
+        counts = torch.stack(
+            [
+                torch.as_tensor(
+                    counted(s.weighed(v[-1], v), self.state.scales[s.site.name]),
+                    dtype=torch.float64,
+                    device=v[-1].device,
+                )
+                for s, v in zip(students, values, strict=True)
+            ]
+        )
+        total = counts.clone()
+        if any(self.state.scales[s.site.name].limit is not None for s in students):
+            self.setting.ranks.add([total])
+        else:  # every sample counts the same
+            total = total * self.batch / len(self.rows)
+        return list((counts / total.clamp(min=1)).unbind())
 
     def _validate(self, students: Sequence[Student]) -> dict[str, float]:
         """Measure, and keep the weights of those that have never been better."""
@@ -400,30 +349,10 @@ class Generation:
 
         References go in circles here, and Python would free them at some later time.
         """
-        self._held.clear()
-        self._prepared.clear()
+        self.held_out.clear()
         self.best.clear()
         del self.activations
         for student in self.students:
             for parameter in student.parameters.values():
                 parameter.grad = None
         gc.collect()
-
-
-def cuts_of(students: Sequence[Student]) -> tuple[Cut, ...]:
-    """The teacher's cuts that the students are trained on."""
-    return tuple(s.site.teacher for s in students)
-
-
-def check_teacher(students: Sequence[Student], values: Sequence[Values], where: str) -> None:
-    """Refuse to train on a teacher that emits NaN or Inf."""
-    for student, given in zip(students, values, strict=True):
-        cut = student.site.teacher
-        bad = [i.name for i, v in zip(cut.inputs, given, strict=False) if not finite(v)]
-        if bad or not finite(given[-1]):
-            found = f"NaN or Inf in {', '.join(f'input `{n}`' for n in bad) or 'its output'}"
-            fail("G546", f"the teacher gives no finite values at `{student.site.name}`, {where}",
-                 site=student.site.name, found=found,
-                 notes=(Note("the last checkpoint is whole"),),
-                 help="look at DATA for this batch, at the teacher's weights, "
-                      "or at its precision")  # fmt: skip

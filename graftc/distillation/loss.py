@@ -71,7 +71,7 @@ def regression(student: Tensor, target: Tensor, loss: Loss, scale: Scale) -> Ten
     >>> [round(regression(torch.zeros(2), t, Loss(kind), scale).item(), 4) for kind in ("l1", "l2")]
     [1.0, 1.0]
     """
-    student, target = student.float(), target.float()
+    student, target = wide(student), wide(target)
     kind, whole = chosen(loss, scale), 1.0
     if scale.limit is not None:
         kept = target.abs() <= scale.limit
@@ -107,15 +107,26 @@ class Moments:
 
     def add(self, target: Tensor, limit: float | None = None) -> None:
         """Take in a batch's entries, those within `limit`."""
-        wide = target.double()
+        exact = target.double()
         if limit is not None:
-            wide = wide[wide.abs() <= limit]
-        self.count += wide.numel()
-        self.absolute += float(wide.abs().sum())
-        power = wide
+            exact = exact[exact.abs() <= limit]
+        self.count += exact.numel()
+        self.absolute += float(exact.abs().sum())
+        power = exact
         for i in range(4):
             self.powers[i] += float(power.sum())
-            power = power * wide
+            power = power * exact
+
+    def sums(self) -> list[float]:
+        """As numbers that add up over processes."""
+        return [float(self.count), self.absolute, *self.powers]
+
+    @staticmethod
+    def of(sums: list[float]) -> Moments:
+        """What `sums` gave."""
+        made = Moments()
+        made.count, made.absolute, made.powers = int(sums[0]), sums[1], list(sums[2:])
+        return made
 
     def scale(self, limit: float | None = None) -> Scale:
         """
@@ -133,14 +144,24 @@ class Moments:
 
 def squared_error(student: Tensor, target: Tensor) -> tuple[float, float, float, int]:
     """Sums over a batch: (error², target², |target|, count), in float64."""
-    wide = target.double()
-    error = student.double() - wide
+    exact = target.double()
+    error = student.double() - exact
     return (
         float(error.square().sum()),
-        float(wide.square().sum()),
-        float(wide.abs().sum()),
-        wide.numel(),
+        float(exact.square().sum()),
+        float(exact.abs().sum()),
+        exact.numel(),
     )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def counted(target: Tensor, scale: Scale) -> Tensor | int:
+    """How many entries of a target the mean of its loss is over."""
+    return target.numel() if scale.limit is None else (target.abs() <= scale.limit).sum()
 
 
 def finite(*values: Tensor) -> bool:

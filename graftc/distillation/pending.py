@@ -9,8 +9,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from graftc.diagnostics import fail
-from graftc.distillation.generation import Generation, check_teacher
-from graftc.distillation.students import Student
+from graftc.distillation.generation import Generation
+from graftc.distillation.students import Student, check_teacher
 from graftc.distillation.targets import Pending
 
 MEMORY = 512 * 2**20
@@ -23,6 +23,8 @@ SAMPLES = 512
 def solve_pending(generation: Generation, phase: str) -> Iterator[tuple[int, int]]:
     """Solve the pending weights of a generation's students, yielding (sites done, sites in all).
 
+    Several processes take turns: each solves its own from whole batches, as one process would, and gives the
+    others what it found.
     Raises GraftError for a policy that is not known (G547).
     """
     waiting = [s for s in generation.students if s.site.pending]
@@ -30,22 +32,27 @@ def solve_pending(generation: Generation, phase: str) -> Iterator[tuple[int, int
         return
     size = generation.setting.data.size or SAMPLES
     batches = max(1, math.ceil(min(size, SAMPLES) / generation.batch))
-    first = generation.train_batch(0, phase)
+    ranks = generation.setting.ranks
+    first = generation.train_batch(0, phase, whole=True)
     values = generation.values(waiting, first, "init batch 0")
     heaviest = max(sum(v.nbytes for v in given) for given in values)
     together = max(1, MEMORY // (heaviest * batches))
     for start in range(0, len(waiting), together):
         chunk = waiting[start : start + together]
+        mine = [(start + i) % ranks.size == ranks.rank for i in range(len(chunk))]
         rows: list[list[tuple[tuple[Tensor, ...], Tensor]]] = [[] for _ in chunk]
         for number in range(batches):
-            prepared = generation.train_batch(number, phase)
+            prepared = generation.train_batch(number, phase, whole=True)
             values = generation.values(chunk, prepared, f"init batch {number}")
             check_teacher(chunk, values, f"init batch {number}")
-            for student, given, row in zip(chunk, values, rows, strict=True):
-                row.append((student.inputs(given), given[-1]))
-        for done, (student, row) in enumerate(zip(chunk, rows, strict=True), start + 1):
-            for pending in student.site.pending:
+            for student, given, row, own in zip(chunk, values, rows, mine, strict=True):
+                if own:
+                    row.append((student.inputs(given), given[-1]))
+        for student, row, own in zip(chunk, rows, mine, strict=True):
+            for pending in student.site.pending if own else ():
                 _solve(student, pending, row)
+        for done, student in enumerate(chunk, start + 1):
+            ranks.spread(list(student.region.parameters()), (done - 1) % ranks.size)
             yield done, len(waiting)
 
 

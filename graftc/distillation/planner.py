@@ -53,12 +53,14 @@ class Machine:
 
     @staticmethod
     def read(device: str, folder: Path) -> Machine:
+        """What is free, for one of the processes that the launcher started here."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         own = 0
         if torch.device(device).type == "cuda":
             own = torch.cuda.mem_get_info(device)[0]
         while not folder.exists():
             folder = folder.parent
-        return Machine(own, available_memory(), shutil.disk_usage(folder).free)
+        return Machine(own, available_memory() // here, shutil.disk_usage(folder).free // here)
 
 
 def available_memory() -> int:
@@ -283,6 +285,8 @@ class TrainingPlan:
 
     groups: tuple[tuple[Costs, Choice], ...]
     machine: Machine
+    ranks: str = ""
+    """How the processes of the job share the work; the figures are of one of them."""
 
     @property
     def peak(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from graftc.diagnostics import fail, nearest
 from graftc.distillation.checkpoint import load_tensors, load_yaml, save_tensors, save_yaml
+from graftc.distillation.ranks import ALONE, Ranks
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called with (phase, steps done, steps in all, values); an exception in it stops the run."""
@@ -147,6 +148,26 @@ class Run:
         return _result(self.path, self.facts)
 
 
+class Follower(Run):
+    """A run as the other processes of a job see it: they read it, and rank 0 alone writes."""
+
+    def log(self, **values: Any) -> None:
+        pass
+
+    def record(self, **facts: Any) -> None:
+        self.facts.update(facts)
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        pass
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        file = self.path / CHECKPOINT
+        return load_tensors(file) if file.exists() else None
+
+    def finish(self, weights: Mapping[str, Tensor], result: RunResult) -> RunResult:
+        return result
+
+
 def _result(path: Path, facts: Mapping[str, Any]) -> RunResult | None:
     if facts.get("status") != "finished":
         return None
@@ -202,14 +223,20 @@ def open_run(
     parent: str | None = None,
     resume: str | None = None,
     sources: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generator[Run]:
     """A new run, or the one called `resume` with the options it was started with, locked.
 
+    Of several processes rank 0 makes it and holds the lock for all; they leave it together.
     `sources` (plain data) goes into `run.yaml` as it is; a resumed run keeps the ones it has.
 
     Raises GraftError: no such run (G560), a run of another stage (G562), another process at work
     in it (G563), options that differ from the run's (G564), targets that changed since (G565).
     """
+    if not ranks.first:
+        yield _followed(Path(build.path), ranks)
+        ranks.barrier()
+        return
     home = Path(build.path) / "runs"
     digest = digest_of(build.targets)
     if resume is None:
@@ -234,7 +261,20 @@ def open_run(
             facts.setdefault("sources", _plain(sources))
     with _locked(path):
         save_yaml(path / "run.yaml", facts)
+        ranks.share([path.name, facts])
         yield Run(path, facts)
+        ranks.barrier()
+
+
+def _followed(directory: Path, ranks: Ranks) -> Run:
+    """The run that rank 0 opened. Raises GraftError (G578) where this process does not see its folder."""
+    name, facts = ranks.share()
+    path = directory / "runs" / name
+    if not (path / "run.yaml").is_file():
+        fail("G578", f"the run `{name}` is not in this rank's folder", site=str(path),
+             wanted="one folder for all ranks of the job, on a file system that all nodes mount",
+             found=platform.node())  # fmt: skip
+    return Follower(path, facts)
 
 
 def _same_run(

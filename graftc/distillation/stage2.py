@@ -25,8 +25,8 @@ from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, 
 from graftc.distillation.preview import Preview, draw, grid, write_png
 from graftc.distillation.recompute import recomputed
 from graftc.distillation.run import Progress, Run
+from graftc.distillation.saving import Saver, silent, under
 from graftc.distillation.scopes import random_of
-from graftc.distillation.stage1 import Saver, silent, under
 from graftc.distillation.students import is_under
 from graftc.distillation.targets import Lora, ModelInput, Site, Stage2
 from graftc.distillation.terms import Terms, told

@@ -49,14 +49,18 @@ class StudentInputs:
         values: Sequence[Values],
         shares: Mapping[str, float],
         inputs: Mapping[str, Tensor],
+        part: tuple[range, int] | None = None,
     ) -> list[Values]:
-        """`values` with the student's own inputs for the first `share` of the batch, by site name."""
+        """`values` with the student's own inputs for the first `share` of the batch, by site name.
+
+        `part`: which rows of a batch of how many these are, if they are not all.
+        """
         asking = [s for s in students if shares.get(s.site.name, 0.0) > 0]
         if not asking:
             return list(values)
         own = self._own(asking, inputs)
         return [
-            self._mixed(s, v, own[self._cut(s)], shares[s.site.name])
+            self._mixed(s, v, own[self._cut(s)], shares[s.site.name], part)
             if shares.get(s.site.name, 0.0) > 0
             else v
             for s, v in zip(students, values, strict=True)
@@ -83,11 +87,21 @@ class StudentInputs:
         return dict(zip(cuts, found, strict=True))
 
     def _mixed(
-        self, student: Student, values: Values, own: Sequence[Tensor], share: float
+        self,
+        student: Student,
+        values: Values,
+        own: Sequence[Tensor],
+        share: float,
+        part: tuple[range, int] | None,
     ) -> Values:
         places = {given.name: i for i, given in enumerate(student.site.teacher.inputs)}
         fed = list(values)
         for given, value in zip(self._cut(student).inputs, own, strict=True):
-            place, count = places[given.name], round(share * len(value))
+            place, rows = places[given.name], len(value)
+            whole, before = rows, 0
+            if part is not None:  # a sample may be several rows of a value
+                each = rows // len(part[0])
+                whole, before = part[1] * each, part[0].start * each
+            count = max(0, min(rows, round(share * whole) - before))
             fed[place] = torch.cat([value[:count], values[place][count:]])
         return fed

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from graftc.diagnostics import fail, nearest
+from graftc.diagnostics import Note, fail, nearest
 from graftc.distillation.activations import Values
 from graftc.distillation.cuts import extract
-from graftc.distillation.loss import Scale, regression
+from graftc.distillation.loss import Scale, finite, regression
 from graftc.distillation.optim import named
 from graftc.distillation.stacked import Stack
-from graftc.distillation.targets import Site
+from graftc.distillation.targets import Cut, Site
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,22 @@ def losses(
         s.loss(outputs[s.site.name], v, scales[s.site.name])
         for s, v in zip(students, values, strict=True)
     ]
+
+
+def cuts_of(students: Sequence[Student]) -> tuple[Cut, ...]:
+    """The teacher's cuts that the students are trained on."""
+    return tuple(s.site.teacher for s in students)
+
+
+def check_teacher(students: Sequence[Student], values: Sequence[Values], where: str) -> None:
+    """Refuse to train on a teacher that emits NaN or Inf."""
+    for student, given in zip(students, values, strict=True):
+        cut = student.site.teacher
+        bad = [i.name for i, v in zip(cut.inputs, given, strict=False) if not finite(v)]
+        if bad or not finite(given[-1]):
+            found = f"NaN or Inf in {', '.join(f'input `{n}`' for n in bad) or 'its output'}"
+            fail("G546", f"the teacher gives no finite values at `{student.site.name}`, {where}",
+                 site=student.site.name, found=found,
+                 notes=(Note("the last checkpoint is whole"),),
+                 help="look at DATA for this batch, at the teacher's weights, "
+                      "or at its precision")  # fmt: skip

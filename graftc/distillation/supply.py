@@ -16,7 +16,8 @@ from graftc.diagnostics import GraftError, fail
 from graftc.distillation.activations import Activations, Batch
 from graftc.distillation.buffer import Disk, Memory, Shelf, Shelves
 from graftc.distillation.cache import cache_key, open_cache
-from graftc.distillation.generation import HELD_MEMORY, Generation
+from graftc.distillation.generation import Generation
+from graftc.distillation.held_out import HELD_MEMORY
 from graftc.distillation.loss import Scale
 from graftc.distillation.pending import MEMORY, SAMPLES
 from graftc.distillation.planner import Choice, Costs, Wanted, bytes_of
@@ -38,10 +39,11 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
     """
     setting, students = generation.setting, generation.students
     cuts = tuple(dict.fromkeys(s.site.teacher for s in students))
+    own = len(generation.rows)
     one = setting.data.prepared(setting.task, 0, 1, generation.phase).to(setting.device).inputs
     trained = [s for s in students if s.parameters and generation.plans[s.site.name].steps]
     try:
-        teacher = pass_cost(generation.teacher, cuts, one, generation.batch)
+        teacher = pass_cost(generation.teacher, cuts, one, own)
         with training_only(trained):
             student = student_cost(trained, teacher.layout, setting.device, _loss)
     except GraftError:
@@ -54,9 +56,9 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
     matrices = sum(p.nbytes for p in parameters if setting.optimiser == "muon" and p.ndim == 2)
     total = sum(p.nbytes for p in parameters)
     batch_bytes = teacher.layout.nbytes(cuts)
-    held = len(setting.data.held_out) / generation.batch * batch_bytes
+    sample = batch_bytes / own
+    held = len(setting.data.held_out) / setting.ranks.size * sample
     waiting = [s for s in students if s.site.pending]
-    sample = batch_bytes / generation.batch
     solve = min(MEMORY, min(setting.data.size or SAMPLES, SAMPLES) * sample) if waiting else 0
     return Costs(
         tuple(s.site.name for s in students),
@@ -115,6 +117,8 @@ def supply(
         assert wanted.cache is not None
         key = cache_key(setting.teacher, setting.data, setting.task, phase=generation.phase,
                         batch=generation.batch, device=setting.device)  # fmt: skip
+        if setting.ranks.size > 1:
+            key["rows"] = [generation.rows.start, generation.rows.stop]
         home = wanted.cache / _folder(generation)
         limit = (
             wanted.disk if wanted.disk is not None else shutil.disk_usage(wanted.cache.parent).free
@@ -141,17 +145,21 @@ def supply(
         layout,
         (setting.seed, generation.phase),
         generation.batch,
+        generation.rows if setting.ranks.size > 1 else None,
         device=setting.device,
         cache=made.mode == "cache",
     )
 
 
 def _folder(generation: Generation) -> str:
-    """A generation's folder in the cache; a part of one has its own, since it has fewer values."""
+    """A generation's folder in the cache; some of its sites, or some rows of its batches, have their own."""
     sites = {s.site.name.partition("/")[0] for s in generation.students}
+    phase, rows = generation.phase, generation.rows
+    if len(rows) < generation.batch:
+        phase += f".rows-{rows.start}-{rows.stop}"
     if not generation.partial:
-        return generation.phase
-    return f"{generation.phase}-{re.sub(r'[^A-Za-z0-9_.+-]', '_', '+'.join(sorted(sites)))}"
+        return phase
+    return f"{phase}-{re.sub(r'[^A-Za-z0-9_.+-]', '_', '+'.join(sorted(sites)))}"
 
 
 def fresh_folder(folder: Path) -> Path:

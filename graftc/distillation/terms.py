@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftc.diagnostics import GraftError, fail
 from graftc.distillation.cuts import capture_graph
 from graftc.distillation.data import Task
+from graftc.distillation.loss import wide
 from graftc.distillation.sources import describe
 from graftc.distillation.targets import Site, Stage2
 from graftc.program.model import user_error
@@ -26,8 +27,8 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     >>> relative_error(torch.zeros(3), torch.ones(3))
     tensor(1.)
     """
-    wide = target.float()
-    return (output.float() - wide).square().sum() / wide.square().sum().clamp(min=_TINY)
+    exact = wide(target)
+    return (wide(output) - exact).square().sum() / exact.square().sum().clamp(min=_TINY)
 
 
 class Terms:
@@ -85,7 +86,7 @@ class Terms:
                     errors = [relative_error(ours[-1], theirs[-1]) for ours, theirs in pairs]
                     parts["features"] = torch.stack(errors).mean()
             total = [getattr(weights, name) * part for name, part in parts.items()]
-            return torch.stack([t.float().reshape(()) for t in total]).sum(), parts
+            return torch.stack([wide(t).reshape(()) for t in total]).sum(), parts
 
     def cast(self) -> Any:
         """The precision of the forward passes: bfloat16 by autocast, weights and optimiser in float32."""

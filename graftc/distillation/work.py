@@ -12,6 +12,7 @@ from graftc.distillation.candidates import Loaded, candidate_students, load_cand
 from graftc.distillation.data import Data, Task, open_data
 from graftc.distillation.generation import Generation, Setting, State
 from graftc.distillation.optim import align
+from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.run import Build
 from graftc.distillation.student_inputs import StudentInputs
 from graftc.distillation.students import Student, students_of
@@ -93,8 +94,9 @@ def open_work(
     validation: Any = None,
     device: str = "cpu",
     compile: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Work:
-    """Load a build and open DATA; `options` are those of a run."""
+    """Load a build and open DATA; `options` are those of a run. `ranks` share each batch."""
     share, count = samples_of(targets.sites)
     source: Data = open_data(
         data,
@@ -113,6 +115,7 @@ def open_work(
         options["stacked"],
         device,
         compile,
+        ranks,
     )
     student = align(build.student()).to(device)
     loaded = load_candidates(build, targets.sites, device)

@@ -1,0 +1,165 @@
+"""What the processes of a job run: `python -m tests.distillation.rank_jobs N FOLDER JOB …`.
+
+Each job is a function of a folder. A test runs it in N processes and alone, and compares what the two left.
+The processes are forks of this one, which has imported all and computed nothing, with torchrun's variables;
+under torchrun itself (N is 0) they are torchrun's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # as optimisers do at their first step: not in every fork
+from torch import Tensor, nn
+
+from graftc.diagnostics import GraftError
+from graftc.distillation import distill
+from graftc.distillation.ranks import joined
+from graftc.distillation.targets import Budget, Loss
+from tests.distillation import tiny
+
+STEPS = 20
+
+
+class Wide(tiny.Denoise):
+    """Everything in float64."""
+
+    def prepare(self, sample: Any, generator: torch.Generator) -> tiny.Made:
+        made = super().prepare({"latent": sample["latent"].double()}, generator)
+        return made
+
+    time_range = (0.0, 1000.0)
+
+
+def double(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: make().double()
+
+
+SITES = (
+    tiny.attention_site(1, solve=True, budget=Budget(steps=STEPS)),
+    tiny.attention_site(
+        2,
+        loss=Loss("huber", mask_above=1.5),
+        budget=Budget(steps=STEPS, patience=2),
+        student_inputs=(0.0, 1.0),
+    ),
+    tiny.pair_site(after=("blocks.2.attn",), budget=Budget(steps=STEPS)),
+)
+
+
+def build(folder: Path, **changes: Any) -> tiny.FakeBuild:
+    folder.mkdir(parents=True, exist_ok=True)
+    given: dict[str, Any] = {
+        "make_student": double(lambda: tiny.paired((1, 2))),
+        "make_teacher": double(tiny.teacher),
+        **changes,
+    }
+    sites = given.pop("sites", SITES)
+    return tiny.FakeBuild(folder, tiny.targets(*sites), **given)
+
+
+def latents(count: int = 43) -> list[dict[str, Tensor]]:
+    return tiny.latents(count)
+
+
+ALWAYS: dict[str, Any] = {"batch": 10, "threads": 1, "stacked": "never"}
+
+
+def data(folder: Path) -> None:
+    distill(build(folder), latents(), Wide(), **ALWAYS)
+
+
+def replay(folder: Path) -> None:
+    distill(build(folder), latents(), Wide(), reuse=4, **ALWAYS)
+
+
+def broken(folder: Path) -> None:
+    """DATA that one rank cannot read."""
+
+    class Half(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            if os.environ.get("RANK") == "1":
+                raise OSError("the disk of this node is gone")
+            return super().__getitem__(index)
+
+    distill(build(folder), Half(latents()), Wide(), **ALWAYS)
+
+
+def stuck(folder: Path) -> None:
+    """A rank that no longer answers."""
+
+    class Slow(Wide):
+        def prepare(self, sample: Any, generator: torch.Generator) -> tiny.Made:
+            if os.environ.get("RANK") == "1":
+                time.sleep(60)
+            return super().prepare(sample, generator)
+
+    distill(build(folder), latents(), Slow(), **ALWAYS)
+
+
+JOBS: dict[str, Callable[[Path], None]] = {
+    "data": data,
+    "replay": replay,
+    "broken": broken,
+    "stuck": stuck,
+}
+
+
+def rank(folder: Path, names: list[str]) -> int:
+    """What one process does; returns its exit status."""
+    torch.set_num_threads(1)
+    try:
+        with joined():  # one group for all jobs
+            for name in names:
+                JOBS[name](folder / name)
+    except GraftError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def main(count: int, folder: Path, names: list[str]) -> int:
+    """Run the jobs in so many forks; as torchrun, end all where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children: dict[int, int] = {}
+    for number in range(count):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count),
+                              LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(port))  # fmt: skip
+            status = 1
+            try:
+                status = rank(folder, names)
+            except SystemExit as leaving:
+                status = int(leaving.code or 0)
+            except BaseException as error:
+                print(repr(error), getattr(error, "__notes__", ""), file=sys.stderr, flush=True)
+            os._exit(status)
+        children[child] = number
+    worst = 0
+    while children:
+        child, status = os.wait()
+        code = os.waitstatus_to_exitcode(status)
+        del children[child]
+        if code and not worst:
+            worst = code
+            time.sleep(1.0)  # time to say what they have to say
+            for other in children:
+                os.kill(other, signal.SIGTERM)
+    return abs(worst)
+
+
+if __name__ == "__main__":
+    ranks, place, jobs = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    sys.exit(main(ranks, place, jobs) if ranks else rank(place, jobs))

@@ -1,0 +1,162 @@
+"""Several processes train as one does: 2 here; 4, killed ranks and the launchers themselves are slow tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from graftc.diagnostics import GraftError
+from graftc.distillation import runs
+from graftc.distillation.ranks import ALONE, Ranks, joined
+from tests.distillation import rank_jobs
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks of one process")
+
+
+def launch(
+    count: int, folder: Path, *jobs: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.distillation.rank_jobs", str(count), str(folder), *jobs]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights and the facts of the newest run."""
+    run = list(runs(folder))[-1]
+    facts = runs(folder)[run]
+    assert facts["status"] == "finished"
+    return load_file(folder / "runs" / run / facts["result"]["weights"]), facts
+
+
+def differences(one: Path, other: Path) -> tuple[float, float]:
+    """The largest difference between two runs' weights, and between what they measured."""
+    (weights, facts), (others, told) = outcome(one), outcome(other)
+    assert weights.keys() == others.keys()
+    measured = [0.0]
+    for a, b in zip(facts["result"]["sites"], told["result"]["sites"], strict=True):
+        assert (a["name"], a["steps"], a["skipped_steps"]) == (
+            b["name"],
+            b["steps"],
+            b["skipped_steps"],
+        )
+        for key in ("error_start", "error_end", "loss_start", "loss_end"):
+            measured.append(abs(a[key] - b[key]))
+        pairs = zip(
+            (a["bins"] or {"errors": []})["errors"],
+            (b["bins"] or {"errors": []})["errors"],
+            strict=True,
+        )
+        measured += [abs(x - y) for x, y in pairs]
+    metrics = facts["result"]["metrics"].items()
+    measured += [abs(x - told["result"]["metrics"][n]) for n, x in metrics]
+    return max(float((weights[n] - others[n]).abs().max()) for n in weights), max(measured)
+
+
+FAST = ("data", "replay")
+
+
+@pytest.fixture(scope="module")
+def launched(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The jobs in two processes, and then one that fails."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch(2, folder, *FAST, "broken")
+
+
+@pytest.fixture(scope="module")
+def two(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    return launched[0]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where jobs run in one process, each at most once."""
+    return tmp_path_factory.mktemp("one")
+
+
+def alone(folder: Path, name: str) -> Path:
+    if not (folder / name).exists():
+        rank_jobs.JOBS[name](folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_processes_end_where_one_does(two: Path, one: Path, name: str) -> None:
+    weights, measured = differences(two / name, alone(one, name))
+    assert weights < 1e-5
+    assert measured < 1e-5
+
+
+def test_a_run_of_two_has_one_log_and_says_how_they_shared(two: Path) -> None:
+    facts = runs(two / "data")["0001-distill"]
+    assert facts["ranks"] == {"size": 2, "parallel": "data"}
+    log = (two / "data/runs/0001-distill/log.jsonl").read_text().splitlines()
+    assert (
+        len([line for line in log if '"start"' in line]) == 2
+    )  # of each generation, not of each rank
+
+
+def test_a_rank_that_fails_ends_the_job_with_one_diagnostic(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    said = launched[1].stderr
+    assert launched[1].returncode == 1
+    assert said.count("error[") == 1, said
+    assert "the disk of this node is gone" in said
+    assert "on rank 1 of 2" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_answer_is_an_error_in_time(tmp_path: Path) -> None:
+    done = launch(2, tmp_path, "stuck", GRAFTC_RANK_TIMEOUT="4")
+    assert done.returncode == 1
+    assert done.stderr.count("error[G579]") == 1, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_four_processes_end_where_one_does(tmp_path: Path, one: Path, name: str) -> None:
+    done = launch(4, tmp_path, name)
+    assert done.returncode == 0, done.stderr
+    weights, measured = differences(tmp_path / name, alone(one, name))
+    assert weights < 1e-5
+    assert measured < 1e-5
+
+
+def test_shares_are_whole_and_even() -> None:
+    shares = [Ranks(rank, 3).rows(8) for rank in range(3)]
+    assert [i for rows in shares for i in rows] == list(range(8))
+    assert {len(rows) for rows in shares} == {2, 3}
+
+
+def test_one_process_communicates_nothing() -> None:
+    with joined() as ranks:
+        assert ranks is ALONE
+        assert ranks.share({"a": 1}) == {"a": 1}
+        assert ranks.total([[1.5]]) == [[1.5]]
+
+
+def test_a_timeout_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GRAFTC_RANK_TIMEOUT", "soon")
+    with pytest.raises(GraftError, match="G578"), joined():
+        pass
