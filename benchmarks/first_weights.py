@@ -2,7 +2,7 @@
 
     python benchmarks/first_weights.py run      # measures what is not yet in first_weights.json
     python benchmarks/first_weights.py run --only 'linear_attention(feature = relu) | random, AdamW'
-    python benchmarks/first_weights.py frechet  # three operators by Fréchet distance, likewise
+    python benchmarks/first_weights.py frechet  # four operators by Fréchet distance, likewise
     python benchmarks/first_weights.py table    # docs/first-weights.md from the JSON
 
 The attentions of blocks 1, 3, 5 and 7 (MLPs for `mlp`) are replaced. Both commands stop and go on
@@ -43,6 +43,7 @@ from graftc.program.analysis import Analysis, analyse  # noqa: E402
 from graftc.program.capture import capture  # noqa: E402
 from graftc.rewrite.inputs import own_facts  # noqa: E402
 from graftc.weights.alternating import solve_alternating  # noqa: E402
+from graftc.weights.choose import solve_keep_top  # noqa: E402
 from graftc.weights.initialise import initialise  # noqa: E402
 from graftc.weights.parts import Heads  # noqa: E402
 from graftc.weights.solve import solve_least_squares  # noqa: E402
@@ -95,10 +96,13 @@ ONES: Clauses = [("q", Apply("one")), ("k", Apply("one")), ("v", part("v"))]
 def cases() -> Iterator[Case]:
     """Most wanted first: a run that is stopped has measured what decides a default."""
     hyena: dict[str, Any] = {"kernel": 17, "causal": False}
-    attention = (
+    attention: tuple[tuple[str, dict[str, Any]], ...] = (
         ("sliding_window", {"window": 4}),
         ("linear_attention", {"feature": "relu"}),
         ("linear_attention", {"feature": "elu1"}),
+        ("linear_attention", {"feature": "softmax_pair"}),
+        ("linear_window_attention", {"window": 8}),
+        ("local_attention_2d", {"radius": 3, "height": 8, "width": 8}),
     )
     hyenas = (
         ("hyena_x", hyena),
@@ -117,12 +121,22 @@ def cases() -> Iterator[Case]:
         if ratio < 4:
             fitted: tuple[str, InitSource] = ("down", Apply("least_squares"))
             yield Case("mlp", {"ratio": ratio}, "resized, down fitted", [fitted])
+            by: InitSource = Apply("keep_top", (Part(SITE),), {"by": Const("activation")})
+            yield Case("mlp", {"ratio": ratio}, "by activation", [(None, by)])
+            yield Case("mlp", {"ratio": ratio}, "by activation, down fitted", [(None, by), fitted])
             yield Case("mlp", {"ratio": ratio}, "random", RANDOM)
             yield Case("mlp", {"ratio": ratio}, "random, AdamW", RANDOM, "adamw")
-    yield from _attention(*attention[2])
+    for operator, arguments in attention[2:]:
+        yield from _attention(operator, arguments)
     for operator, arguments in hyenas[2:]:
         yield from _hyena(operator, arguments)
+    yield from _latent({"rank": 32})
+    yield from _out_alone("mamba2", {"head_dim": 16, "causal": False})
+    yield from _out_alone("mlp_hyena_x", {})
     yield Case("attention", {}, "reused", [*REUSED, OUT], trained=False)
+    pooled = [*REUSED[:1], ("k", _pooled("k")), ("v", _pooled("v"))]
+    for name, out in (("k and v pooled", OUT), ("k and v pooled, out fitted", FITTED)):
+        yield Case("attention", {"kv_heads": 1}, name, [*pooled, out], trained=False)
 
 
 def _hyena(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
@@ -139,6 +153,38 @@ def _attention(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
     yield Case(operator, arguments, "random, AdamW", RANDOM, "adamw")
     yield Case(operator, arguments, "q, k, v reused, out fitted", [*REUSED, FITTED])
     yield Case(operator, arguments, "q, k, v, out reused", [*REUSED, OUT])
+    yield Case(operator, arguments, "random", RANDOM)
+
+
+def _pooled(name: str) -> InitSource:
+    return Apply("mean_pool", (part(name),), {"groups": Const(1)})
+
+
+def _latent(arguments: Mapping[str, Any]) -> Iterator[Case]:
+    operator, both = "latent_attention", Apply("concat", (part("k"), part("v")))
+    nearest: Clauses = [
+        ("q", part("q")),
+        ("kv_down", Apply("svd_inner", (both,))),
+        ("kv_up", Apply("svd_outer", (both,))),
+    ]
+    drawn: Clauses = [("q", part("q")), ("kv_down", RANDOM[0][1]), ("kv_up", RANDOM[0][1])]
+    yield Case(
+        operator,
+        arguments,
+        "SVD of k and v, then v and out fitted",
+        [(None, Apply("least_squares"))],
+    )
+    yield Case(operator, arguments, "SVD of k and v", [*nearest, OUT])
+    yield Case(operator, arguments, "SVD of k and v, out fitted", [*nearest, FITTED])
+    yield Case(operator, arguments, "k and v random, out fitted", [*drawn, FITTED])
+    yield Case(operator, arguments, "random, AdamW", RANDOM, "adamw")
+    yield Case(operator, arguments, "random", RANDOM)
+
+
+def _out_alone(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
+    """Where no map before the last is linear."""
+    yield Case(operator, arguments, "random, out fitted", [("out_proj", Apply("least_squares"))])
+    yield Case(operator, arguments, "random, AdamW", RANDOM, "adamw")
     yield Case(operator, arguments, "random", RANDOM)
 
 
@@ -238,7 +284,10 @@ def start(case: Case) -> dict[int, nn.Module]:
             for a, b in zip(x[:CALIBRATION].split(BATCH), y[:CALIBRATION].split(BATCH), strict=True)
         ]
         for fit in dict.fromkeys(o.fit for o in origins if o.fit):
-            if fit.policy == "alternating":
+            if fit.policy == "keep_top":
+                mlp = site_parts(analysis(), site)
+                solve_keep_top(operator, fit.linear, fit.blocks, mlp, batches)
+            elif fit.policy == "alternating":
                 solve_alternating(operator, fit.linear, fit.blocks, batches, sweeps=fit.sweeps)
             else:
                 solve_least_squares(operator, fit.linear, batches)
@@ -247,7 +296,7 @@ def start(case: Case) -> dict[int, nn.Module]:
 
 
 def _kind(case: Case) -> str:
-    return "mlp" if case.operator == "mlp" else "attn"
+    return "mlp" if case.operator in ("mlp", "mlp_hyena_x") else "attn"
 
 
 def site_errors(kind: str, operators: Mapping[int, nn.Module]) -> list[float]:
@@ -342,11 +391,12 @@ FRECHET = (
     ("hyena_x(kernel = 17, causal = false)", "all fitted in turn"),
     ("sliding_window(window = 4)", "reused, v and out fitted"),
     ("linear_attention(feature = relu)", "reused, v and out fitted"),
+    ("latent_attention(rank = 32)", "SVD of k and v, then v and out fitted"),
 )
 
 
 def run_frechet() -> None:
-    """Three operators with their default first weights, 3 seeds of 2,000 samples: at 0 steps, then after stage 1."""
+    """Four operators with their default first weights, 3 seeds of 2,000 samples: at 0 steps, then after stage 1."""
     from table_score import Protocol, score_seed
 
     protocol = Protocol(2000, (0, 1, 2))

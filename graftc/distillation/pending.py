@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftc.diagnostics import fail
+from graftc.distillation.cuts import extract
 from graftc.distillation.generation import Generation
 from graftc.distillation.students import Student, check_teacher
 from graftc.distillation.targets import Pending
+from graftc.distillation.teacher_parts import mlp_parts
 
 MEMORY = 512 * 2**20
 """Bytes of activations held at a time; more sites than fit are solved in several teacher passes."""
@@ -50,16 +52,20 @@ def solve_pending(generation: Generation, phase: str) -> Iterator[tuple[int, int
                     row.append((student.inputs(given), given[-1]))
         for student, row, own in zip(chunk, rows, mine, strict=True):
             for pending in student.site.pending if own else ():
-                _solve(student, pending, row)
+                _solve(student, pending, row, generation.setting.teacher)
         for done, student in enumerate(chunk, start + 1):
             ranks.spread(list(student.region.parameters()), (done - 1) % ranks.size)
             yield done, len(waiting)
 
 
 def _solve(
-    student: Student, pending: Pending, rows: Sequence[tuple[tuple[Tensor, ...], Tensor]]
+    student: Student,
+    pending: Pending,
+    rows: Sequence[tuple[tuple[Tensor, ...], Tensor]],
+    teacher: nn.Module,
 ) -> None:
     from graftc.weights.alternating import solve_alternating
+    from graftc.weights.choose import solve_keep_top
     from graftc.weights.solve import solve_least_squares, solve_svd
 
     last = _inside(student, pending, pending.linear)
@@ -74,9 +80,15 @@ def _solve(
         elif pending.policy == "svd":
             inner = _inside(student, pending, pending.blocks[0].module)
             solve_svd(student.region, inner, last, rows)
+        elif pending.policy == "keep_top":
+            blocks = [
+                replace(b, module=_inside(student, pending, b.module)) for b in pending.blocks
+            ]
+            mlp = mlp_parts(extract(teacher, student.site.teacher), rows[0][0])
+            solve_keep_top(student.region, last, blocks, mlp, rows)
         else:
             fail("G547", f"no way is known to solve `{pending.policy}` from data",
-                 site=student.site.name, wanted="least_squares, alternating or svd",
+                 site=student.site.name, wanted="least_squares, alternating, svd or keep_top",
                  found=pending.policy)  # fmt: skip
     except ValueError as error:
         fail("G547", f"`{pending.linear}` of `{pending.module}` cannot be solved: {error}",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from graftc.weights.fit import SWEEPS, Block
-from graftc.weights.solve import Solved, solve_least_squares
+from graftc.weights.solve import Batches, Solved, solve_least_squares
 
 ROWS = 8192
 """Rows (tokens of all samples) that the sweeps read at most; the last map is fitted on all that there are.
@@ -23,9 +23,6 @@ Twice or four times as many gain under a tenth on the digits, and cost as much m
 
 FEATURES = 2**25
 """Numbers of a piece's features that are held at a time."""
-
-Batches = Sequence[tuple[tuple[Tensor, ...], Tensor]]
-"""(inputs, target) of each batch; read once for every solve."""
 
 
 def solve_alternating(

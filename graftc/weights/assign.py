@@ -70,7 +70,7 @@ def assign(
             if name == WHOLE and _is_fit(source):
                 continue
             if name == WHOLE:
-                fit = _whitened(source, slots, module)
+                fit = _from_data(source, slots, module)
                 plan += [Assignment(s, source, True, span, fit) for s in bodies(slots)]
                 continue
             if name not in by_name:
@@ -102,15 +102,21 @@ def assign(
     return kept
 
 
-def _whitened(source: InitSource, slots: list[Slot], module: nn.Module) -> Fit | None:
-    """What `svd(…, whiten = calibration)` waits for."""
-    if not isinstance(source, Apply) or source.policy != "svd":
+def _from_data(source: InitSource, slots: list[Slot], module: nn.Module) -> Fit | None:
+    """What `svd(…, whiten = calibration)` and `keep_top(…, by = activation)` wait for."""
+    if not isinstance(source, Apply):
         return None
-    if source.options.get("whiten", Const("none")) != Const("calibration"):
-        return None
-    inner, outer = (s.module for s in bodies(slots)[:2])
-    rank = module.get_submodule(inner).get_parameter("weight").shape[0]
-    return Fit("svd", outer, (Block(inner, 0, rank),))
+    found = bodies(slots)
+    if source.policy == "svd" and source.options.get("whiten") == Const("calibration"):
+        inner, outer = (s.module for s in found[:2])
+        rank = module.get_submodule(inner).get_parameter("weight").shape[0]
+        return Fit("svd", outer, (Block(inner, 0, rank),))
+    if source.policy in ("keep_top", "resize") and source.options.get("by") == Const("activation"):
+        by_name = {s.name: s.module for s in found}
+        names = [by_name[n] for n in ("up", "gate") if n in by_name]
+        width = module.get_submodule(names[0]).get_parameter("weight").shape[0]
+        return Fit("keep_top", by_name["down"], tuple(Block(n, 0, width) for n in names))
+    return None
 
 
 def _is_fit(source: InitSource) -> bool:

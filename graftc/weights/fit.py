@@ -31,10 +31,11 @@ class Fit:
 
     `least_squares` fits the Linear `linear`, the operator's last map; `alternating` fits `blocks`
     in turn, `sweeps` times over, and then that map. `svd` finds the best product of the one block, all
-    of a Linear, and `linear` after it, on the inputs that it sees (whitened).
+    of a Linear, and `linear` after it, on the inputs that it sees (whitened). `keep_top` chooses the
+    neurons of `blocks` (the rows of up, and of gate) and of `linear` (down) by their activations.
     """
 
-    policy: Literal["least_squares", "alternating", "svd"]
+    policy: Literal["least_squares", "alternating", "svd", "keep_top"]
     linear: str
     blocks: tuple[Block, ...] = ()
     sweeps: int = 0

@@ -145,6 +145,7 @@ def initialise(
                     slots = {
                         s.name: (s.module, module.get_submodule(s.module))
                         for s in bodies(present(spec, arguments))
+                        if s.parameter is None
                     }
                     whole[key] = evaluate_whole(item.source, here, slots)
                 value = whole[key][item.slot.name]
@@ -188,7 +189,7 @@ def _origins(module: nn.Module, plan: list[Assignment], context: Context) -> tup
             total = parameter.shape[0] if parameter.ndim else 1
             rows = rows_of(item.slot, total, context.arguments)
             said = text(item.source, context.binding)
-            if item.fit is not None and item.fit.policy != "svd":
+            if item.fit is not None and item.fit.policy not in ("svd", "keep_top"):
                 source = item.source
                 if isinstance(source, Apply) and source.policy == "least_squares":
                     source = source.options.get("otherwise", Apply("zero"))

@@ -167,6 +167,18 @@ def magnitude(mlp: SiteParts) -> Tensor:
     return score * mlp["gate"].weight.norm(dim=1) if "gate" in mlp else score
 
 
+def activation_score(energy: Tensor, down: Affine) -> Tensor:
+    """A score for each neuron: the root of its mean squared activation, times the norm of its column in down.
+
+    energy: [neurons]. What a neuron adds to the output, on average, were it alone (as Wanda weighs a
+    weight by its input's norm, arXiv 2306.11695).
+
+    >>> activation_score(torch.tensor([4., 1.]), Affine(torch.tensor([[1., 3.]])))
+    tensor([2., 3.])
+    """
+    return energy.sqrt() * down.weight.to(energy).norm(dim=0)
+
+
 def keep_top(mlp: SiteParts, count: int, scores: Tensor) -> dict[str, Affine]:
     """The `count` neurons of highest score, in their old order: one choice for all the maps.
 

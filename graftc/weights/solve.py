@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from graftc.weights.least_squares import NormalEquations
 from graftc.weights.parts import Affine
 from graftc.weights.policies import whitened_svd
+
+Batches = Sequence[tuple[tuple[Tensor, ...], Tensor]]
+"""(inputs, target) of each batch; read more than once."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,20 @@ def solve_least_squares(
         if bias is not None:
             bias.copy_(offset)
     return Solved(before, _error(equations, linear), equations.rows)
+
+
+def relative_error(module: nn.Module, batches: Batches) -> float:
+    """‖target − output‖ / ‖target‖ over all batches.
+
+    >>> relative_error(nn.Identity(), [((torch.ones(3),), torch.full((3,), 2.0))])
+    0.5
+    """
+    square, energy = 0.0, 0.0
+    with torch.no_grad():
+        for inputs, target in batches:
+            square += float((target - module(*inputs)).double().square().sum())
+            energy += float(target.double().square().sum())
+    return (square / max(energy, 1e-300)) ** 0.5
 
 
 def _error(equations: NormalEquations, linear: nn.Linear) -> float:

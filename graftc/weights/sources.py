@@ -4,9 +4,10 @@ The policies, with `x`, `y` for sources (a part `a.q`, or another policy):
 `copy(x)`, `concat(x, y, …)`, `rows(x, first = i, last = j)` and `slice` (columns; both ends in),
 `mean_pool(a.k, groups = n)`, `repeat(a.k, times = n)`, `product(x, y)` (x after y), `identity`,
 `zero`, `one`, `random(seed)`, `least_squares`;
-for a whole operator `least_squares(sweeps = n)`, for a whole MLP `resize(m)`, `keep_top(m, by = magnitude)`; for two
+for a whole operator `least_squares(sweeps = n)`, for a whole MLP `resize(m)`, `keep_top(m, by = magnitude | activation)`; for two
 thin maps `svd(l, whiten = calibration)`; in specs only `argument(name)`, `either(part, other)`,
-`constant(name)`, `mean_of_branches`, `sum_of_branches`.
+`constant(name)`, `svd_inner(x)` and `svd_outer(x)` (the two maps whose product is nearest to x, of the rank
+that the operator has), `mean_of_branches`, `sum_of_branches`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ POLICIES = (
         "one",
     ),
     *("random", "least_squares", "argument", "constant", "mean_of_branches", "sum_of_branches"),
+    *("svd_inner", "svd_outer"),
     *WHOLE_POLICIES,
 )
 
@@ -49,7 +51,7 @@ POLICIES = (
 class Context:
     """What a source is read against: the operator and its site, for messages and for values.
 
-    `known`: the names of the parts of each binding.
+    `known`: the names of the parts of each binding. `products`: the decompositions that were made.
     """
 
     operator: str
@@ -61,6 +63,9 @@ class Context:
     seed: int
     span: Span | None = None
     known: Mapping[str, Collection[str]] = field(default_factory=dict[str, Collection[str]])
+    products: dict[tuple[str, int], tuple[Affine, Affine]] = field(
+        default_factory=dict[tuple[str, int], tuple[Affine, Affine]], compare=False
+    )
 
     def refuse(self, code: str, message: str, help: str | None = None) -> NoReturn:
         fail(code, message, span=self.span, site=self.path, help=help)
@@ -243,6 +248,24 @@ def _per_head(source: Apply, inner: list[Affine], context: Context) -> Affine:
     return policies.mean_pool(inner[0], count, _whole_number(context, source, "groups", 1))
 
 
+def _nearest_product(
+    source: Apply, whole: Affine, context: Context, submodule: nn.Module
+) -> tuple[Affine, Affine]:
+    """The two maps of `svd_inner` and `svd_outer`; `submodule` is the one that is filled."""
+    weight = submodule.get_parameter("weight")
+    rank = weight.shape[0 if source.policy == "svd_inner" else 1]
+    rows, columns = whole.weight.shape
+    if rank > min(rows, columns):
+        raise ValueError(f"rank {rank} of a map of {columns} inputs and {rows} outputs")
+    if whole.weight.is_meta:
+        like = whole.weight.new_empty
+        return Affine(like(rank, columns)), Affine(like(rows, rank), whole.bias)
+    key = (text(source.args[0]), rank)
+    if key not in context.products:  # both maps come from one decomposition
+        context.products[key] = policies.svd(whole, rank)
+    return context.products[key]
+
+
 def _apply(
     source: Apply, inner: list[Affine], context: Context, submodule: nn.Module, path: str
 ) -> Affine:
@@ -251,6 +274,8 @@ def _apply(
         "copy": lambda: policies.copy(inner[0]),
         "concat": lambda: policies.concat(inner),
         "product": lambda: policies.product(inner[0], inner[1]),
+        "svd_inner": lambda: _nearest_product(source, inner[0], context, submodule)[0],
+        "svd_outer": lambda: _nearest_product(source, inner[0], context, submodule)[1],
         "zero": lambda: _filled(submodule, 0.0),
         "one": lambda: _one(submodule),
         "identity": lambda: _identity(source, context, submodule),
@@ -341,7 +366,7 @@ def _thin(
 def _resized(
     source: Apply, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
 ) -> dict[str, Affine]:
-    """`resize` and `keep_top`: an MLP of another width."""
+    """`resize` and `keep_top`: an MLP of another width. By activation: by magnitude, until data says."""
     site = source.args[0] if source.args else Part(SITE)
     binding = context.name(site.site) if isinstance(site, Part) else context.binding
     parts = context.parts.get(binding, {})
@@ -352,9 +377,11 @@ def _resized(
     if "gate" in parts and "gate" not in slots:
         context.refuse("G404", f"`{binding}` is gated, and `{context.operator}` is not")
     by = _constant(source.options.get("by", Const("magnitude")))
-    if by != "magnitude":
+    if by not in ("magnitude", "activation"):
         context.refuse(
-            "G405", f"`{source.policy}` cannot choose by `{by}`", "write `by = magnitude`"
+            "G405",
+            f"`{source.policy}` cannot choose by `{by}`",
+            "write `by = magnitude`, or `by = activation`, which needs data",
         )
     mlp = {name: parts[name] for name in slots}
     width = slots["up"][1].get_parameter("weight").shape[0]

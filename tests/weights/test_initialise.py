@@ -167,17 +167,46 @@ def test_least_squares_of_the_whole_fits_what_the_clause_gives_as_a_start():
     assert fit.sweeps == 5
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "linear_attention"])
+@pytest.mark.parametrize("name", ["sliding_window", "linear_attention", "local_attention_2d"])
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])
 def test_attention_that_weighs_otherwise_is_fitted_in_v_and_out(name, kv_heads):
     """v by rows only where each key-value head feeds one query head alone."""
-    own = {"kv_heads": kv_heads, "window": 3}
+    own = {"kv_heads": kv_heads, "window": 3, "radius": 2, "height": 3, "width": 3}
     _, origins = _init(name, _attention(kv_heads), site_kv_heads=kv_heads, **own)
     fit = origins["out_proj.weight", "out_proj"].fit
     assert fit is not None
     rows = (Block("in_proj", 2 * DIM, 3 * DIM),) if kv_heads == HEADS else ()
     assert fit.blocks == rows
     assert not origins["in_proj.weight", "q"].pending
+
+
+def test_latent_attention_starts_from_the_nearest_product_of_k_and_v():
+    """At full rank it is the attention itself; below, k and v are cut by SVD, then v and out are fitted."""
+    parts, x = _attention(), torch.randn(2, 9, DIM)
+    whole, _ = _init("latent_attention", parts, rank=DIM)
+    exact, _ = _init("attention", parts)
+    torch.testing.assert_close(whole(x), exact(x), rtol=1e-4, atol=1e-5)
+    thin, origins = _init("latent_attention", parts, rank=5)
+    both = torch.cat([parts["k"].weight, parts["v"].weight])
+    left = (thin.kv_up.weight @ thin.kv_down.weight - both).norm()
+    torch.testing.assert_close(left, torch.linalg.svdvals(both)[5:].norm())
+    fit = origins["kv_up.weight", "kv_up"].fit
+    assert fit is not None
+    assert fit.blocks == (Block("kv_up", DIM, 2 * DIM),)
+    assert not origins["kv_down.weight", "kv_down"].pending
+
+
+@pytest.mark.parametrize("name", ["mamba2", "linear_window_attention"])
+def test_random_reaches_parameters_of_the_operator_itself(name):
+    """`init random(1)` of a whole operator whose own parameters (A_log, the window's share) stand in no submodule."""
+    given = {"head_dim": 4, "window": 3}
+    drawn = [
+        _init(name, _attention(), clauses=[(None, Apply("random", (Const(s),)))], **given)[0]
+        for s in (1, 1, 2)
+    ]
+    first, again, other = (dict(m.named_parameters()) for m in drawn)
+    assert all(torch.equal(p, again[n]) for n, p in first.items())
+    assert not torch.equal(first["out_proj.weight"], other["out_proj.weight"])
 
 
 def test_wider_operators_fit_their_last_map_alone():
@@ -392,6 +421,22 @@ def test_refusals_name_operator_slot_and_site():
         parts=_mlp(gated=True),
         role="mlp",
         ratio=2,
+    )
+    _refused(
+        "G405",
+        "`svd_inner(concat(site.k, site.v))` cannot be computed: rank 13 of a map of 12 inputs",
+        name="latent_attention",
+        rank=13,
+    )
+    _refused(
+        "G405",
+        "cannot choose by `luck`",
+        "by = activation",
+        name="mlp",
+        parts=_mlp(),
+        role="mlp",
+        ratio=1,
+        clauses=[(None, Apply("keep_top", (Part("a"),), {"by": Const("luck")}))],
     )
     _refused("G403", "no part `gate`", name="mlp", parts=_mlp(), role="mlp", ratio=2, gated=True)
 

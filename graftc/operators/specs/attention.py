@@ -29,7 +29,6 @@ from graftc.operators.specs._common import (
     attention_args,
     attention_projections,
     attention_sizes,
-    fitted,
     integer,
     norm_params,
     norm_slots,
@@ -77,6 +76,8 @@ _SLOTS = tuple(replace(s, when="out") if s.module == "out_proj" else s for s in 
 
 LINEAR = (SLOTS[3],)
 """Attention is linear in v, row by row."""
+
+_KEYS_AND_VALUES = Apply("concat", (part("k"), part("v")))
 
 
 def dense_attention_flops(arguments: Arguments, tokens: int) -> int:
@@ -264,7 +265,7 @@ SPECS = (
         slots=(
             Slot("q", "q_proj"),
             Slot("kv_down", "kv_down"),
-            Slot("kv_up", "kv_up"),
+            Slot("kv_up", "kv_up", doc="rows k, v"),
             Slot("out_proj", "out_proj", last=True),
             Slot("out", "out_proj", last=True, doc="the same as out_proj"),
             *QK_NORM_SLOTS,
@@ -273,13 +274,15 @@ SPECS = (
             SELF_ATTENTION: {
                 **QK_NORM_INITS,
                 "q": part("q"),
-                "kv_down": Apply("random"),
-                "kv_up": Apply("random"),
-                "out_proj": fitted(part("out")),
+                "kv_down": Apply("svd_inner", (_KEYS_AND_VALUES,)),
+                "kv_up": Apply("svd_outer", (_KEYS_AND_VALUES,)),
+                "out_proj": part("out"),
+                WHOLE: Apply("least_squares"),
             }
         },
         cost=_latent_cost,
         keeps=("mask", "rotary", "causal", "groups"),
+        linear=(Slot("v", "kv_up", rows=(1, 2)),),
         source="DeepSeek-V2, arXiv 2405.04434, section 2.1; from trained weights: TransMLA",
     ),
 )

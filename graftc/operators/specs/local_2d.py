@@ -20,7 +20,7 @@ from graftc.operators.specs._common import (
     own_or_one,
     part,
 )
-from graftc.operators.specs.attention import COPIES, SLOTS
+from graftc.operators.specs.attention import FITTED, LINEAR, SLOTS
 
 _RADIUS = Arg("radius", "int", required=True, minimum=1, doc="tokens less than this away are seen")
 _HEIGHT = Arg("height", "int", OfSite("grid_height"), minimum=1, doc="rows of the token grid")
@@ -153,9 +153,10 @@ SPECS = (
             SOFTCAP,
         ),
         slots=SLOTS,
-        inits=COPIES,
+        inits=FITTED,
         cost=_cost,
         keeps=("mask", "rotary", "groups"),
+        linear=LINEAR,
         length="groups=None",
         source="CLEAR, arXiv 2412.16112",
         variants={JOINT_ATTENTION: _JOINT},
