@@ -18,7 +18,9 @@ MEASURED = Path(__file__).parent / "first_weights.json"
 BASE, STEPS, GOAL = "random, AdamW", 400, 100
 DEFAULTS = {"hyena_x": "all fitted in turn", "hyena_y": "all fitted in turn", "hyena_se": "all fitted in turn",
             "sliding_window": "reused, v and out fitted", "linear_attention": "reused, v and out fitted",
-            "mlp": "resized, down fitted"}  # fmt: skip
+            "local_attention_2d": "reused, v and out fitted", "latent_attention": "SVD of k and v, then v and out fitted",
+            "linear_window_attention": "q, k, v, out reused", "mamba2": "random, out fitted",
+            "mlp": "resized, down fitted", "mlp_hyena_x": "random, out fitted"}  # fmt: skip
 """The policy of each operator that a rule without `init` gets; its optimiser is the engine's."""
 
 
