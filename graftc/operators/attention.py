@@ -18,7 +18,8 @@ class Attention(HeadMixer):
     width`, all heads together. `softcap` bounds the scores, softcap · tanh(scores / softcap)
     (Gemma 2, arXiv 2408.00118). A mask is added to the scores, or hides where it is False; cos and
     sin turn q and k where `rotary` says how. Without `out` there is no last map, and y is
-    [batch, tokens, heads · head_dim]. `tokens_first`: x and y are [tokens, batch, …].
+    [batch, tokens, heads · head_dim]; with `out_dim` it gives as many features. `tokens_first`: x and y are
+    [tokens, batch, …].
 
     >>> import torch
     >>> Attention(dim=8, heads=4, kv_heads=2)(torch.zeros(1, 3, 8)).shape
@@ -40,6 +41,7 @@ class Attention(HeadMixer):
         scale: float | None = None,
         softcap: float | None = None,
         out: bool = True,
+        out_dim: int | None = None,
         tokens_first: bool = False,
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
@@ -47,7 +49,7 @@ class Attention(HeadMixer):
         self.causal = causal
         self.tokens_first = tokens_first
         self.in_proj = nn.Linear(dim, self.rows)
-        self.out_proj = nn.Linear(heads * self.head_dim, dim) if out else None
+        self.out_proj = nn.Linear(heads * self.head_dim, out_dim or dim) if out else None
 
     def forward(
         self,
@@ -71,7 +73,7 @@ class CrossAttention(HeadMixer):
     x and y are [batch, tokens, dim], context is [batch, its tokens, context_dim]. `q_proj` holds
     the rows of q, `kv_proj` those of k and v, in this order, head by head. Fewer `kv_heads` are
     shared by groups of query heads (arXiv 2305.13245). A mask is added to the scores, or hides
-    where it is False. `qk_norm`, `scale`, `softcap`, `out` and `tokens_first` are those of `Attention`;
+    where it is False. `qk_norm`, `scale`, `softcap`, `out`, `out_dim` and `tokens_first` are of `Attention`;
     `rotary` turns q alone, as a context has no such positions (HunyuanDiT).
 
     >>> import torch
@@ -95,6 +97,7 @@ class CrossAttention(HeadMixer):
         scale: float | None = None,
         softcap: float | None = None,
         out: bool = True,
+        out_dim: int | None = None,
         tokens_first: bool = False,
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
@@ -104,7 +107,7 @@ class CrossAttention(HeadMixer):
         self.tokens_first = tokens_first
         self.q_proj = nn.Linear(dim, heads * self.head_dim)
         self.kv_proj = nn.Linear(context_dim, 2 * self.kv_heads * self.head_dim)
-        self.out_proj = nn.Linear(heads * self.head_dim, dim) if out else None
+        self.out_proj = nn.Linear(heads * self.head_dim, out_dim or dim) if out else None
 
     def forward(
         self,

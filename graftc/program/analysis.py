@@ -383,6 +383,10 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
         facts["scale"] = a.scale
     if a.softcap is not None:
         facts["softcap"] = a.softcap
+    if len(a.outs) == 1 and a.kind != "joint_attention":
+        width = _out_features(a.outs[0])
+        if width != size_hint(linear_input(a.q[0]).tensor.shape[-1]):
+            facts["out_dim"] = width
     if a.kind == "cross_attention":
         facts["context_dim"] = size_hint(linear_input(a.k[0]).tensor.shape[-1])
     has = {

@@ -22,6 +22,7 @@ from torch.export.unflatten import InterpreterModule
 from graftc.diagnostics import GraftError
 from graftc.program.dtypes import follow_weights
 from graftc.program.export import export
+from graftc.program.fixed import make_constant
 from graftc.program.model import USER_MODULE, Model
 from graftc.program.normalise import normalise
 from graftc.program.outline import outline
@@ -60,7 +61,9 @@ def _capture(model: Model, share: bool) -> Program:
     inputs = dict(model.inputs.items())
     dynamic, notes = _dynamic_dimensions(model)
     inputs = _at_least_two(inputs, dynamic)
-    traced = export(model.module, inputs, dynamic, share)
+    values = {n: inputs[n] for n in model.fixed}
+    inputs |= {n: v.to(_device(model, v)) for n, v in values.items()}
+    traced = export(model.module, inputs, dynamic, share, values)
     exported, dynamic = traced.program, traced.dynamic
     notes += traced.notes
     _forget_values(exported, model.module)
@@ -71,6 +74,7 @@ def _capture(model: Model, share: bool) -> Program:
     assert isinstance(root, fx.GraphModule)
     expand(root, traced.blocks, lambda module: _plain(module, {}))
     _bind(root, model.module)
+    make_constant(root, {n: inputs[n] for n in values})
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     dropped = _drop_constant_inputs(root)
     program = Program(
@@ -83,7 +87,7 @@ def _capture(model: Model, share: bool) -> Program:
             dynamic={
                 d: int(tensors[k].shape[i]) for k, dims in dynamic.items() for i, d in dims.items()
             },
-            absent=tuple(dict.fromkeys(_absent(model) + dropped)),
+            absent=tuple(dict.fromkeys([*_absent(model), *values, *dropped])),
             constants={k: v for k, v in inputs.items() if isinstance(v, (bool, int, float, str))},
             notes=tuple(notes),
             grid=model.grid,
@@ -101,6 +105,10 @@ def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[s
         return {k: dict(v) for k, v in model.dynamic.items()}, []
     tensors = {k: v for k, v in model.inputs.items() if isinstance(v, torch.Tensor) and v.ndim}
     sizes = {int(v.shape[0]) for v in tensors.values()}
+    if model.fixed:
+        return {}, [
+            f"{', '.join(model.fixed)} is fixed at the example's values, and every size with it"
+        ]
     if len(sizes) != 1:
         return {}, [
             f"the batch is fixed: dimension 0 of the inputs is {sorted(sizes)}, not one size"
@@ -135,6 +143,9 @@ def _plain(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     persistent = getattr(module, "_non_persistent_buffers_set", set[str]())
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
         plain.register_buffer(name, buffer, persistent=name not in persistent)
+    for name, constant in vars(module).items():  # made in a forward: `x[i] = True`
+        if isinstance(constant, torch.Tensor):
+            plain.register_buffer(name, constant.detach(), persistent=False)
     for name, child in module._modules.items():
         if child is not None:
             plain.add_module(name, _plain(child, memo))
@@ -262,6 +273,10 @@ def _class_name(of: nn.Module) -> str:
     if cls.__module__.startswith(USER_MODULE) and file:
         return f"{Path(file).stem}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _device(model: Model, value: torch.Tensor) -> torch.device:
+    return next((p.device for p in model.module.parameters()), value.device)
 
 
 def _model_dtype(module: nn.Module) -> torch.dtype:

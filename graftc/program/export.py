@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graftc.diagnostics import Diagnostic, GraftError, Note
+from graftc.program.fixed import values_known
 from graftc.program.model import user_error
 from graftc.program.program import ATEN
 from graftc.program.repeats import Blocks, NotShared, traced_once
@@ -37,16 +38,22 @@ class Exported:
 
 
 def export(
-    module: nn.Module, inputs: dict[str, Any], dynamic: Dynamic, share: bool = True
+    module: nn.Module,
+    inputs: dict[str, Any],
+    dynamic: Dynamic,
+    share: bool = True,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> Exported:
     """Trace a module; with `share`, blocks that repeat are traced once (`graftc.program.repeats`).
+
+    `values`: of inputs that are fixed, for what the model reads out of them.
 
     Raises GraftError with the user's own line where the model cannot be traced, NotShared where it has
     to be traced without sharing.
     """
     if isinstance(module, Saved):
         return _saved(module.exported, dynamic)
-    run = partial(_run, share=share)
+    run = partial(_run, share=share, values=values or {})
     dims = {d: torch.export.Dim(d) for by in dynamic.values() for d in by.values()}
     left = {k: dict(v) for k, v in dynamic.items()}
     notes: list[str] = []
@@ -103,9 +110,12 @@ def _shapes(inputs: Mapping[str, Any], dynamic: Dynamic, dim: Any) -> dict[str, 
     }
 
 
-def _run(module: nn.Module, inputs: dict[str, Any], shapes: Any, share: bool) -> Traced:
+def _run(
+    module: nn.Module, inputs: dict[str, Any], shapes: Any, share: bool, values: Mapping[str, Any]
+) -> Traced:
     once = traced_once(module) if share else nullcontext(Blocks())
-    with _silent(), torch.no_grad(), _no_fast_path(), once as blocks:
+    known = values_known(module, values)
+    with _silent(), torch.no_grad(), _no_fast_path(), once as blocks, known:
         exported = torch.export.export(
             module, (), dict(inputs), dynamic_shapes=shapes, strict=False
         )

@@ -53,6 +53,8 @@ class Model:
     `streams`: the name of each token stream of a joint attention → the input that it is made of
     (`{"image": "hidden_states", "text": "encoder_hidden_states"}`), [batch, tokens, width] or, of the
     stream on the grid, an image; they are told apart by their token counts in the example.
+    `fixed`: inputs that the model reads numbers from, such as a mask whose sums are lengths: their example's values
+    become part of the captured graph, and they are no inputs of the student.
 
     >>> m = Model(nn.Linear(2, 2), {"input": torch.zeros(3, 2)})
     >>> m.meanings
@@ -66,8 +68,18 @@ class Model:
     task: Any = None
     grid: tuple[int, int] | None = None
     streams: Mapping[str, str] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.fixed:
+            if not isinstance(self.inputs.get(name), torch.Tensor):
+                fail(
+                    "G808",
+                    f"`fixed` names `{name}`, which is no tensor input",
+                    site="graftc.Model",
+                    wanted=", ".join(self.inputs),
+                    found=name,
+                )
         self._check_dynamic()
         self._check_tokens()
         for name, meaning in self.meanings.items():
@@ -377,7 +389,9 @@ def _call_on_meta(function: Callable[..., Any]) -> Any:
     except Exception:  # a second, plain call decides: its error, if any, is the user's
         made = function()
     model = as_model(made)
-    inputs = {k: _to_meta(v) for k, v in model.inputs.items()}
+    if any(model.inputs[n].is_meta for n in model.fixed):
+        model = as_model(function())  # their values are asked for
+    inputs = {k: v if k in model.fixed else _to_meta(v) for k, v in model.inputs.items()}
     return replace(model, module=model.module.to("meta"), inputs=inputs)
 
 

@@ -147,8 +147,10 @@ def _flattening(first: Op) -> list[Op]:
 
 
 def _unflattening(last: Op) -> Op:
+    """The op that gives a linear's rows their batch and tokens again, where the linear had them as one."""
     users = [u for u in last.users if u.path == last.path and u.target in MOVEMENTS]
-    return users[0] if last.target is ATEN.addmm.default and len(users) == 1 else last
+    rows = last.tensor is not None and last.tensor.ndim == 2
+    return users[0] if rows and len(users) == len(last.users) == 1 else last
 
 
 def _add_own(found: dict[int, Op]) -> None:

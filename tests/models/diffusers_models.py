@@ -232,6 +232,7 @@ def lumina2() -> Model:
             "encoder_hidden_states": torch.randn(2, 6, 24),
             "encoder_attention_mask": torch.ones(2, 6, dtype=torch.bool),
         },
+        fixed=("encoder_attention_mask",),  # its sums are lengths, and a loop runs over them
     )
 
 

@@ -66,6 +66,14 @@ FITTED: dict[str, dict[str, InitSource]] = {
 _OUT = (
     Arg("out", "bool", OfSite("out", True, optional=True), doc="a linear map follows"),
     Arg(
+        "out_dim",
+        "int",
+        OfSite("out_dim", None, optional=True),
+        minimum=1,
+        when="out",
+        doc="features that the last map gives; dim if not given and not the site's own",
+    ),
+    Arg(
         "tokens_first",
         "bool",
         OfSite("tokens_first", False, optional=True),
@@ -90,17 +98,18 @@ def dense_attention_flops(arguments: Arguments, tokens: int) -> int:
     return 4 * tokens * tokens * inner + 2 * heads * tokens * tokens
 
 
-def _without_out(arguments: Arguments, queries: int) -> tuple[int, int]:
-    """(parameters, FLOPs) that an operator without a last map has more, which is less than none."""
-    if arguments.get("out") is not False:
-        return 0, 0
+def _of_last_map(arguments: Arguments, queries: int) -> tuple[int, int]:
+    """(parameters, FLOPs) that an operator with another last map, or none, has more."""
     dim, inner = integer(arguments, "dim"), attention_sizes(arguments)[0]
-    return -dim * (inner + 1), queries * (-2 * dim * inner)
+    given = arguments.get("out_dim")
+    wide = given if isinstance(given, int) else dim
+    more = (0 if arguments.get("out") is False else wide) - dim
+    return more * (inner + 1), 2 * queries * more * inner
 
 
 def _cost(arguments: Arguments, tokens: int) -> Cost:
     params, projections = attention_projections(arguments, tokens)
-    less, fewer = _without_out(arguments, tokens)
+    less, fewer = _of_last_map(arguments, tokens)
     return Cost(
         params + less + norm_params(arguments),
         dense_attention_flops(arguments, tokens),
@@ -115,7 +124,7 @@ def _cross_cost(arguments: Arguments, tokens: int) -> Cost:
     given = arguments.get("context_tokens")
     keys = given if isinstance(given, int) else tokens
     params = inner * (dim + 1) + 2 * kv * (context + 1) + dim * (inner + 1) + norm_params(arguments)
-    less, fewer = _without_out(arguments, tokens)
+    less, fewer = _of_last_map(arguments, tokens)
     scores = tokens * keys
     operator = 4 * scores * inner + 2 * integer(arguments, "heads") * scores
     featuriser = 4 * tokens * dim * inner + 4 * keys * context * kv
