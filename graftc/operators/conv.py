@@ -53,12 +53,13 @@ def along_tokens(
     causal: bool,
     grid: tuple[int, int] | None,
     form: str = "conv",
+    operator: str = "depthwise_conv",
 ) -> Tensor:
     """One filter a channel along the tokens, or over the grid; x: [batch, tokens, channels].
 
     Causal: the last tap is the token itself. Else the taps are centred, an even kernel having
     one more on the right (and below). `form`: by `conv`, or as the same sum of `shifts` of x, each
-    times its tap, which a compiler fuses with what follows.
+    times its tap, which a compiler fuses with what follows. `operator`: the name that an error gives.
     """
     taps = filter.kernel_size[0]
     left = taps - 1 if causal else (taps - 1) // 2
@@ -75,7 +76,9 @@ def along_tokens(
     if grid is None:
         return filter(F.pad(u, (left, right))).transpose(1, 2)
     if x.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"{x.shape[1]} tokens, built for a grid of {grid[0]} x {grid[1]}")
+        raise ValueError(
+            f"{operator}: {x.shape[1]} tokens, built for a grid of {grid[0]} x {grid[1]}"
+        )
     u = F.pad(u.unflatten(2, grid), (left, right, left, right))
     return filter(u).flatten(2).transpose(1, 2)
 

@@ -44,7 +44,9 @@ class HyenaX(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid, self.form)
+        u = along_tokens(
+            self.in_proj(x), self.short_filter, self.causal, self.grid, self.form, "hyena_x"
+        )
         *gates, y = u.chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
             y = gate * y
@@ -88,7 +90,9 @@ class HyenaY(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, *gates, y = self.in_proj(x).chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
-            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid, self.form)
+            y = along_tokens(
+                gate * y, self.inner_filter, self.causal, self.grid, self.form, "hyena_y"
+            )
         return self.out_proj(q * y)
 
 
@@ -129,10 +133,14 @@ class HyenaSE(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = along_tokens(self.in_proj(x), self.short_filter, self.causal, self.grid, self.form)
+        u = along_tokens(
+            self.in_proj(x), self.short_filter, self.causal, self.grid, self.form, "hyena_se"
+        )
         q, *gates, y = u.chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
-            y = along_tokens(gate * y, self.inner_filter, self.causal, self.grid, self.form)
+            y = along_tokens(
+                gate * y, self.inner_filter, self.causal, self.grid, self.form, "hyena_se"
+            )
         return self.out_proj(q * y)
 
 

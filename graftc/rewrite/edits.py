@@ -15,6 +15,7 @@ from graftc.rewrite.arguments import check_fits, check_role, resolve_arguments
 from graftc.rewrite.claims import Claim
 from graftc.rewrite.dataflow.region import Region
 from graftc.rewrite.inputs import kept_inputs
+from graftc.rewrite.lengths import check_tokens
 from graftc.rewrite.match import Match
 from graftc.rewrite.stream import StreamFold, stream_fold
 from graftc.rewrite.user_files import unread
@@ -195,6 +196,7 @@ def new_module(place: Place, call: OperatorCall, site: Site, path: str) -> NewMo
     passes = [what for what in INPUTS if what not in drop]
     call = replace(call, spec=spec_at(call, arguments, site, place.analysis, passes))
     check_fits(call.spec, arguments, site, call.span, drop)
+    check_tokens(call.spec, arguments, site, place.analysis, call.span)
     inputs = kept_inputs(call.spec, arguments, site, drop, call.span)
     return NewModule(path, call.spec, arguments, site.role, site, inputs)
 

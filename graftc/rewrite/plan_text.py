@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from graftc.language.rules import Rewrite
+from graftc.operators.spec import Arg, OfSite, Value
 from graftc.program.measured import MeasuredOn
 from graftc.rewrite.edits import Edit, NewModule
+from graftc.rewrite.inputs import own_facts
 from graftc.rewrite.measured import Listing
 from graftc.rewrite.plan import Plan
 from graftc.rewrite.price import Candidate, Step
@@ -151,14 +154,29 @@ def after_text(edit: Edit) -> str:
 
 
 def operator_text(new: NewModule) -> str:
-    """An operator with the arguments that are its own: `hyena_x(kernel = 4)`, `copy(blocks.3)`."""
+    """An operator with the arguments that are not its signature's or the site's own: `sliding_window(window = 4)`.
+
+    A form that was chosen for it is one of them: `hyena_x(kernel = 3, form = conv)`. A copy: `copy(blocks.3)`.
+    """
     if new.copied is not None:
         return f"copy({new.copied.source})"
-    own = {a.name for a in new.spec.args if a.name not in ("dim", "heads", "kv_heads", "head_dim")}
-    given = {k: v for k, v in new.arguments.items() if k in own and v is not None}
-    shown = ", ".join(f"{k} = {_word(v)}" for k, v in given.items())
-    return f"{new.spec.name}({shown})"
+    facts = own_facts(new.site, ())
+    shown = [
+        f"{a.name} = {_word(a, new.arguments[a.name])}"
+        for a in new.spec.args
+        if new.arguments.get(a.name) is not None and new.arguments[a.name] != _default(a, facts)
+    ]
+    return f"{new.spec.name}({', '.join(shown)})"
 
 
-def _word(value: Any) -> str:
+def _default(arg: Arg, facts: Mapping[str, Value]) -> Value:
+    if isinstance(arg.default, OfSite):
+        own = facts.get(arg.default.fact)
+        return arg.default.otherwise if own is None else own
+    return arg.default
+
+
+def _word(arg: Arg, value: Value) -> str:
+    if arg.kind == "groups":
+        return f"{{{value}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)

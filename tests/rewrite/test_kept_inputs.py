@@ -262,7 +262,11 @@ def test_lolcats_trains_its_feature_maps_alone() -> None:
         (rule(SELF, "hyena_x(causal = false, dims = 2)"), "G482", "needs the token grid"),
         (rule(SELF, "local_attention_2d(radius = 2)"), "G482", "needs the token grid"),
         (rule(SELF, "hyena_x(height = 4)"), "G485", "is for `dims=2`"),
-        (rule("mlp in blocks all", "mlp_hyena_x(tokens = 7)"), "G360", "16 tokens, built for 7"),
+        (
+            rule("mlp in blocks all", "mlp_hyena_x(tokens = 7)"),
+            "G366",
+            "built for 7 tokens, and transformer_blocks.0.ff has 16",
+        ),
     ],
 )
 def test_what_does_not_fit_a_site(text: str, code: str, says: str) -> None:
