@@ -2,7 +2,7 @@
 
 `torch.export.load` gives the file's graphs back by way of torch's own reader, which may run code that a crafted
 file holds: naming a file on the command line trusts it, as naming a Python file does. What would need unpickling
-(weights of unusual layouts, objects of custom classes) is refused before the reader sees the file.
+(weights of unusual layouts, objects of custom classes, sample inputs other than tensors) is refused before the reader sees the file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import logging
 import re
@@ -174,10 +175,21 @@ def _check_archive(file: Path) -> None:
         for name in names:
             if re.search(r"/(weights|constants)/[^/]*config\.json$", name):
                 pickled += _pickled(archive, name)
+        samples = [n for n in names if "/sample_inputs/" in n]
+        pickled += [n for n in samples if not _plain(archive.read(n))]
     if pickled:
         fail("G806", f"`{file.name}` holds pickled objects: {', '.join(pickled[:6])}", site=str(file),
              wanted="plain tensors alone",
              help="export it again with a torch from 2.10 on; give a function that loads it, if you trust it")  # fmt: skip
+
+
+def _plain(content: bytes) -> bool:
+    """Whether a file of `torch.save` holds tensors and plain containers alone; torch's reader would unpickle any."""
+    try:
+        torch.load(io.BytesIO(content), weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 def _pickled(archive: zipfile.ZipFile, name: str) -> list[str]:

@@ -223,18 +223,21 @@ def test_what_is_no_saved_program_is_told(word: str, tmp_path: Path) -> None:
             graftc.inspect(f"{tmp_path}/{name}.pt2")
 
 
-def test_pickled_weights_in_a_saved_program_are_refused(word: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("place", ["weight_0", "sample_inputs/model.pt"])
+def test_what_is_pickled_in_a_saved_program_is_refused(
+    word: str, place: str, tmp_path: Path, capsys
+) -> None:
     file, _ = saved(word, tmp_path)
     pickled = io.BytesIO()
     torch.save(Evil(), pickled)
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "evil.pt2", "w") as new:
         for name in old.namelist():
             content = old.read(name)
-            if name.endswith("weights_config.json"):
+            if name.endswith("weights_config.json") and place == "weight_0":
                 config = json.loads(content)
                 next(iter(config["config"].values()))["use_pickle"] = True
                 content = json.dumps(config).encode()
-            new.writestr(name, pickled.getvalue() if name.endswith("weight_0") else content)
+            new.writestr(name, pickled.getvalue() if name.endswith(place) else content)
     with pytest.raises(GraftError, match="G806"):
         graftc.inspect(f"{tmp_path}/evil.pt2")
     assert "unpickled" not in capsys.readouterr().out
