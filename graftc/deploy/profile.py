@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import tempfile
@@ -108,21 +109,9 @@ def _profile(export: Export, threads: int) -> tuple[dict[str, float], dict[str, 
     """Shares of the time in nodes by region, by rule, and the share that could be attributed at all."""
     files = Files(export.path)
     with tempfile.TemporaryDirectory(prefix="graftc-bench-") as folder:
-        optimised = Path(folder) / "optimised.onnx"
-        made = session(
-            str(export.model),
-            extra={
-                "intra_op_num_threads": threads, "enable_profiling": True,
-                "profile_file_prefix": str(Path(folder) / "profile"), "optimized_model_filepath": str(optimised),
-            },
-        )  # fmt: skip
-        inputs = files.load(files.cases[0], "inputs")
-        for _ in range(_PROFILED):
-            run(made, inputs, files.cases[0]["outputs"])
-        events = json.loads(Path(made.end_profiling()).read_text())
-        del made
-        where = regions_of_nodes(onnx.load(str(export.model), load_external_data=False),
-                                 onnx.load(str(optimised), load_external_data=False))  # fmt: skip
+        optimised, events = _events(export, files, threads, Path(folder))
+    plain = onnx.load(str(export.model), load_external_data=False)
+    where = regions_of_nodes(plain, optimised)
     spent: Counter[str] = Counter()
     for event in events:
         if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
@@ -136,32 +125,70 @@ def _profile(export: Export, threads: int) -> tuple[dict[str, float], dict[str, 
     return by_region, {r: n / total for r, n in rules.most_common()}, 1 - spent.get("", 0) / total
 
 
-def regions_of_nodes(plain: onnx.ModelProto, optimised: onnx.ModelProto) -> dict[str, str]:
-    """Node of the optimised graph → its region.
+def _events(
+    export: Export, files: Files, threads: int, folder: Path
+) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """The graph as the runtime optimised it, every node with a name of its own, and the profile of that graph.
 
-    The runtime fuses and inserts nodes under names of its own: such a one has the region of the node that
-    computed the same value before, else that of its neighbours.
+    A profile calls a node by its name, and the runtime gives none to the nodes of a function that it writes out
+    (Gelu in half precision): so its own graph is written, named, and run as it is.
+    """
+    runtime: Any = importlib.import_module("onnxruntime")
+    own, named = folder / "optimised.onnx", folder / "named.onnx"
+    beside = "session.optimized_model_external_initializers_"
+    session(
+        str(export.model),
+        extra={
+            "intra_op_num_threads": threads, "optimized_model_filepath": str(own),
+            f"{beside}file_name": "optimised.data", f"{beside}min_size_in_bytes": "1024",
+        },
+    )  # fmt: skip
+    optimised = onnx.load(str(own), load_external_data=False)
+    for i, node in enumerate(optimised.graph.node):
+        node.name = f"{i}:{node.name}"
+    named.write_bytes(optimised.SerializeToString())
+    made = session(
+        str(named),
+        extra={
+            "intra_op_num_threads": threads, "graph_optimization_level": runtime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+            "enable_profiling": True, "profile_file_prefix": str(folder / "profile"),
+        },
+    )  # fmt: skip
+    inputs = files.load(files.cases[0], "inputs")
+    for _ in range(_PROFILED):
+        run(made, inputs, files.cases[0]["outputs"])
+    return optimised, json.loads(Path(made.end_profiling()).read_text())
+
+
+def regions_of_nodes(plain: onnx.ModelProto, optimised: onnx.ModelProto) -> dict[str, str]:
+    """Node of the optimised graph (`number:name`) → its region.
+
+    The runtime fuses and inserts nodes: one under no name of ours has the region of the node that computed the
+    same value before; else that of the nodes that use what it computes, for it was put there for them (a cast, a
+    step inside of a function); else that of those that it uses.
     """
     regions = {
         n.name: next((p.value for p in n.metadata_props if p.key == "graftc.region"), "")
         for n in plain.graph.node
     }
+    longest = sorted({r for r in regions.values() if r}, key=len, reverse=True)
     by_value = {o: regions[n.name] for n in plain.graph.node for o in n.output}
-    found: dict[str, str] = {}
     nodes = list(optimised.graph.node)
     makers = {o: n.name for n in nodes for o in n.output}
+    users: dict[str, list[str]] = {}
     for node in nodes:
-        own = next((v for k, v in regions.items() if node.name == k), "")
-        own = own or next(
-            (r for r in set(regions.values()) if r and node.name.startswith(f"{r}/")), ""
-        )
+        for name in node.input:
+            users.setdefault(name, []).append(node.name)
+    found: dict[str, str] = {}
+    for node in nodes:
+        name = node.name.partition(":")[2]
+        own = regions.get(name) or next((r for r in longest if name.startswith(f"{r}/")), "")
         found[node.name] = own or next((by_value[o] for o in node.output if o in by_value), "")
-    for _ in range(8):  # along chains of inserted nodes
-        for node in reversed(nodes):
-            if not found[node.name]:
-                users = [found[n.name] for n in nodes if set(n.input) & set(node.output)]
-                feeds = [found[makers[i]] for i in node.input if i in makers]
-                found[node.name] = next((r for r in [*users, *feeds] if r), "")
-        if all(found.values()):
-            break
+    # Nodes stand in the order in which they are computed: one pass back, then one on for what nothing known uses.
+    for node in reversed(nodes):
+        used = (found[u] for o in node.output for u in users.get(o, ()))
+        found[node.name] = found[node.name] or next(filter(None, used), "")
+    for node in nodes:
+        feeds = (found[makers[i]] for i in node.input if i in makers)
+        found[node.name] = found[node.name] or next(filter(None, feeds), "")
     return found

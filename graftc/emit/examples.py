@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 Inputs = Callable[[int, torch.Generator], Mapping[str, Tensor]]
 """Named inputs for a batch size; the generator is on the CPU."""
@@ -62,25 +64,33 @@ def index_limits(config: Mapping[str, Any], model: nn.Module) -> dict[str, int]:
         shape = [sizes[s] if isinstance(s, str) else int(s) for s in port["shape"]]
         zeros[str(port["name"])] = torch.zeros(shape, dtype=getattr(torch, port["dtype"]))
     found = dict.fromkeys(wanted, 1000)
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     place = {zeros[n].data_ptr(): n for n in wanted}
-
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-        name = place.get(args[0].data_ptr()) if args and isinstance(args[0], Tensor) else None
-        if name is not None:
-            found[name] = min(found[name], cast("nn.Embedding", module).num_embeddings)
-
-    hooks = [t.register_forward_pre_hook(see) for t in tables]
     parameter = next(model.parameters(), None)
-    try:
-        with torch.no_grad():
-            device = parameter.device if parameter is not None else torch.device("cpu")
-            if device.type == "cpu":
-                model(**zeros)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    if device.type == "cpu":
+        with torch.no_grad(), _Tables(place, found):
+            model(**zeros)
     return found
+
+
+class _Tables(TorchFunctionMode):
+    """Sees how many rows each table has that an input is looked up in, whichever module does it."""
+
+    def __init__(self, place: Mapping[int, str], found: dict[str, int]) -> None:
+        super().__init__()
+        self.place, self.found = place, found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in (functional.embedding, torch.embedding):
+            first, second = (*args, given.get("input"), given.get("weight"))[:2]
+            index, table = (second, first) if func is torch.embedding else (first, second)
+            name = self.place.get(index.data_ptr()) if isinstance(index, Tensor) else None
+            if name is not None and isinstance(table, Tensor):
+                self.found[name] = min(self.found[name], table.shape[0])
+        return func(*args, **given)
 
 
 def _is_index(port: Mapping[str, Any]) -> bool:

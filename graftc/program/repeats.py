@@ -14,7 +14,7 @@ import functools
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -308,12 +308,16 @@ def _unmark(module: fx.GraphModule, kind: Kind) -> tuple[list[fx.Node], list[fx.
     return found[0], found[1]
 
 
-def _pass(call: fx.Node, given: list[fx.Node]) -> None:
+def _pass(call: fx.Node, given: Sequence[fx.Node | None]) -> None:
     """Let the users of each value that a call returns use another value instead."""
     for user in list(call.users):
         if user.target is not operator.getitem:
             raise NotShared("a mark is used as a whole")
-        user.replace_all_uses_with(given[user.args[1]])  # pyright: ignore
+        other = given[user.args[1]]  # pyright: ignore
+        if other is not None:
+            user.replace_all_uses_with(other)
+        elif user.users:
+            raise NotShared("a repeated block's caller takes a result that the first one's leaves")
         user.graph.erase_node(user)
     call.graph.erase_node(call)
 
@@ -337,7 +341,8 @@ def _fill(
         for node in first.graph.nodes:
             if node.op not in ("placeholder", "output") and node not in copies:
                 copies[node] = module.graph.node_copy(node, lambda n: copies[n])
-    _pass(call, [copies[n] for n in outputs])
+    # What the first block's caller leaves is dead code there, and gone.
+    _pass(call, [copies.get(n) for n in outputs])
     for name, child in first._modules.items():
         if child is not None:
             module._modules[name] = copy(child)

@@ -172,5 +172,9 @@ def drop_unused_outputs(module: fx.GraphModule, sites: list[fx.Node]) -> None:
             user.graph.erase_node(user)
     else:
         output.args = (tuple(returned[i] for i in kept),)
+        for site in sites:
+            had = site.meta.get("val")
+            if isinstance(had, (list, tuple)):
+                site.meta["val"] = [had[i] for i in kept]
         for user in takes:
             user.args = (user.args[0], kept.index(int(user.args[1])))  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from graftc.program.program import Program, graphs, join
 from graftc.rewrite.apply_common import class_name, exists, parent_path
+from graftc.rewrite.apply_dtypes import follow_new_weights
 from graftc.rewrite.apply_insert import insert_after
 from graftc.rewrite.apply_parallel import parallel_branches
 from graftc.rewrite.apply_sites import remove_site, replace_site, skip_block
@@ -67,6 +68,7 @@ def apply(
     for path in before:
         module = root.get_submodule(path)
         assert isinstance(module, fx.GraphModule)
+        follow_new_weights(module)
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()

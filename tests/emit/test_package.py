@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graftc.diagnostics import GraftError
+from graftc.emit.examples import index_limits
 from graftc.emit.files import state_hash
 from graftc.emit.package import load_package, write_package
 from graftc.program.capture import capture
@@ -165,3 +166,50 @@ def test_state_hash_sees_names_values_and_dtypes():
     ]
     assert len({state_hash(s) for s in [a, *changes]}) == 5
     assert state_hash(a) == state_hash({"b": a["b"].clone(), "w": torch.ones(2, 2).t()})
+
+
+class Three(nn.Module):
+    """Gives three results, of which its callers take two (AuraFlow's adaptive norm)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        shift, scale, gate = self.linear(x).chunk(3, dim=-1)
+        return x * scale, shift + x, gate
+
+
+class Takes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Three() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x, _, gate = part(x)
+            x = x * gate
+        return x
+
+
+def test_a_result_that_no_caller_takes(tmp_path):
+    model = Model(Takes().eval(), {"x": torch.randn(2, 3, 8)})
+    write_package(capture(model), tmp_path)
+    found = load_package(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(found(**model.inputs), model.module(**model.inputs), atol=1e-6)
+
+
+class Table(nn.Embedding):
+    """A table with a forward of its own (Gemma 3's words)."""
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(words, self.weight) * 2
+
+
+def test_indices_are_drawn_from_the_rows_of_any_table(tmp_path):
+    model = Model(
+        nn.Sequential(Table(7, 8), nn.Linear(8, 4)).eval(), {"input": torch.randint(0, 7, (2, 3))}
+    )
+    config = write_package(capture(model), tmp_path)
+    assert index_limits(config, load_package(tmp_path)) == {"input": 7}

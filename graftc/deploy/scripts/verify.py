@@ -217,7 +217,10 @@ def session(model: str | bytes, ep: str = "cpu", extra: dict[str, Any] | None = 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     for key, value in (extra or {}).items():
-        setattr(options, key, value)
+        if "." in key:
+            options.add_session_config_entry(key, value)
+        else:
+            setattr(options, key, value)
     there = onnxruntime.get_available_providers()
     if wanted not in there:
         raise NotHere(
