@@ -21,7 +21,7 @@ _GATHER = (
 
 FORMS: Mapping[str, tuple[str, str]] = {
     r"fft_|_fft_|stft|istft": ("FFT", _CONVOLUTION),
-    r"col2im|fold": ("fold", _BLOCKS),
+    r"col2im": ("fold", _BLOCKS),
     r"im2col|unfold": ("unfold", _BLOCKS),
     r"scatter_add|scatter_reduce|index_add|index_reduce": ("scatter-add", _GATHER),
 }

@@ -59,12 +59,14 @@ def bench(
     threads: int = 2,
     rounds: int = _RUNS,
     clock: Callable[[], float] = time.perf_counter,
+    spinning: bool = True,
 ) -> Comparison:
     """Measure two exports in ONNX Runtime on the CPU, in turns. Raises GraftError, exit code 3 without it.
 
-    `clock`: seconds; on a machine that others use, `time.process_time` with one thread.
+    `clock`: seconds; on a machine that others use, `time.process_time` and threads that wait without `spinning`:
+    the CPU time of all of them, in which no other process has a part.
     """
-    sessions = [_open(e, threads) for e in (export, against)]
+    sessions = [_open(e, threads, spinning) for e in (export, against)]
     times: list[list[float]] = [[], []]
     for i in range(_WARM + rounds):
         for (files, made, inputs), kept in zip(sessions, times, strict=True):
@@ -80,13 +82,14 @@ def bench(
     return Comparison(ours, other)
 
 
-def _open(export: Export, threads: int) -> tuple[Files, Any, dict[str, Any]]:
+def _open(export: Export, threads: int, spinning: bool) -> tuple[Files, Any, dict[str, Any]]:
     try:
         files = Files(export.path)
     except NoExport as error:
         fail("G667", str(error), site=str(export.path), help="export the build again")
     try:
-        made = session(str(export.model), extra={"intra_op_num_threads": threads})
+        extra = {"intra_op_num_threads": threads, "session.intra_op.allow_spinning": "01"[spinning]}
+        made = session(str(export.model), extra=extra)
     except ImportError as error:
         raise NotRunError(
             Diagnostic(

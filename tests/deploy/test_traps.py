@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
+import graftc
+from graftc.deploy.directory import export_module
 from graftc.deploy.forms import check_forms
+from graftc.deploy.ladder import verify_export
 from graftc.deploy.precision import choose_islands, lower, narrowed
 from graftc.deploy.regions import regions_of
 from graftc.deploy.repair import repair
+from graftc.deploy.request import read_request
 from graftc.deploy.tensorrt import unsupported
 from graftc.diagnostics import GraftError
+from graftc.emit.package import load_package, write_package
+from graftc.program.capture import capture
+from graftc.program.model import load_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def value(name: str, shape: list, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
@@ -86,6 +96,8 @@ def test_a_file_without_traps_is_not_touched():
     [
         ("FFT", lambda x: torch.fft.rfft(x).real),
         ("fold", lambda x: torch.nn.functional.fold(x.reshape(2, 4, 16), (5, 5), (2, 2))),
+        ("unfold", lambda x: torch.nn.functional.unfold(x.reshape(2, 1, 8, 8), (2, 2))),
+        ("unfold", lambda x: x.unfold(1, 4, 2)),
         ("scatter-add", lambda x: torch.zeros_like(x).scatter_add(1, torch.zeros(2, 64, dtype=torch.long), x)),
         ("unrolled loop", lambda x: torch.stack([x.tanh() * i for i in range(300)])),
     ],
@@ -108,6 +120,7 @@ def test_a_forbidden_form_is_named_with_what_to_write_instead(form, forward):
         check_forms(exported, {"blocks.1": "mixer @ a.graft:7"})
     found = error.value.diagnostics[0]
     assert found.code == "G670"
+    assert found.message.startswith(f"{form} (aten.") or form == "unrolled loop"
     assert form in found.message
     assert found.site is not None
     assert found.site.startswith("blocks.1")
@@ -218,3 +231,50 @@ def test_what_islands_are_chosen_by_is_what_is_written(islands):
         assert torch.equal(tried, model(x=x))
     kept = {str(p.dtype) for p in model.blocks[0].mlp.parameters()}
     assert kept == {"torch.float32" if islands else "torch.bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> graftc.Model:
+    return load_model(f"{ROOT}/examples/digits/model.py:teacher")
+
+
+def scaled(teacher: graftc.Model, scale: float) -> nn.Module:
+    """The digits teacher, its numbers unchanged, but the values of one attention are `scale` times as large inside."""
+    model = copy.deepcopy(teacher.module).eval()
+    attention = model.blocks[3].attn
+    with torch.no_grad():
+        attention.qkv.weight[2 * 64 :] *= scale
+        attention.qkv.bias[2 * 64 :] *= scale
+        attention.proj.weight /= scale
+    return model
+
+
+@pytest.mark.parametrize(
+    ("scale", "islands"), [(1e3, set()), (1e4, set()), (1e5, {"blocks.3.attn"})]
+)
+def test_channels_that_are_scaled_inside(teacher, scale, islands):
+    """An island where fp16 overflows, and none where it still holds: what is measured decides, not what is large."""
+    model = scaled(teacher, scale)
+    inputs = dict(teacher.inputs)
+    with torch.no_grad():
+        wanted, found = teacher.module(**inputs), model(**inputs)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    choice = choose_islands(model, "fp16", regions_of(model, {}), inputs, {})
+    assert set(choice.islands) == islands
+    assert choice.error < 2e-3
+    with torch.no_grad(), narrowed(model, "fp16"):
+        assert bool(model(**inputs).isfinite().all()) == (
+            not islands
+        )  # without islands: the black image
+    assert not choose_islands(model, "bf16", regions_of(model, {}), inputs, {}).islands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e4, 1e5])
+def test_a_scaled_model_leaves_in_fp16_all_the_same(teacher, scale, tmp_path):
+    model = graftc.Model(scaled(teacher, scale), teacher.inputs, meanings=teacher.meanings)
+    about = write_package(capture(model), tmp_path / "package")
+    request = read_request(about, precision="fp16", dynamic="batch=1:2:4")
+    export = export_module(load_package(tmp_path / "package"), about, tmp_path / "out", request)
+    result = verify_export(export, regions=True)
+    assert result.passed, [r for r in result.rungs if r.state == "FAIL"]
