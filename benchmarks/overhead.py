@@ -169,7 +169,12 @@ def noise(task: Any, data: Any) -> tuple[str, ...]:
     )
     one, other = (statistics.median(found[n]) for n in ("bare", "ours"))
     extra = f"{1e6 * (other - one) / BATCH:.0f} µs a sample"
-    return (f"noise by sample, batch of {BATCH}", f"{1000 * one:.1f} ms", f"{1000 * other:.1f} ms", extra)
+    return (
+        f"noise by sample, batch of {BATCH}",
+        f"{1000 * one:.1f} ms",
+        f"{1000 * other:.1f} ms",
+        extra,
+    )
 
 
 def measure() -> Report:

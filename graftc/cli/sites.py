@@ -136,9 +136,7 @@ def check_distill(
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: what was not measured is null."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def show_assembly(build: Build, found: Assembly) -> None:

@@ -138,7 +138,9 @@ def _check(work: Distillation, name: str, values: Values, steps: int, kind: Kind
         part = {n: v[:fewer] if len(v) == count else v for n, v in values.items()}
         again = _overfit(loss, student, part, steps, kind)
         if again.there:
-            note = f"{many}, of which it came to {fit.loss:.2g}; checked on {fewer} of {count} samples"
+            note = (
+                f"{many}, of which it came to {fit.loss:.2g}; checked on {fewer} of {count} samples"
+            )
             return verdict(again, copied=copied, start=start, on=fewer, note=note)
         many += f", and on {fewer} of {count} samples it came to {again.loss:.2g} only"
     reason = _likely(fit, steps, many if parameters < count * each else "")
@@ -211,4 +213,6 @@ def _error(output: Tensor, target: Tensor) -> float:
     if output.shape != target.shape:
         return math.inf
     wide = target.double()
-    return float((output.detach().double() - wide).square().sum() / wide.square().sum().clamp_min(1e-300))
+    return float(
+        (output.detach().double() - wide).square().sum() / wide.square().sum().clamp_min(1e-300)
+    )

@@ -101,9 +101,7 @@ def test_a_zero_teacher_is_told(tmp_path):
 
 
 def test_a_constant_teacher_is_told(tmp_path):
-    build = tiny.FakeBuild(
-        tmp_path, tiny.targets(tiny.attention_site(1)), make_teacher=biased
-    )
+    build = tiny.FakeBuild(tmp_path, tiny.targets(tiny.attention_site(1)), make_teacher=biased)
     (check,) = checked(build)
     assert "the same for each of these samples" in check.reason
 

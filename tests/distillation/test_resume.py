@@ -125,9 +125,10 @@ def test_what_is_stacked_is_decided_once_though_no_checkpoint_was_written(
     decides(first)
     expected = distill(made(tmp_path / "whole"), tiny.latents(40), tiny.Denoise(), **options)
     killed = made(tmp_path / "killed")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Run, "save", dies)
-        distill(killed, tiny.latents(40), tiny.Denoise(), **options)
+        with pytest.raises(Killed):
+            distill(killed, tiny.latents(40), tiny.Denoise(), **options)
     assert not (tmp_path / "killed" / "runs" / "0001-distill" / "checkpoint.safetensors").exists()
     decides(second)  # as another load of the machine might
     same(distill(killed, tiny.latents(40), tiny.Denoise(), resume="0001-distill"), expected)
