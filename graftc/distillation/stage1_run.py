@@ -171,7 +171,7 @@ class Stage1Run:
             for done, total in solve_pending(generation, f"init.{number}"):
                 self.progress("init", done, total, {})
             stacks: dict[str, list[list[str]]] = dict(self.run.facts.get("stacks") or {})
-            generation.begin(stacks.get(str(at)))
+            generation.begin(self.ranks.share(stacks.get(str(at))))
             # It was decided by time: a run that dies before its first checkpoint would decide anew.
             self.run.record(stacks={**stacks, str(at): generation.state.stacks})
             self._log_start(generation)
