@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Report
+from timing import Report, interleaved
 from torch.utils.data import default_collate
 
 import graftc.verbs as verbs
 from graftc.distillation.budget import Plan
 from graftc.distillation.cuts import capture_graph
-from graftc.distillation.data import open_data
+from graftc.distillation.data import open_data, prepare
 from graftc.distillation.generation import Generation, Setting
 from graftc.distillation.optim import Schedule
 from graftc.distillation.stage2 import finetune_module
@@ -156,6 +156,27 @@ def row(name: str, ours: list[float], theirs: list[float]) -> tuple[str, ...]:
             f"{100 * (ratio - 1):+.1f} %{'' if ratio <= 1.05 else ' (short)'}")  # fmt: skip
 
 
+def noise(task: Any, data: Any) -> tuple[str, ...]:
+    """A batch as the task prepares it, from one generator and from one for each sample: CPU time of a batch."""
+    sample = next(batches(data, 1))
+    bare = torch.Generator().manual_seed(1)
+    seeds = list(range(BATCH))
+    found = interleaved(
+        {"bare": lambda: task.prepare(sample, bare), "ours": lambda: prepare(task, sample, seeds)},
+        rounds=200,
+        warmup=5,
+        clock=time.process_time,
+    )
+    one, other = (statistics.median(found[n]) for n in ("bare", "ours"))
+    extra = f"{1e6 * (other - one) / BATCH:.0f} µs a sample"
+    return (
+        f"noise by sample, batch of {BATCH}",
+        f"{1000 * one:.1f} ms",
+        f"{1000 * other:.1f} ms",
+        extra,
+    )
+
+
 def measure() -> Report:
     data = load_data(DATA)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,14 +191,16 @@ def measure() -> Report:
         for _ in range(ROUNDS):
             theirs += bare_stage2(build.student().train(), task, data)[1:]
             ours += engine_stage2(build.student(), task, data, targets)
+        drawn = noise(task, data)
     return Report(
         "The engine against a bare loop, CPU time a step",
         ("", "bare loop", "graftc", "overhead (goal at most 5 %)"),
-        (row(f"stage 1, {len(targets.sites)} sites", *first), row("stage 2", ours, theirs)),
+        (row(f"stage 1, {len(targets.sites)} sites", *first), row("stage 2", ours, theirs), drawn),
         (
             f"`OMP_NUM_THREADS=1 python benchmarks/overhead.py`. Medians over steps of batch {BATCH} of the digits teacher, attention in odd blocks to "
             "Hyena-X, AdamW in both; in stage 1 the two take turns step by step, in stage 2 run by run. Steps that end with a validation are left out: "
-            "there are eight a run, whatever its length. CPU time, so what else the machine does is not in it.",
+            "there are eight a run, whatever its length. CPU time, so what else the machine does is not in it. The last row is a part of the others: a "
+            "generator's state for each sample, so that a sample's noise is the same in whatever batch, process or run.",
         ),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import check
 import dataflow
 import matching
+import memory
 import operators
 import overhead
 import stage1
@@ -38,6 +39,7 @@ def main() -> None:
         stage1.measure(),
         overhead.measure(),
         steps_to_error.measure(),
+        memory.measure(),
         operators.measure(),
     ]
     head = (

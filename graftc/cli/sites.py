@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,20 +111,32 @@ def check_distill(
         raise typer.BadParameter(f"--format is text or json, found {format!r}")
     found = verbs.check_distill(directory, data, task=task, samples=samples, steps=steps, seed=seed)
     if format == "json":
-        _json([{**asdict(c), "passed": c.passed} for c in found])
+        _json([{**_finite(asdict(c)), "passed": c.passed} for c in found])
     else:
         rows = wide_table(
-            "site", "", "self-graft", "error at start", "error at end", "wanted", "steps"
-        )
+            "site", "", "self-graft", "loss at start", "loss at end", "wanted", "error", "samples", "steps"
+        )  # fmt: skip
         for c in found:
-            figures = (c.self_graft, c.error_start, c.error_end, c.wanted)
-            rows.add_row(c.name, "PASS" if c.passed else "FAIL", *(f"{x:.2g}" for x in figures), str(c.steps))  # fmt: skip
+            figures = (c.self_graft, c.loss_start, c.loss_end, c.wanted, c.error_end)
+            rows.add_row(
+                c.name,
+                "PASS" if c.passed else "FAIL",
+                *(f"{x:.2g}" for x in figures),
+                str(c.samples),
+                str(c.steps),
+            )
         wide_console().print(rows)
+        print("losses are the site's own, as a share of what a prediction of zero costs")
         for c in found:
-            if not c.passed:
-                print(f"{c.name} ({c.operator}): {c.reason}", file=sys.stderr)
+            if c.note or not c.passed:
+                print(f"{c.name} ({c.operator}): {c.reason or c.note}", file=sys.stderr)
     if not all(c.passed for c in found):
         raise typer.Exit(1)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what was not measured is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def show_assembly(build: Build, found: Assembly) -> None:

@@ -16,7 +16,7 @@ from graftc.distillation.activations import Activations, Batch, Streaming, Teach
 from graftc.distillation.budget import Plan
 from graftc.distillation.data import Data, Task
 from graftc.distillation.held_out import HeldOut
-from graftc.distillation.loss import Scale, counted
+from graftc.distillation.loss import CONSTANT, Scale, counted
 from graftc.distillation.optim import (
     Group,
     Kind,
@@ -26,7 +26,7 @@ from graftc.distillation.optim import (
     gradient_norm,
 )
 from graftc.distillation.ranks import ALONE, Ranks
-from graftc.distillation.scopes import random_of, training_only
+from graftc.distillation.scopes import keeping_freed_memory, random_of, training_only
 from graftc.distillation.stacked import Mode, Stack, alike, decide
 from graftc.distillation.student_inputs import StudentInputs, share_at
 from graftc.distillation.students import Student, check_teacher, cuts_of, losses
@@ -140,13 +140,20 @@ class Generation:
     # -- before training --------------------------------------------------------------------
 
     def measure_scales(self) -> None:
-        """Mean |t| and mean t² of each site's target. Raises GraftError for a target that is 0."""
+        """Mean |t| and mean t² of each site's target. Raises GraftError for one that is 0 (G543) or constant (G569)."""
         scales = self.held_out.scales(self.students, {})
         for name, scale in scales.items():
             if not scale.energy > 0:
                 fail("G543", f"the teacher's output at `{name}` is zero on every held-out sample",
                      site=name, found="nothing to distil",
                      help="leave the site out of the rule, or remove it")  # fmt: skip
+        changes = self.held_out.changes(self.students)
+        for name, change in changes.items() if len(self.setting.data.held_out) > 1 else ():
+            if change <= CONSTANT:
+                fail("G569", f"the teacher's output at `{name}` is the same for every held-out sample",
+                     site=name, found="a constant, which no input changes",
+                     help="leave the site out of the rule; or DATA repeats one sample, or the teacher's "
+                          "weights there are zero")  # fmt: skip
         limits = {
             s.site.name: s.site.loss.mask_above * scales[s.site.name].energy ** 0.5
             for s in self.students
@@ -179,15 +186,17 @@ class Generation:
         part = (self.rows, self.batch) if self.setting.ranks.size > 1 else None
         return self._own.fed(students, values, shares, inputs, part)
 
-    def begin(self) -> None:
-        """Measure the errors at start and decide what is stacked."""
+    def begin(self, stacks: Sequence[Sequence[str]] | None = None) -> None:
+        """Measure the errors at start and decide what is stacked, unless it is given as it was decided before."""
         if not self.state.scales:
             self.measure_scales()
         self.state.start = self.measure(self.students)
         self.state.best = dict(self.state.start)
         self.keep_best([s.site.name for s in self.students])
         training = self.training(0)
-        if len(training) > 1 and self.setting.stacked != "never":
+        if stacks is not None:
+            self.state.stacks = [list(names) for names in stacks]
+        elif len(training) > 1 and self.setting.stacked != "never":
             values = self.taken(training, 0).values
             with training_only(training):
                 groups = alike(training, values)
@@ -241,7 +250,7 @@ class Generation:
         every = max(1, -(-(self._whole or total) // _VALIDATIONS))
         stacks: list[Stack] = []
         active: list[Student] = []
-        with training_only(self._trainable()):
+        with training_only(self._trainable()), keeping_freed_memory():
             for step in range(self.state.step, total):
                 training = self.training(step)
                 if not training:

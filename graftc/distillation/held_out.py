@@ -14,7 +14,7 @@ import torch
 
 from graftc.distillation.activations import Teacher, Values
 from graftc.distillation.bins import BinSums, edges_of, times_of
-from graftc.distillation.loss import Moments, Scale, counted, squared_error
+from graftc.distillation.loss import Moments, Scale, change_from, counted, squared_error
 from graftc.distillation.student_inputs import StudentInputs, ends_with_own
 from graftc.distillation.students import Student, check_teacher, cuts_of
 
@@ -92,6 +92,22 @@ class HeldOut:
                 sums[name].add(student.weighed(given[-1], given), limits.get(name))
         found = self._total([moments.sums() for moments in sums.values()])
         return {n: Moments.of(row).scale() for n, row in zip(sums, found, strict=True)}
+
+    def changes(self, students: Sequence[Student]) -> dict[str, float]:
+        """The share of each target's energy by which it changes from the first sample on: 0 for a constant."""
+        first: dict[str, torch.Tensor] = {}
+        sums = {s.site.name: [0.0, 0.0] for s in students}
+        for _, values in self.values(students):
+            pairs = zip(students, values, strict=True)
+            targets = {s.site.name: s.weighed(given[-1], given) for s, given in pairs}
+            if not first:
+                first = {name: target[0].clone() for name, target in targets.items()}
+                self._ranks.spread(list(first.values()))
+            for name, target in targets.items():
+                sums[name][0] += change_from(first[name], target)
+                sums[name][1] += squared_error(target, target)[1]
+        found = self._total(list(sums.values()))
+        return {n: change / energy for n, (change, energy) in zip(sums, found, strict=True)}
 
     def measure(
         self, students: Sequence[Student], scales: Mapping[str, Scale]

@@ -164,6 +164,28 @@ def counted(target: Tensor, scale: Scale) -> Tensor | int:
     return target.numel() if scale.limit is None else (target.abs() <= scale.limit).sum()
 
 
+CONSTANT = 1e-10
+"""Up to which share of its energy a target's change from sample to sample is rounding."""
+
+
+def change_from(first: Tensor, target: Tensor) -> float:
+    """‖t − first‖² summed over a batch, in float64: 0 where each sample has the same target.
+
+    >>> change_from(torch.ones(2), torch.tensor([[1.0, 1.0], [1.0, 3.0]]))
+    4.0
+    """
+    return float((target.double() - first.double()).square().sum())
+
+
+def same_for_all(target: Tensor) -> bool:
+    """Whether a batch of targets is one target, but for rounding: nothing that an operator would have to see.
+
+    >>> same_for_all(torch.tensor([[1.0, 2.0], [1.0, 2.0]])), same_for_all(torch.eye(2))
+    (True, False)
+    """
+    return change_from(target[0], target) <= CONSTANT * float(target.double().square().sum())
+
+
 def finite(*values: Tensor) -> bool:
     """Whether every entry is a number."""
     return all(bool(torch.isfinite(v).all()) for v in values)

@@ -170,7 +170,10 @@ class Stage1Run:
         if state is None:
             for done, total in solve_pending(generation, f"init.{number}"):
                 self.progress("init", done, total, {})
-            generation.begin()
+            stacks: dict[str, list[list[str]]] = dict(self.run.facts.get("stacks") or {})
+            generation.begin(self.ranks.share(stacks.get(str(at))))
+            # It was decided by time: a run that dies before its first checkpoint would decide anew.
+            self.run.record(stacks={**stacks, str(at): generation.state.stacks})
             self._log_start(generation)
         else:
             generation.best = under(tensors, "best.")

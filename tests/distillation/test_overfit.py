@@ -9,9 +9,10 @@ from torch import nn
 import graftc
 from graftc.distillation.overfit import check_distill
 from graftc.distillation.plain import Distillation
-from graftc.distillation.targets import Budget
+from graftc.distillation.targets import Budget, Loss
 from tests.distillation import tiny
 from tests.distillation.test_candidates import one_of
+from tests.distillation.test_stage1 import biased
 
 
 def checked(build, count: int = 2, steps: int = 400):
@@ -24,7 +25,31 @@ def test_sites_and_candidates_that_can_learn_pass(tmp_path):
     for check in found.values():
         assert check.passed, check.reason
         assert check.self_graft == 0  # the teacher's own region, with copied weights
-        assert check.error_end < check.wanted
+        assert check.loss_end < check.wanted == 0.01  # of the site's own loss
+        assert check.loss_start > 0.5
+
+
+def test_eight_samples_by_heart(tmp_path):
+    """As many as the issue asks for: an operator with the same tokens in sight as the teacher's."""
+
+    def student():
+        model = tiny.hyena((1,))
+        torch.manual_seed(1)
+        model.blocks[1].attn = tiny.Attention()
+        return model
+
+    site = tiny.attention_site(1, loss=Loss("l2"))
+    (check,) = checked(tiny.FakeBuild(tmp_path, tiny.targets(site), make_student=student), 8, 1000)
+    assert (check.passed, check.samples, check.note) == (True, 8, ""), check
+
+
+def test_a_site_with_too_few_parameters_is_checked_on_fewer_samples(tmp_path):
+    site = tiny.attention_site(1, loss=Loss("l1"))  # 864 parameters, 128 numbers a sample
+    made = tiny.FakeBuild(tmp_path, tiny.targets(site), make_student=lambda: tiny.hyena((1,)))
+    (check,) = checked(made, 40, 400)
+    assert (check.passed, check.samples) == (True, 3), check
+    assert "864 parameters for 5,120 numbers" in check.note
+    assert "3 of 40 samples" in check.note
 
 
 class Constant(nn.Module):
@@ -73,6 +98,23 @@ def test_a_zero_teacher_is_told(tmp_path):
     build = tiny.FakeBuild(tmp_path, tiny.targets(tiny.attention_site(1)), make_teacher=teacher)
     (check,) = checked(build)
     assert "zero" in check.reason
+
+
+def test_a_constant_teacher_is_told(tmp_path):
+    build = tiny.FakeBuild(tmp_path, tiny.targets(tiny.attention_site(1)), make_teacher=biased)
+    (check,) = checked(build)
+    assert "the same for each of these samples" in check.reason
+
+
+def test_a_student_of_another_shape_is_told(tmp_path):
+    def student():
+        model = tiny.teacher()
+        model.blocks[1].attn = nn.Linear(tiny.DIM, 3)
+        return model
+
+    build = tiny.FakeBuild(tmp_path, tiny.targets(tiny.attention_site(1)), make_student=student)
+    (check,) = checked(build)
+    assert "[2, 8, 3], the teacher [2, 8, 16]" in check.reason
 
 
 def test_the_verb_is_public():

@@ -215,6 +215,33 @@ def test_a_target_of_zero_is_told(tmp_path):
     assert raised.value.diagnostics[0].code == "G543"
 
 
+def biased():
+    """A teacher whose attention gives the same for every input: its bias."""
+    model = tiny.teacher()
+    nn.init.zeros_(model.blocks[1].attn.proj.weight)
+    nn.init.ones_(model.blocks[1].attn.proj.bias)
+    return model
+
+
+def test_a_constant_target_is_told_and_nothing_is_trained(tmp_path):
+    sites = tiny.attention_site(2), tiny.attention_site(1)
+    with pytest.raises(GraftError) as raised:
+        run(build(tmp_path, *sites, make_teacher=biased))
+    found = raised.value.diagnostics[0]
+    assert (found.code, found.site) == ("G569", "blocks.1.attn")
+    assert not (tmp_path / "runs" / "0001-distill" / "checkpoint.safetensors").exists()
+    run(build(tmp_path, sites[0], make_teacher=biased), steps=2)  # other sites are trained
+
+
+def test_a_target_that_hardly_changes_is_no_constant(tmp_path):
+    def teacher():
+        model = biased()
+        nn.init.normal_(model.blocks[1].attn.proj.weight, std=1e-4)
+        return model
+
+    run(build(tmp_path, tiny.attention_site(1), make_teacher=teacher), steps=2)
+
+
 class Hiccup(tiny.Mixer):
     """Gives NaN in the calls that `bad` says."""
 
