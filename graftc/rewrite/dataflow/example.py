@@ -231,7 +231,7 @@ def example_of(
 
     >>> from graftc.language.check import check
     >>> from graftc.rewrite.dataflow.select import rule_patterns
-    >>> (rule,) = check("rule r { match { y = x * sigmoid(x) } rewrite { y = silu(x) } }").rules
+    >>> (rule,) = check("rule r { match { y = x * sigmoid(x) }\\nrewrite { y = silu(x) }\\n}").rules
     >>> example = example_of(rule_patterns(rule)[0], rule.guards, torch.float32)
     >>> [str(n.target) for n in example.root.graph.nodes][1:3]
     ['aten.sigmoid.default', 'aten.mul.Tensor']

@@ -41,7 +41,7 @@ def own_side(rule: Rule) -> Iterator[Diagnostic]:
     tensors were found on which its ops run, so that it was not tried.
 
     >>> from graftc.language.check import check
-    >>> (rule,) = check("rule r { match { y = relu(x * 1) } rewrite { y = relu(x) } }").rules
+    >>> (rule,) = check("rule r { match { y = relu(x * 1) }\\nrewrite { y = relu(x) }\\n}").rules
     >>> [(d.code, d.span.text, d.found) for d in own_side(rule)]
     [('G443', 'x * 1', '`relu(x)`')]
     """
