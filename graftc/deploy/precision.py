@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from graftc.deploy.regions import WHOLE, Region
 from graftc.deploy.runtimes import TOLERANCE, Precision
-from graftc.diagnostics import fail
+from graftc.deploy.shapes import first_line, own_lines
+from graftc.diagnostics import Note, fail
 from graftc.emit.examples import tensors_of
 from graftc.emit.verify import compare
 
@@ -184,8 +185,12 @@ def _error(
     inputs: Mapping[str, Tensor],
     wanted: list[Tensor],
 ) -> float:
-    with torch.no_grad(), narrowed(model, precision, islands):
-        found = tensors_of(model(**inputs))
+    try:
+        with torch.no_grad(), narrowed(model, precision, islands):
+            found = tensors_of(model(**inputs))
+    except RuntimeError as error:  # most often a float32 value made from constants meets a half one
+        fail("G672", f"the model does not run in {precision}: {first_line(error)}", site="--precision",
+             found=precision, notes=[Note(line) for line in own_lines(error)], help="--precision fp32")  # fmt: skip
     norm = compare(wanted, found).norm
     return norm if norm == norm else float("inf")
 

@@ -275,8 +275,8 @@ def _compare(
         try:
             wanted = tensors_of(model(**inputs))
         except Exception as error:
-            lines = _own_lines(error)
-            fail("G660", f"the model itself does not run at {shown}: {type(error).__name__}: {_first(error)}",
+            lines = own_lines(error)
+            fail("G660", f"the model itself does not run at {shown}: {type(error).__name__}: {first_line(error)}",
                  site="--dynamic", notes=[Note(line) for line in lines],
                  help="narrow the range to sizes that the model takes")  # fmt: skip
         try:
@@ -285,7 +285,7 @@ def _compare(
             ]
             why = _difference(wanted, found)
         except Exception as error:
-            why = f"{type(error).__name__}: {_first(error)}"
+            why = f"{type(error).__name__}: {first_line(error)}"
     if why is not None:
         broken = [Note(f"{g.where}: needs {g.text}") for g in guards if not g.holds(sizes)]
         fail("G660", f"the traced graph is wrong at {shown} ({name}): {why}", site="--dynamic", notes=broken[:6],
@@ -309,11 +309,12 @@ def _lines_at(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
         with torch.no_grad():
             model(**inputs)
     except Exception as error:
-        return _own_lines(error)
+        return own_lines(error)
     return []
 
 
-def _own_lines(error: BaseException) -> list[str]:
+def own_lines(error: BaseException) -> list[str]:
+    """The model's own lines at which an error arose, the innermost first."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
@@ -323,7 +324,8 @@ def _own_lines(error: BaseException) -> list[str]:
     ]
 
 
-def _first(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     return next((t.strip() for t in str(error).splitlines() if t.strip()), "")[:200]
 
 

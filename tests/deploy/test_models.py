@@ -18,6 +18,7 @@ from graftc.program.capture import capture
 from graftc.program.model import Model
 from tests.conftest import small_dit, small_pixart
 from tests.deploy.test_operators import REQUIRED
+from tests.models.zoo import CASES
 
 MODELS = {"dit": small_dit, "pixart": small_pixart}
 PAIRS = "rule p {{\n match first, second = each pair of blocks all\n replace with parallel(first, second, merge = {})\n distill l2\n}}\n"
@@ -83,6 +84,29 @@ def test_pixart_as_it_is_in_half_precision(tmp_path):
 @pytest.mark.parametrize(("edit", "rule"), edits(), ids=[n for n, _ in edits()])
 def test_an_edit_inside_a_model(edit, rule, name, tmp_path):
     holds(exported(replace(MODELS[name](2), grid=GRIDS[name]), rule, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("diffusers SD3", "fp32"), ("diffusers SD3", "fp16"), ("diffusers Flux", "fp32")],
+)
+def test_joint_attention(name, precision, tmp_path):
+    """Two streams in one attention: SD3's, whose last block only looks at the text, and Flux's with rotary positions."""
+    rule = 'rule r {\n match a = joint_attention in blocks of "transformer_blocks" all\n replace a with attention()\n}\n'
+    model = next(c for c in CASES if c.name == name).build()
+    export = exported(model, rule, tmp_path, precision)
+    holds(export)
+    joint = [r for r in export.manifest["regions"] if r["rule"]]
+    assert {r["operator"] for r in joint} == {"JointAttention"}
+    assert len(joint) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffusers AuraFlow", "transformers Gemma 3"])
+def test_an_original_of_the_zoo(name, tmp_path):
+    model = next(c for c in CASES if c.name == name).build()
+    holds(original(model, tmp_path, "fp32", "batch=1:2:3"))
 
 
 @pytest.mark.slow

@@ -233,6 +233,27 @@ def test_what_islands_are_chosen_by_is_what_is_written(islands):
     assert kept == {"torch.float32" if islands else "torch.bfloat16"}
 
 
+class Rotates(nn.Module):
+    """Angles made from constants are float32 whatever the weights are; attention takes no two types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        q = x * torch.arange(x.shape[1], dtype=torch.float32)[:, None].cos()
+        return nn.functional.scaled_dot_product_attention(q, q, x)
+
+
+def test_a_model_that_mixes_types_is_refused_with_its_line():
+    with pytest.raises(GraftError) as error:
+        chosen(Rotates(), "fp16", torch.randn(2, 8, 16))
+    found = error.value.diagnostics[0]
+    assert found.code == "G672"
+    assert any("scaled_dot_product_attention" in n.message for n in found.notes)
+
+
 @pytest.fixture(scope="module")
 def teacher() -> graftc.Model:
     return load_model(f"{ROOT}/examples/digits/model.py:teacher")
