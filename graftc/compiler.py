@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -83,7 +83,10 @@ def compile_model(
     student, patch = apply(analysis.program, plan.edits)
     initialise_new(plan, analysis, student, seed)
     checks = check_exact(plan, analysis, model, lambda p, s: initialise_new(p, analysis, s, seed))
-    student, rounds = run_repeated([r for r in rules.rules if r.repeat is not None], student)
+    repeated = [r for r in rules.rules if r.repeat is not None]
+    student, rounds = run_repeated(
+        repeated, student, fill=lambda edits, of, made: fill_new(edits, of, made, seed)
+    )
     targets = make_targets(plan, analysis.program)
     checks = (*checks, *round_texts(rounds))
     return Compiled(analysis, plan, student, patch, targets, checks, rounds)
@@ -96,7 +99,12 @@ def undone(compiled: Compiled) -> Program:
 
 def initialise_new(plan: Plan, analysis: Analysis, student: Program, seed: int) -> None:
     """Give every new operator its first weights, in place, from the teacher's parts."""
-    for edit in plan.edits:
+    fill_new(plan.edits, analysis, student, seed)
+
+
+def fill_new(edits: Iterable[Edit], analysis: Analysis, student: Program, seed: int) -> None:
+    """The first weights of edits that were made on `analysis`, in place."""
+    for edit in edits:
         for new in edit.new:
             if new.copied is None:  # a copy has its weights as soon as it is made
                 _initialise(edit, new, student.module(new.path), analysis, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from graftc.diagnostics import fail
 from graftc.language import syntax as s
 from graftc.language.dataflow_ops import ALIASES, OPS
-from graftc.language.rules import Distill, Measure
+from graftc.language.rules import Distill, Edit, Measure, OneOf
 from graftc.language.scope import listed, suggest
 
 MEASURES = ("ops", "params", "flops")
@@ -37,7 +37,9 @@ def measure_of(item: s.RuleItem) -> Measure | None:
     )
 
 
-def check_repeated_sites(head: s.HeadWord, distill: Distill | None, contract: str) -> None:
+def check_repeated_sites(
+    head: s.HeadWord, distill: Distill | None, contract: str, edit: Edit, inserted: bool
+) -> None:
     """An edit of sites that repeats has no targets, and its outputs change. Raises GraftError."""
     if distill is not None:
         fail(
@@ -54,4 +56,21 @@ def check_repeated_sites(head: s.HeadWord, distill: Distill | None, contract: st
             span=head.span,
             wanted="`rewrite { … }`, whose rounds are each run before and after",
             help="leave out `exact`",
+        )
+    if isinstance(edit, OneOf):
+        fail(
+            "G446",
+            "a rule that repeats has no candidates",
+            span=edit.span,
+            wanted="one operator: what each round makes is what the next one matches",
+            help="leave out `repeat`, or name one operator",
+        )
+    if inserted:
+        fail(
+            "G446",
+            "a rule that repeats does not say what stage 2 trains",
+            span=head.span,
+            wanted="`finetune { train = … }`",
+            found="`train inserted`",
+            help="leave out `train inserted`",
         )

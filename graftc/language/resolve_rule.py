@@ -90,13 +90,10 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
     edit = edited.edit
     repeat = next((h for h in item.head if h.word == "repeat"), None)
     if repeat is not None and not rewrites:
-        if isinstance(edit, (Remove, Skip)):
-            with scope.log.attempt():
-                check_repeated_sites(repeat, distill, contract)
-            if len(scope.log.errors) > before:
-                return None
-        elif not isinstance(edit, Unapplied):
-            edit = Unapplied("`repeat` of an edit that brings new weights", repeat.span)
+        with scope.log.attempt():
+            check_repeated_sites(repeat, distill, contract, edit, inserted)
+        if len(scope.log.errors) > before:
+            return None
     if waiting is not None:
         edit = waiting
     elif unapplied is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from graftc.diagnostics import Diagnostic, GraftError, Note, Span, fail
 from graftc.language.rules import Binds, GraphTest, SiteTerm
 from graftc.language.terms import read_names
-from graftc.program.analysis import analyse
+from graftc.program.analysis import Analysis, analyse
 from graftc.program.capture import capture
 from graftc.program.flat import Op, flatten
 from graftc.program.model import Model
@@ -30,7 +30,7 @@ from graftc.rewrite.dataflow.lower import Lowering
 from graftc.rewrite.dataflow.own_side import own_side
 from graftc.rewrite.dataflow.proof import TOLERANCE, proof_text, prove
 from graftc.rewrite.dataflow.view import program_view
-from graftc.rewrite.edits import edits_of
+from graftc.rewrite.edits import Edit, edits_of
 from graftc.rewrite.exact import difference
 from graftc.rewrite.match import Matches, find_matches
 from graftc.rewrite.repeat import round_texts, run_repeated
@@ -78,6 +78,11 @@ def run_test(test: GraphTest, file: str = "") -> TestResult:
     )
 
 
+def _nothing_new(edits: Sequence[Edit], analysis: Analysis, made: Program) -> None:
+    """A rule on ops gives its new parameters their values itself."""
+    assert not any(e.new for e in edits)
+
+
 def _in_test(diagnostic: Diagnostic, test: GraphTest) -> Diagnostic:
     note = Note(f"in test `{test.name}`", test.span)
     return replace(diagnostic, notes=(*diagnostic.notes, note))
@@ -105,7 +110,9 @@ class _Run:
         student, edits = analysis.program, []
         self.matches = len(found.found)
         if found.found and rule.repeat is not None:
-            student, rounds = run_repeated([replace(rule, expect=None)], analysis.program)
+            student, rounds = run_repeated(
+                [replace(rule, expect=None)], analysis.program, fill=_nothing_new
+            )
             self.matches = sum(len(r.edits) for r in rounds)
             self.checks += round_texts(rounds)
         elif found.found:

@@ -20,7 +20,7 @@ from graftc.rewrite.dataflow.view import program_view
 from graftc.rewrite.edits import Edit, edits_of
 from graftc.rewrite.match import Matches, match
 from graftc.rewrite.price import Step, price
-from graftc.rewrite.repeat import Round, round_texts, run_repeated
+from graftc.rewrite.repeat import Round, pending_notes, round_texts, run_repeated
 from graftc.rewrite.selections import selection_notes
 
 
@@ -92,8 +92,9 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     flops = analysis.flops.get("", 0)
     after = flops + sum(s.after.flops - s.before.flops for s in steps)
     repeated = [r for r in rules.rules if r.repeat is not None]
-    student, rounds = run_repeated(repeated, student, on_meta=True)
+    student, rounds = run_repeated(repeated, student)
     after += sum(r.flops for r in rounds)
+    notes += pending_notes(rounds)
     return Plan(
         steps,
         tuple(selections),

@@ -5,10 +5,10 @@ Each round applies every match at once; the measure must be smaller after it tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from graftc.diagnostics import GraftError, fail
+from graftc.diagnostics import Diagnostic, GraftError, fail
 from graftc.language.rules import DataflowMatch, Measure, Rule
 from graftc.program.analysis import Analysis, analyse
 from graftc.program.cost import parameter_count
@@ -19,13 +19,17 @@ from graftc.rewrite.dataflow.proof import Proof, proof_text, prove
 from graftc.rewrite.dataflow.view import ProgramView, program_view
 from graftc.rewrite.edits import Edit, edits_of
 from graftc.rewrite.match import Matches, find_matches, match, selection
+from graftc.rewrite.opened import opened
+from graftc.rewrite.price import price
+from graftc.weights.initialise import Origin
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
     """One application of a repeated rule: its edits, the measure before and after, the way back.
 
-    `flops`: how many FLOPs of a sample came (or, negative, went).
+    `flops`: how many FLOPs of a sample came (or, negative, went). `origins`: where the weights of its new modules
+    come from.
     """
 
     rule: Rule
@@ -35,15 +39,22 @@ class Round:
     patch: Patch
     flops: int = 0
     proofs: tuple[Proof, ...] = ()
+    origins: tuple[Origin, ...] = ()
+
+
+Fill = Callable[[Sequence[Edit], Analysis, Program], None]
+"""Gives the new modules of edits their first weights, in place, from the parts of what the edits were made on."""
 
 
 def run_repeated(
-    rules: Sequence[Rule], student: Program, *, on_meta: bool = False
+    rules: Sequence[Rule], student: Program, *, fill: Fill | None = None
 ) -> tuple[Program, tuple[Round, ...]]:
     """The student after all rounds of all repeated rules. Raises GraftError where a measure does not fall.
 
-    A rule must match at least once; the rounds after the first end when it matches nowhere.
+    A rule must match at least once; the rounds after the first end when it matches nowhere. `fill`: None: new
+    modules have no weights. What a round puts in is the next one's to match: it stands there as its ops.
     """
+    on_meta = fill is None
     rounds: list[Round] = []
     for rule in rules:
         if rule.repeat is None:
@@ -64,7 +75,11 @@ def run_repeated(
                 else ()
             )
             before = measured(rule.repeat, analysis)
-            student, patch = apply(student, edits, on_meta=on_meta)
+            made, patch = apply(student, edits, on_meta=on_meta)
+            steps = [price(e, analysis, made) for e in edits if e.new]
+            if fill is not None:
+                fill(edits, analysis, made)
+            student = opened(made, [n for e in edits for n in e.new])
             then = analyse(student)
             after = measured(rule.repeat, then)
             if after >= before:
@@ -76,8 +91,9 @@ def run_repeated(
                     found=f"{after} after round {number + 1}, of {len(edits)} matches",
                     help="choose a measure that each step makes smaller, or leave out `repeat`",
                 )
+            origins = tuple(o for s in steps for o in s.origins)
             flops = then.flops.get("", 0) - analysis.flops.get("", 0)
-            rounds.append(Round(rule, tuple(edits), before, after, patch, flops, proofs))
+            rounds.append(Round(rule, tuple(edits), before, after, patch, flops, proofs, origins))
             number += 1
     return student, tuple(rounds)
 
@@ -109,6 +125,37 @@ def measured(measure: Measure, analysis: Analysis) -> int:
     return sum(o.kind in ("op", "module") for o in analysis.flat.ops)
 
 
+def _origin_texts(rounds: Sequence[Round]) -> tuple[str, ...]:
+    """Where the new weights of all rounds come from: parameters of one name and origin in one line."""
+    found: dict[tuple[str, str, bool], int] = {}
+    for new, origin in ((n, o) for r in rounds for e in r.edits for n in e.new for o in r.origins):
+        if origin.parameter.startswith(new.path + "."):
+            name = origin.parameter.removeprefix(new.path + ".")
+            key = (name, origin.text, origin.pending)
+            found[key] = found.get(key, 0) + 1
+    return tuple(
+        f"{count} × {name}: {text}"
+        + (" (NOT fitted: a rule that repeats has no data)" if pending else "")
+        for (name, text, pending), count in found.items()
+    )
+
+
+def pending_notes(rounds: Sequence[Round]) -> Iterator[Diagnostic]:
+    """A note for each repeated rule whose new weights stay where a fit on data would have begun."""
+    for rule in dict.fromkeys(r.rule.name for r in rounds):
+        mine = [r for r in rounds if r.rule.name == rule]
+        left = sum(o.pending for r in mine for o in r.origins)
+        if left:
+            yield Diagnostic(
+                "G447",
+                f"{left} new parameters of rule `{rule}` are not fitted on data",
+                span=mine[0].rule.edit.span,
+                found="they stay at what a fit begins with: a rule that repeats has no targets",
+                help="give them an `init` that needs no data",
+                severity="note",
+            )
+
+
 def undo_rounds(student: Program, rounds: Sequence[Round]) -> Program:
     """The student before the rounds, bit for bit."""
     for done in reversed(rounds):
@@ -126,7 +173,10 @@ def round_texts(rounds: Sequence[Round]) -> tuple[str, ...]:
         falls = " → ".join(str(n) for n in (mine[0].before, *(r.after for r in mine)))
         what = f"count({measure.op})" if measure.kind == "count" else measure.kind
         count = sum(len(r.edits) for r in mine)
-        said.append(f"rule `{rule}` ran {len(mine)} times, {count} matches: {what} {falls}")
+        said.append(
+            f"rule `{rule}` ran {len(mine)} time{'s' * (len(mine) > 1)}, {count} matches: {what} {falls}"
+        )
+        said += [f"its new weights, {text}" for text in _origin_texts(mine)]
         proofs = [p for r in mine for p in r.proofs]
         if proofs:
             said.append(proof_text(mine[0].rule, proofs))
