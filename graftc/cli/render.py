@@ -281,7 +281,7 @@ def show_training_plan(plan: TrainingPlan, *, to_stderr: bool = False) -> None:
         free = f"{size_text(plan.machine.device)} of device memory, {free}"
     took = "not measured" if plan.seconds is None else _duration(plan.seconds)
     if plan.ranks:
-        print_(f"{plan.ranks}; the figures are of one rank")
+        print_(plan.ranks)
     disk = f", disk {size_text(plan.disk)}" if plan.disk else ", no disk"
     print_(f"predicted: {took}, peak {size_text(plan.peak)}{disk}; {free}")
 

@@ -110,7 +110,9 @@ def distill(
     ] = False,
     parallel: Annotated[
         str | None,
-        typer.Option(metavar="WAY", help="how the ranks of `torchrun` share the work: data"),
+        typer.Option(
+            metavar="WAY", help="how the ranks of `torchrun` share the work: data or sites"
+        ),
     ] = None,
     format: FormatOption = "text",
 ) -> None:

@@ -54,6 +54,8 @@ class State:
     skipped: dict[str, int] = field(default_factory=dict[str, int])
     waited: dict[str, int] = field(default_factory=dict[str, int])
     stopped: dict[str, int] = field(default_factory=dict[str, int])
+    ahead: dict[str, int] = field(default_factory=dict[str, int])
+    """Sites that did the steps up to a later one in another process, before the run was resumed."""
 
     def to_dict(self) -> dict[str, Any]:
         scales = {name: list(vars(s).values()) for name, s in self.scales.items()}
@@ -233,6 +235,7 @@ class Generation:
             if s.parameters
             and not self.exact(s.site)
             and step < self.plans[s.site.name].steps
+            and step >= self.state.ahead.get(s.site.name, 0)
             and s.site.name not in self.state.stopped
         ]
 
@@ -253,8 +256,11 @@ class Generation:
         with training_only(self._trainable()), keeping_freed_memory():
             for step in range(self.state.step, total):
                 training = self.training(step)
-                if not training:
+                if not training and step >= max(self.state.ahead.values(), default=0):
                     return
+                if not training:
+                    self.state.step = step + 1
+                    continue
                 if [s.site.name for s in training] != [s.site.name for s in active]:
                     active, stacks = training, self._stacks(training)
                 seen = self._step(step, active, stacks, optimiser)

@@ -7,13 +7,15 @@ other is tensors and JSON: nothing is pickled.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -30,7 +32,10 @@ TIMEOUT = "GRAFTC_RANK_TIMEOUT"
 _SECONDS = 600.0
 _BUCKET = 64 * 2**20
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_FAILED = "graftc/failed"
+_FAILED = "failed"
+_meetings = itertools.count()
+_last: dict[int, float] = {}
+_here: list[Ranks] = []
 
 
 class LostError(RuntimeError):
@@ -53,6 +58,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    store: Any = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -127,6 +133,33 @@ class Ranks:
                 found.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
             dist.broadcast(found, owner)
         return json.loads(bytes(found.cpu().tolist()))
+
+    def beat(self) -> None:
+        """Show the ranks that wait in `meet` that this one is at work; about once a second is enough."""
+        if self.store is not None and time.monotonic() - _last.get(self.rank, 0.0) > 1.0:
+            _last[self.rank] = time.monotonic()
+            with _answered():
+                self.store.set(f"beat/{self.rank}", str(_last[self.rank]))
+
+    def meet(self) -> None:
+        """Wait, as long as it takes, for ranks that worked apart; one that shows no life is lost."""
+        if self.size == 1:
+            return
+        mark, limit = f"meeting/{next(_meetings)}", seconds()
+        with _answered():
+            self.store.set(f"{mark}/{self.rank}", "")
+            alive = {rank: ("", time.monotonic()) for rank in range(self.size)}
+            while away := [r for r in alive if not self.store.check([f"{mark}/{r}"])]:
+                if self.store.check([_FAILED]):
+                    raise LostError("another rank failed")
+                for rank in away:
+                    key = f"beat/{rank}"
+                    beat = self.store.get(key).decode() if self.store.check([key]) else ""
+                    if beat != alive[rank][0]:
+                        alive[rank] = beat, time.monotonic()
+                    elif time.monotonic() - alive[rank][1] > limit:
+                        raise LostError(f"rank {rank} has shown no life for {limit:.0f} s")
+                time.sleep(0.02)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -208,7 +241,8 @@ def joined(device: str = "cpu") -> Generator[Ranks]:
         return
     device = device_of(device)
     if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        store = _here[-1].store if _here else None
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, store)
         return
     waiting = timedelta(seconds=seconds())
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
@@ -226,10 +260,12 @@ def joined(device: str = "cpu") -> Generator[Ranks]:
             backend, store=dist.PrefixStore("group", store), rank=ranks.rank,
             world_size=ranks.size, timeout=waiting,
         )  # fmt: skip
-        yield ranks
+        _here.append(replace(ranks, store=store))
+        yield _here[-1]
     except BaseException as error:
         _end(ranks, store, error)
     finally:
+        _here.clear()
         if backend == "gloo" and dist.is_initialized():  # NCCL's would wait for ranks that are gone
             with suppress(RuntimeError):
                 dist.destroy_process_group()

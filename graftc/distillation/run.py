@@ -140,7 +140,8 @@ class Run:
         plain["sites"] = [asdict(site) for site in result.sites]
         self.facts.update(status="finished", result=plain)
         save_yaml(self.path / "run.yaml", self.facts)
-        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        for file in (self.path / CHECKPOINT, *self.path.glob(f"{BRANCH}*")):
+            file.unlink(missing_ok=True)
         return result
 
     def result(self) -> RunResult | None:
@@ -166,6 +167,25 @@ class Follower(Run):
 
     def finish(self, weights: Mapping[str, Tensor], result: RunResult) -> RunResult:
         return result
+
+
+BRANCH = "checkpoint-rank-"
+"""How the file begins that another process than rank 0 keeps its own sites in."""
+
+
+class Branch(Follower):
+    """A run as a process sees it that trains sites of its own: a checkpoint of its own, lines for rank 0's log."""
+
+    def __init__(self, path: Path, facts: dict[str, Any], rank: int) -> None:
+        super().__init__(path, facts)
+        self.lines: list[dict[str, Any]] = []
+        self._rank = rank
+
+    def log(self, **values: Any) -> None:
+        self.lines.append(values)
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        save_tensors(self.path / f"{BRANCH}{self._rank}.safetensors", tensors, facts)
 
 
 def _result(path: Path, facts: Mapping[str, Any]) -> RunResult | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,8 @@ def keeping_freed_memory() -> Generator[None]:
     """What a step frees stays with the process for the next step, which needs as much again.
 
     glibc gives the top of its heap back to the system whenever a step ends, and takes it anew page by page: 4 ms of
-    the 90 ms that a step of `benchmarks/overhead.py` takes. Nothing is changed where the C library has no `mallopt`.
+    the 90 ms that a step of `benchmarks/overhead.py` takes. Nothing is changed where the C library has no `mallopt`, or
+    where the user has set glibc's thresholds in the environment.
     """
     tune = _mallopt()
     if tune is None:
@@ -76,7 +78,8 @@ def keeping_freed_memory() -> Generator[None]:
 
 
 def _mallopt() -> Callable[[int, int], int] | None:
-    if not sys.platform.startswith("linux"):
+    own = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    if own or not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), "mallopt", None)
 

@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from graftc.diagnostics import fail, nearest
-from graftc.distillation.ranks import Ranks
+from graftc.distillation.budget import site_plans
+from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.run import Run
 from graftc.distillation.work import Work
 
-Parallel = Literal["data"]
+Parallel = Literal["data", "sites"]
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """The way that was chosen, and a line that says it and why."""
+    """The way that was chosen, and a line that says it and why; `ranks` share each batch."""
 
     mode: Parallel
+    ranks: Ranks
     text: str
 
 
-def sharing(work: Work, ranks: Ranks, asked: Parallel | None, run: Run) -> Sharing:
+def sharing(work: Work, team: Ranks, asked: str | None, run: Run) -> Sharing:
     """How the processes share the work: as the run began, as it was asked for, or by the rule.
 
-    The rule: `data`, where every process gets a row of each batch. Raises GraftError (G578).
+    The rule: `data`, where every process gets a row of each batch, else `sites`. Raises GraftError (G578).
     """
     if asked is not None and asked not in get_args(Parallel):
         near = nearest(asked, get_args(Parallel))
         fail("G578", f"there is no way `{asked}` to share stage 1", site="--parallel",
              wanted=", ".join(get_args(Parallel)), found=asked,
              help=f"write `{near}`" if near else None)  # fmt: skip
-    smallest = min((work.generation(part).batch for part in range(len(work.parts))), default=0)
-    if ranks.size > smallest:
-        fail("G578", f"a batch of {smallest} cannot be shared among {ranks.size} ranks", site="--batch",
-             wanted=f"at least {ranks.size} samples", found=str(smallest),
+    begun: dict[str, Any] = run.facts.get("ranks") or {}
+    before = begun.get("parallel")
+    if before and asked and before != asked:
+        fail("G578", f"the run `{run.id}` shares its work by `{before}`", site="--parallel",
+             wanted=before, found=asked, help="leave --parallel out, or start a new run")  # fmt: skip
+    batch = _batch(work)
+    apart = _hindrance(work)
+    mode = before or asked or ("data" if team.size <= batch or apart else "sites")
+    if mode == "sites" and apart:
+        fail("G578", f"the sites cannot be divided among ranks: {apart}", site="--parallel",
+             wanted="data", found="sites", help="--parallel data")  # fmt: skip
+    if mode == "data" and team.size > batch:
+        fail("G578", f"a batch of {batch} cannot be shared among {team.size} ranks", site="--batch",
+             wanted=f"at least {team.size} samples", found=str(batch),
              help="give a larger --batch, or start fewer ranks")  # fmt: skip
-    if ranks.size == 1:
-        return Sharing("data", "")
-    run.record(ranks={"size": ranks.size, "parallel": "data"})
-    return Sharing("data", f"{ranks.size} ranks, data parallel: each has its rows of every batch")
+    if mode == "sites" and team.size > 1 and team.store is None:
+        fail("G578", "sites are divided among ranks only where graftc makes the process group",
+             site="--parallel", help="call it before torch.distributed.init_process_group, or use data")  # fmt: skip
+    if team.size > 1 or begun:
+        run.record(ranks={"size": team.size, "parallel": mode})
+    if mode == "sites":
+        work.setting = replace(work.setting, ranks=ALONE)
+        text = f"{team.size} ranks, each with its own sites; the figures are of all sites in one"
+        return Sharing("sites", ALONE, text if team.size > 1 else "")
+    text = f"{team.size} ranks, each with its rows of every batch; the figures are of one rank"
+    return Sharing("data", team, text if team.size > 1 else "")
+
+
+def _batch(work: Work) -> int:
+    """The smallest batch of a part."""
+    given = {name: work.options[name] for name in ("steps", "batch", "lr")}
+    size = work.setting.data.size
+    plans = [site_plans(sites, size, **given) for sites in work.generations]
+    return min((plan.batch for group in plans for plan in group.values()), default=1)
+
+
+def _hindrance(work: Work) -> str | None:
+    """Why sites cannot be trained apart, if so."""
+    if work.options["site_by_site"]:
+        return "--site-by-site trains one at a time"
+    fed = [s.name for s in work.targets.sites if max(s.student_inputs) > 0]
+    if fed:
+        return f"`{fed[0]}` is fed what the student's sites before it give"
+    return None

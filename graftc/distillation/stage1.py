@@ -15,11 +15,12 @@ from graftc.distillation.optim import Kind
 from graftc.distillation.planner import Choice, Costs, Machine, TrainingPlan, Wanted, choose
 from graftc.distillation.ranks import device_of, in_order, joined
 from graftc.distillation.reuse import Reuse, reuse_of
-from graftc.distillation.run import Build, Progress, Run, RunResult, open_run
+from graftc.distillation.run import Branch, Build, Follower, Progress, Run, RunResult, open_run
 from graftc.distillation.scopes import usable_device, using_threads
-from graftc.distillation.sharing import Parallel, sharing
+from graftc.distillation.sharing import sharing
 from graftc.distillation.stacked import Mode
 from graftc.distillation.stage1_run import Stage1Run
+from graftc.distillation.stage1_sites import Stage1Sites
 from graftc.distillation.supply import costs_of
 from graftc.distillation.targets import from_dict
 from graftc.distillation.tensorboard import board_of
@@ -52,7 +53,7 @@ def distill(
     cache: str | Path | None = None,
     site_by_site: bool | None = None,
     checkpoint_every: int | None = None,
-    parallel: Parallel | None = None,
+    parallel: str | None = None,
     sources: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
     progress: Progress | None = None,
@@ -79,7 +80,7 @@ def distill(
     `announce` gets the plan with its predictions before anything starts (`plan_distill` stops there).
 
     Under `torchrun` the processes share the work (`docs/scale.md`): by `parallel="data"` each takes its rows
-    of every batch. They return the same result; `run.yaml` says what was chosen.
+    of every batch, by "sites" its own sites. They return the same result; `run.yaml` says what was chosen.
 
     Raises GraftError for bad data or a teacher that is not finite; the last checkpoint stays.
     """
@@ -129,7 +130,10 @@ def distill(
             banked = in_order(
                 ranks, lambda: _banked(run, build, work, bank, data, task, validation)
             )
-            made = Stage1Run(run, work, wanted, checkpoint_every, progress, banked)
+            kind = Stage1Sites if shared.mode == "sites" else Stage1Run
+            own = Branch(run.path, run.facts, ranks.rank) if isinstance(run, Follower) else run
+            entry = own if shared.mode == "sites" else run
+            made = kind(entry, work, wanted, checkpoint_every, progress, banked, ranks)
             return made.run_all()
 
 

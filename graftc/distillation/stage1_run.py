@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from graftc.distillation.planner import (
     size_text,
     smaller,
 )
+from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.replay import Window
 from graftc.distillation.reuse import Reuse, result_of, state_as_chosen, take
 from graftc.distillation.run import Progress, Run, RunResult, SiteResult
@@ -37,7 +39,10 @@ from graftc.distillation.work import Work
 
 
 class Stage1Run:
-    """A run of stage 1 in progress."""
+    """A run of stage 1 in progress. `team`: all processes of the job, of which rank 0 writes."""
+
+    keeps_end = False
+    """Whether a checkpoint is written after a part's last step too."""
 
     def __init__(
         self,
@@ -47,12 +52,14 @@ class Stage1Run:
         checkpoint_every: int | None,
         progress: Progress | None,
         banked: Reuse | None = None,
+        team: Ranks = ALONE,
     ) -> None:
         self.run, self.work, self.wanted = run, work, wanted
-        self.setting, self.ranks = work.setting, work.setting.ranks
+        self.setting = work.setting
+        self.team = team
         self.student = work.student
         self.banked = banked
-        self.progress = progress if progress and self.ranks.first else silent
+        self.progress = progress if progress and self.team.first else silent
         self.saver = Saver(checkpoint_every)
         names = trainable_names(work.student, work.targets.sites)
         parameters = dict(work.student.named_parameters())
@@ -70,7 +77,7 @@ class Stage1Run:
         number, state, tensors = self._load()
         for at in range(number, len(self.work.parts)):
             self._part(at, state if at == number else None, tensors)
-        if self.ranks.first:
+        if self.team.first:
             save_candidates(self.run.path, self.work.candidates.values())
         names = [n for group in self.work.generations for s in group for n in self.work.names(s)]
         self.run.log(event="finished", steps=self.steps, seconds=self._elapsed())
@@ -96,7 +103,7 @@ class Stage1Run:
         banked = self.banked
         if banked is None:
             return set()
-        found = self.ranks.share([n for n in names if banked.entry(n) is not None])
+        found = self.team.share([n for n in names if banked.entry(n) is not None])
         for name in found:
             identity, entry = banked.identities[name], banked.entry(name)
             assert entry is not None
@@ -122,33 +129,41 @@ class Stage1Run:
         if had.issuperset(names):
             return
         generation = self.work.generation(at, state, had)
-        costs, made = self._supply(at, generation)
-        try:
-            self._train(at, generation, state, tensors)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(error, costs or costs_of(self.work, generation), made) from error
-        fresh_folder(self._spill)
-        bins = generation.measure_bins()
-        for student in generation.students:
-            name = student.site.name
-            result = self._result(generation, student.site, bins.get(name))
-            self.results[name] = result
-            if result.bins is not None:
-                self.run.log(event="bins", site=name, **result.bins)
-            self.run.log(event="site", **{k: v for k, v in vars(result).items() if k != "bins"})
-            if self.banked is not None and self.ranks.first:
-                self.banked.store(result, self._state(name))
+        self._train(at, generation, state, tensors, *self._supply(at, generation))
+        self.steps += generation.state.step
+        for name, result in self._found(generation).items():
+            self._tell(name, result)
         generation.release()
+
+    def _found(self, generation: Generation) -> dict[str, SiteResult]:
+        bins = generation.measure_bins()
+        sites = [student.site for student in generation.students]
+        return {s.name: self._result(generation, s, bins.get(s.name)) for s in sites}
+
+    def _tell(self, name: str, result: SiteResult) -> None:
+        self.results[name] = result
+        if result.bins is not None:
+            self.run.log(event="bins", site=name, **result.bins)
+        self.run.log(event="site", **{k: v for k, v in vars(result).items() if k != "bins"})
+        if self.banked is not None and self.team.first:
+            self.banked.store(result, self._state(name))
+
+    @property
+    def planned(self) -> bool:
+        """Whether batches are kept, so that there is something to plan."""
+        wanted = self.wanted
+        kept = wanted.reuse not in (None, 1) or wanted.cache is not None
+        return kept or wanted.memory is not None
 
     @property
     def _spill(self) -> Path:
         folder = self.run.path / "buffer"
-        return folder if self.ranks.size == 1 else folder / f"rank-{self.ranks.rank}"
+        return folder if self.team.size == 1 else folder / f"rank-{self.team.rank}"
 
     def _supply(self, at: int, generation: Generation) -> tuple[Costs | None, Choice | None]:
-        """Choose where the part's batches come from; a resumed run keeps its window."""
+        """Choose where the part's batches come from; a resumed run, and every process, keeps the window."""
         wanted = self.wanted
-        if wanted.reuse in (None, 1) and wanted.cache is None and wanted.memory is None:
+        if not self.planned:
             return None, None
         costs = costs_of(self.work, generation)
         made = choose(
@@ -156,7 +171,7 @@ class Stage1Run:
         )
         windows: dict[str, list[int]] = dict(self.run.facts.get("windows") or {})
         own = [made.window.batches, made.window.reuse]
-        begun = self.ranks.share(windows.get(str(at), own))
+        begun = self.team.share(windows.get(str(at), own))
         made = made.keeping(Window(*begun), costs)
         windows[str(at)] = [made.window.batches, made.window.reuse]
         self.run.record(windows=windows)
@@ -164,14 +179,30 @@ class Stage1Run:
         return costs, made
 
     def _train(
+        self,
+        at: int,
+        generation: Generation,
+        state: State | None,
+        tensors: Mapping[str, Tensor],
+        costs: Costs | None,
+        made: Choice | None,
+    ) -> None:
+        try:
+            self._steps(at, generation, state, tensors)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _out_of_memory(error, costs or costs_of(self.work, generation), made) from error
+        fresh_folder(self._spill)
+
+    def _steps(
         self, at: int, generation: Generation, state: State | None, tensors: Mapping[str, Tensor]
     ) -> None:
         number = generation.number
         if state is None:
             for done, total in solve_pending(generation, f"init.{number}"):
+                self.team.beat()
                 self.progress("init", done, total, {})
             stacks: dict[str, list[list[str]]] = dict(self.run.facts.get("stacks") or {})
-            generation.begin(self.ranks.share(stacks.get(str(at))))
+            generation.begin(self.setting.ranks.share(stacks.get(str(at))))
             # It was decided by time: a run that dies before its first checkpoint would decide anew.
             self.run.record(stacks={**stacks, str(at): generation.state.stacks})
             self._log_start(generation)
@@ -182,16 +213,22 @@ class Stage1Run:
             optimiser.load(under(tensors, "optimiser."))
         else:
             self._save(at, generation, optimiser)
+            self._begun()
         total = generation.steps
         for done, values in generation.train(optimiser):
+            self.team.beat()
             self._log_step(generation, done, total, values)
             if done < total and self.saver.due(done):
                 self._save(at, generation, optimiser)
             self.progress(f"distill {at + 1}/{len(self.work.parts)}", done, total, values)
-        if self.banked is not None:  # should the bank have no room, nothing is trained twice
+        if (
+            self.keeps_end or self.banked is not None
+        ):  # should the bank have no room, nothing is trained twice
             self._save(at, generation, optimiser)
         generation.restore_best()
-        self.steps += generation.state.step
+
+    def _begun(self) -> None:
+        """Called when the first checkpoint of a part is whole, before its first step."""
 
     # -- log and checkpoint -----------------------------------------------------------------
 
@@ -239,14 +276,15 @@ class Stage1Run:
         tensors = {f"model.{name}": value for name, value in self.tensors.items()}
         tensors.update({f"best.{name}": value for name, value in generation.best.items()})
         tensors.update({f"optimiser.{name}": value for name, value in optimiser.state().items()})
-        facts = {
+        self.run.save(tensors, {**self._facts(part), "state": generation.state.to_dict()})
+
+    def _facts(self, part: int) -> dict[str, Any]:
+        return {
             "part": part,
-            "state": generation.state.to_dict(),
             "results": [vars(r) for r in self.results.values()],
             "steps": self.steps,
             "seconds": self._elapsed(),
         }
-        self.run.save(tensors, facts)
 
     def _load(self) -> tuple[int, State | None, dict[str, Tensor]]:
         found = self.run.load()

@@ -13,15 +13,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # as optimisers do at their first step: not in every fork
+import torch._dynamo  # pyright: ignore[reportUnusedImport]  as optimisers do: not in every fork
 from torch import Tensor, nn
 
 from graftc.diagnostics import GraftError
-from graftc.distillation import distill
+from graftc.distillation import distill, runs
 from graftc.distillation.ranks import joined
 from graftc.distillation.targets import Budget, Loss
 from tests.distillation import tiny
@@ -81,6 +82,46 @@ def replay(folder: Path) -> None:
     distill(build(folder), latents(), Wide(), reuse=4, **ALWAYS)
 
 
+APART = tuple(replace(site, student_inputs=(0.0, 0.0)) for site in SITES)
+
+
+def sites(folder: Path) -> None:
+    distill(build(folder, sites=APART), latents(), Wide(), parallel="sites", **ALWAYS)
+
+
+class Mortal(Wide):
+    """One rank is killed, once, a while after the first checkpoint; a folder that has seen it die lets it live."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.left = folder, 40
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.dies = count > 1 and int(os.environ["RANK"]) == count // 2
+
+    def prepare(self, sample: Any, generator: torch.Generator) -> tiny.Made:
+        mark = self.folder / "died"
+        if self.dies and not mark.exists() and any(self.folder.glob("runs/*/checkpoint.*")):
+            self.left -= 1
+            if self.left == 0:
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().prepare(sample, generator)
+
+
+def begun(folder: Path) -> str | None:
+    """The run to resume; None at the first launch."""
+    return next(iter(runs(folder)), None)
+
+
+def killed_data(folder: Path) -> None:
+    made = build(folder)
+    distill(made, latents(), Mortal(folder), checkpoint_every=3, resume=begun(folder), **ALWAYS)
+
+
+def killed_sites(folder: Path) -> None:
+    made, way = build(folder, sites=APART), {"parallel": "sites", "checkpoint_every": 3}
+    distill(made, latents(), Mortal(folder), resume=begun(folder), **way, **ALWAYS)
+
+
 def broken(folder: Path) -> None:
     """DATA that one rank cannot read."""
 
@@ -108,6 +149,9 @@ def stuck(folder: Path) -> None:
 JOBS: dict[str, Callable[[Path], None]] = {
     "data": data,
     "replay": replay,
+    "sites": sites,
+    "killed_data": killed_data,
+    "killed_sites": killed_sites,
     "broken": broken,
     "stuck": stuck,
 }

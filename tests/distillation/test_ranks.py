@@ -63,7 +63,7 @@ def differences(one: Path, other: Path) -> tuple[float, float]:
     return max(float((weights[n] - others[n]).abs().max()) for n in weights), max(measured)
 
 
-FAST = ("data", "replay")
+FAST = ("data", "replay", "sites")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,27 @@ def test_four_processes_end_where_one_does(tmp_path: Path, one: Path, name: str)
     weights, measured = differences(tmp_path / name, alone(one, name))
     assert weights < 1e-5
     assert measured < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("name", ["data", "sites"])
+def test_a_rank_is_killed_and_the_run_goes_on_with_others(
+    tmp_path: Path, one: Path, name: str, before: int, after: int
+) -> None:
+    job = f"killed_{name}"
+    died = launch(before, tmp_path, job)
+    assert died.returncode != 0
+    (run,) = runs(tmp_path / job)
+    assert runs(tmp_path / job)[run]["status"] == "running"
+    assert (tmp_path / job / "runs" / run / "checkpoint.safetensors").exists()
+    again = launch(after, tmp_path, job)
+    assert again.returncode == 0, again.stderr
+    weights, measured = differences(tmp_path / job, alone(one, name))
+    assert weights < 1e-5
+    assert measured < 1e-5
+    left = sorted(p.name for p in (tmp_path / job / "runs" / run).glob("checkpoint*"))
+    assert left == []
 
 
 def test_shares_are_whole_and_even() -> None:
