@@ -233,7 +233,7 @@ def test_the_grid_and_the_streams_must_be_known() -> None:
 CORPUS_FILES = [
     ("lolcats", lambda: llama(tokens=130), 2),
     ("mamba_in_llama", llama, 1),
-    pytest.param("gqa", lambda: llama(kv_heads=4), 2, marks=pytest.mark.slow),
+    ("gqa", lambda: llama(kv_heads=4), 2),
 ]
 
 
