@@ -27,6 +27,8 @@ from graftc.language.rules import (
     Term,
 )
 from graftc.language.scope import Binding, Scope, already, listed, suggest
+from graftc.language.syntax_errors import site_needs_no_braces
+from graftc.language.vocabulary import ROLES
 
 WORDS = frozenset(
     [
@@ -341,16 +343,18 @@ def dataflow_match(scope: Scope, clause: s.MatchDataflow) -> DataflowMatch:
                 help="name the value: `o = …`",
             )
         value = reader.term(statement.value)
+        for target in statement.targets:
+            _bind(scope, target, bound)
         if isinstance(value, (Ref, Constant, ListTerm, NotTerm)):
+            role = isinstance(value, Ref) and value.name in ROLES
             fail(
                 "G374",
                 "a line of a pattern is an op",
                 span=statement.span,
                 wanted="y = op(…)",
                 found=statement.value.span.text,
+                help=site_needs_no_braces(statement.span.text) if role else None,
             )
-        for target in statement.targets:
-            _bind(scope, target, bound)
         targets = tuple(Ref(t.text, t.span) for t in statement.targets)
         statements.append(Binds(targets, value, statement.span))
     return DataflowMatch(tuple(statements), clause.span)

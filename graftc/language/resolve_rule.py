@@ -49,6 +49,9 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
     unapplied = next((m for m in matches.matches if isinstance(m, Unapplied)), None)
     if not matches.matches and len(scope.log.errors) == before:
         _missing(scope, item, "match", "match   a = self_attention in blocks all")
+    read = len(scope.log.diagnostics)
+    patterns = _all(clauses, s.MatchDataflow)
+    unread = len(patterns) > sum(isinstance(m, DataflowMatch) for m in matches.matches)
     dataflow = any(isinstance(m, (DataflowMatch, PythonMatch)) for m in matches.matches)
     guards, where, waiting = _where(scope, clauses, dataflow)
     inits = tuple(i for c in _all(clauses, s.InitClause) for i in c.items)
@@ -79,6 +82,9 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         d.code in ("G105", "G013") for d in scope.log.errors[before:]
     ):
         report_unused(scope)
+    if unread:  # its names are not known, so that their uses are no further errors
+        later = scope.log.diagnostics[read:]
+        scope.log.diagnostics[read:] = [d for d in later if d.code not in ("G105", "G375")]
     measure = None
     with scope.log.attempt():
         measure = measure_of(item)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from graftc.diagnostics import Diagnostic, Note, Source, Span, nearest
 from graftc.language.tokens import Token
+from graftc.language.vocabulary import ROLES
 
 ITEM_WORDS = ("use", "set", "rule", "operator", "test", "finetune")
 CLAUSE_WORDS = (
@@ -46,6 +48,7 @@ _OPERATORS = frozenset(
 )
 _SYMBOLS = _OPERATORS - {"OR", "AND", "IS"}
 _VALUES = frozenset(["NAME", "NUMBER", "PERCENT", "STRING", "LPAR", "LBRACE", "LSQB"])
+_SITE_WORDS = ("module", "class", "each")
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 _SPLIT = re.compile(r"([a-z]+?)([0-9].*|[A-Z_].*)")
 
@@ -115,6 +118,8 @@ def unexpected(
     opened = _open_bracket(tokens[:at])
     notes: list[Note] = []
     help = None if at >= len(tokens) else _suggestion(tokens, at, expected, before)
+    if site := _site_among_ops(tokens, at):
+        wanted, help = "y = op(…)", site_needs_no_braces(site)
     if opened is not None and (end or _runs_over(token, opened)):
         closing = _CLOSES[opened.value]
         notes.append(Note(f"`{opened.value}` is opened here and not closed", opened.span))
@@ -122,6 +127,32 @@ def unexpected(
     return Diagnostic(
         "G010", f"unexpected {found}", span=span, wanted=wanted, notes=tuple(notes), help=help
     )
+
+
+def site_needs_no_braces(pattern: str) -> str:
+    """What to do about `match { a = self_attention … }`."""
+    return (
+        f"`{{ … }}` is for ops; a site stands without: write `match {pattern}` on a line of its own"
+    )
+
+
+def _site_among_ops(tokens: Sequence[Token], at: int) -> str | None:
+    """The line of `match { … }` in which token `at` stands, where it names a site: `a = mlp in blocks odd`."""
+    first = at
+    while first and tokens[first - 1].type not in ("NL", "LBRACE"):
+        first -= 1
+    opening = first - 1
+    while opening >= 0 and tokens[opening].type != "LBRACE":
+        opening -= 1
+    if opening < 1 or tokens[opening - 1].value != "match" or at >= len(tokens):
+        return None
+    made = next((t for b, t in pairwise(tokens[first:at]) if b.type == "EQUAL"), None)
+    if made is None or made.value not in (*ROLES, *_SITE_WORDS):
+        return None
+    end = at
+    while end < len(tokens) and tokens[end].type not in ("NL", "RBRACE"):
+        end += 1
+    return Span(tokens[at].source, tokens[first].start, tokens[end - 1].end).text
 
 
 def _open_bracket(tokens: Sequence[Token]) -> Token | None:

@@ -70,3 +70,9 @@ def test_most_misspellings_carry_an_edit() -> None:
 
 def test_the_bank_is_large() -> None:
     assert len(CASES) >= 120
+
+
+def test_a_line_of_a_pattern_that_cannot_be_read_is_told_once() -> None:
+    """Not with each use of the names that it would have bound."""
+    text = "rule a {\n match { y = rellu(x) }\n where x is number\n rewrite { y = relu(x) }\n}\n"
+    assert [d.code for d in told(Source("a.graft", text), {})] == ["G371"]

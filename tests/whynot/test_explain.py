@@ -55,6 +55,18 @@ def test_every_rule_is_explained(capsys: pytest.CaptureFixture[str], file: Path)
     assert "help" not in fine, "a rule that does what it says needs no advice"
 
 
+def test_a_rule_that_no_model_can_match_is_told_as_such(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Near misses in a model would send its writer the wrong way."""
+    file = tmp_path / "a.graft"
+    file.write_text("rule never { match { y = relu(x * 1) }\nrewrite { y = relu(x) }\n}\n")
+    code, out, _ = run(capsys, "explain", str(file), "-m", MODEL)
+    assert code == 0
+    assert "error[G443]: rule `never` can never match what it says" in out
+    assert "near misses" not in out
+
+
 def test_at_one_place(capsys: pytest.CaptureFixture[str], file: Path) -> None:
     code, out, _ = run(capsys, "explain", str(file), "-m", MODEL, "few", "--at", "blocks.0.mlp")
     assert code == 0

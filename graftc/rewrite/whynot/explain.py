@@ -27,6 +27,7 @@ from graftc.language.rules import (
 from graftc.program.analysis import Analysis
 from graftc.program.flat import Op
 from graftc.rewrite.dataflow.matcher import Sites, SiteValue
+from graftc.rewrite.dataflow.own_side import own_side
 from graftc.rewrite.whynot.change import Change, Miss, ranked
 from graftc.rewrite.whynot.dataflow import dataflow_misses
 from graftc.rewrite.whynot.places import Places
@@ -42,7 +43,7 @@ class Explanation:
     """What one rule does in a model.
 
     `selected`: the places, a group's joined by ` + `. `misses`: near misses, the nearest first. `problems`: why
-    `plan` would refuse the rule.
+    `plan` would refuse the rule, and what it says of a pattern that can never match its own ops.
     """
 
     rule: Rule
@@ -53,7 +54,8 @@ class Explanation:
     @property
     def help(self) -> str | None:
         """The one edit of the rule that the nearest miss suggests; None where the rule does what it says."""
-        if not self.misses or (self.selected and not self.problems):
+        refused = any(p.severity == "error" for p in self.problems)
+        if not self.misses or (self.selected and not refused):
             return None
         return self.misses[0].help
 
@@ -98,6 +100,9 @@ def _explained(rule: Rule, places: Places, at: str | None) -> Explanation:
     from graftc.rewrite.match import selection
 
     selected: tuple[str, ...] = ()
+    own = tuple(own_side(rule))
+    if any(d.severity == "error" for d in own):  # no edit for a model helps such a rule
+        return Explanation(rule, (), (), own)
     problems: tuple[Diagnostic, ...] = ()
     try:
         found = selection(rule, places.analysis)
@@ -108,9 +113,11 @@ def _explained(rule: Rule, places: Places, at: str | None) -> Explanation:
             for d in error.diagnostics
         )
     if at is None:
-        return Explanation(rule, selected, near_misses(rule, places), problems)
+        return Explanation(rule, selected, near_misses(rule, places), (*problems, *own))
     here = tuple(s for s in selected if at in s.split(" + "))
-    return Explanation(rule, here, () if here else tuple(_misses_at(rule, places, at)), problems)
+    return Explanation(
+        rule, here, () if here else tuple(_misses_at(rule, places, at)), (*problems, *own)
+    )
 
 
 def near_misses(rule: Rule, places: Places) -> tuple[Miss, ...]:
