@@ -18,7 +18,9 @@ from graftc.deploy.regions import WHOLE, Region, Traced, region_of, site_of, tra
 from graftc.deploy.repair import repair
 from graftc.deploy.shapes import dynamic_shapes
 from graftc.deploy.translations import translations
+from graftc.diagnostics import GraftError
 from graftc.emit.onnx import output_names, quiet, refused
+from graftc.emit.purity import check_pure
 
 _MARK = "graftc-region:"
 _SMALL = 1024
@@ -70,7 +72,11 @@ def build_graph(
                     custom_translation_table=translations(), optimize=False,
                 )  # fmt: skip
                 assert program is not None
+                assert program.exported_program is not None
+                check_pure(program.exported_program, sites)
                 _optimise(program.model, weights)
+    except GraftError:
+        raise
     except Exception as error:
         raise refused(error, model, dict(inputs), shapes, sites) from error
     found = program.model
