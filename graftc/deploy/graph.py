@@ -34,7 +34,7 @@ class Graph:
     program: Any
     values: Mapping[str, tuple[str, ...]]
     nodes: Mapping[str, int]
-    merged: Mapping[str, str]
+    weights: Mapping[str, str | None]
     repairs: Mapping[str, int]
 
     @property
@@ -88,7 +88,7 @@ def build_graph(
     repairs = repair(found)
     _clean(found)
     nodes = _name_nodes(found, sites)
-    return Graph(program, _value_names(values), nodes, _merged(found, weights), dict(repairs))
+    return Graph(program, _value_names(values), nodes, _weights(found, weights), dict(repairs))
 
 
 @contextmanager
@@ -189,19 +189,17 @@ def _clean(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _merged(model: ir.Model, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Weights that the file holds under another's name, for their numbers are the same."""
+def _weights(model: ir.Model, weights: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """The student's weights → their names in the file: their own, one with the same numbers, None for an unused one."""
     kept = {n: t for n, t in weights.items() if n in model.graph.initializers}
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, tensor in kept.items():
         by_shape.setdefault(tuple(tensor.shape), []).append(name)
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     for name, tensor in weights.items():
-        if name not in kept:
-            alike = by_shape.get(tuple(tensor.shape), ())
-            same = next((n for n in alike if torch.equal(kept[n], tensor)), None)
-            if same is not None:
-                found[name] = same
+        alike = () if name in kept else by_shape.get(tuple(tensor.shape), ())
+        same = next((n for n in alike if torch.equal(kept[n], tensor)), None)
+        found[name] = name if name in kept else same
     return found
 
 
