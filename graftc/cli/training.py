@@ -114,6 +114,10 @@ def distill(
             metavar="WAY", help="how the ranks of `torchrun` share the work: data or sites"
         ),
     ] = None,
+    shard_teacher: Annotated[
+        bool,
+        typer.Option("--shard-teacher", help="a piece of the teacher in each rank (FSDP2)"),
+    ] = False,
     format: FormatOption = "text",
 ) -> None:
     """Stage 1: train each new operator on the teacher's activations."""
@@ -140,6 +144,7 @@ def distill(
         "tensorboard": tensorboard or None,
         "compile": compile_teacher or None,
         "parallel": parallel,
+        "shard_teacher": shard_teacher or None,
     }
     _training("distill", directory, data, task, options, as_json=format == "json")
 
@@ -195,6 +200,13 @@ def finetune(
     device: DeviceOption = "cpu",
     resume: ResumeOption = None,
     tensorboard: BoardOption = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="how the ranks of `torchrun` have the model: data (DDP) or pieces (FSDP2)",
+        ),
+    ] = None,
     format: FormatOption = "text",
 ) -> None:
     """Stage 2: train the whole student on the task's loss, and on the teacher where it is asked to."""
@@ -204,7 +216,7 @@ def finetune(
         "ema": ema, "clip": clip, "task_weight": task_weight, "teacher_weight": teacher_weight,
         "features_weight": features_weight, "train": train, "precision": precision, "device": device,
         "checkpointing": checkpointing or None, "preview": preview, "tensorboard": tensorboard or None,
-        "preview_options": None if preview_steps is None else {"steps": preview_steps},
+        "preview_options": None if preview_steps is None else {"steps": preview_steps}, "parallel": parallel,
     }  # fmt: skip
     _training("finetune", directory, data, task, options, as_json=format == "json")
 

@@ -52,6 +52,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def load_facts(path: Path) -> dict[str, Any]:
+    """The facts of such a file, without its tensors. Raises GraftError (G551) where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("graftc", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        fail("G551", f"cannot read `{path.name}`: {error}", site=str(path))
+
+
 def save_yaml(path: Path, data: Mapping[str, Any]) -> None:
     """Write a YAML file in one atomic rename; errors as `save_tensors`."""
     temporary = _temporary(path)

@@ -97,6 +97,19 @@ def passed_by_position(module: nn.Module, cut: Cut) -> tuple[str | None, ...] | 
     return tuple(names.get(a) if isinstance(a, fx.Node) else None for a in call.args)
 
 
+def calls_of(module: nn.Module, path: str = "") -> list[str]:
+    """Full paths of the modules that the forward of the module at `path` calls, in order, each once.
+
+    Raises GraftError (G513) where it cannot be read.
+
+    >>> calls_of(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    ['0', '1']
+    """
+    graph = _trace(_submodule(module, path), path)
+    calls = [_join(path, node.target) for node in graph.nodes if node.op == "call_module"]
+    return list(dict.fromkeys(calls))
+
+
 def side_by_side(value: Any) -> Any:
     """The tensors that a region returns (the two streams of a joint attention) as one, [batch, …]."""
     if not isinstance(value, (tuple, list)):

@@ -15,8 +15,10 @@ from graftc.distillation.checkpoint import load_tensors
 from graftc.distillation.data import Task
 from graftc.distillation.optim import align
 from graftc.distillation.preview import Preview
+from graftc.distillation.ranks import device_of, joined
 from graftc.distillation.run import Build, Progress, RunResult, finished, latest, open_run
 from graftc.distillation.scopes import usable_device, using_threads
+from graftc.distillation.sharing import sharing2
 from graftc.distillation.stage2 import Which, finetune_module, terms_of
 from graftc.distillation.targets import Lora, Only, Site, Stage2, Targets, Train, from_dict
 from graftc.distillation.tensorboard import board_of
@@ -54,6 +56,7 @@ def finetune(
     device: str = "cpu",
     threads: int | None = None,
     checkpoint_every: int | None = None,
+    parallel: str | None = None,
     sources: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -66,8 +69,12 @@ def finetune(
     `checkpointing`, `preview` (a sheet of samples every so many steps, drawn with `preview_options` for
     the Task's `sample`); `resume`, `tensorboard` and `sources` as in `distill`. The
     result's weights are the EMA ones; its metrics are the task's loss over the held-out samples.
+
+    Under `torchrun` each process takes its rows of every batch (`docs/scale.md`): with the whole model in each by
+    `parallel="data"` (DDP), or with student and teacher in pieces by "pieces" (FSDP2). A run may be resumed with
+    another number of processes, and in the other way. They return the same result.
     """
-    usable_device(device)
+    usable_device(device_of(device))
     targets = from_dict(build.targets)
     parent = None
     if model == "student" and resume is None and run != UNTRAINED:
@@ -98,9 +105,18 @@ def finetune(
     stage = "finetune" if model == "student" else "teacher"
     if parent is not None:
         finished(build.path, parent)  # before a directory is made
-    with open_run(
-        build, stage, options=options, parent=parent, resume=resume, sources=sources
-    ) as opened:
+    with (
+        joined(device) as ranks,
+        open_run(
+            build,
+            stage,
+            options=options,
+            parent=parent,
+            resume=resume,
+            sources=sources,
+            ranks=ranks,
+        ) as opened,
+    ):
         if (done := opened.result()) is not None:
             return done
         chosen = opened.options
@@ -108,7 +124,9 @@ def finetune(
         if isinstance(changes["train"], str):
             changes["train"] = train_of(changes["train"], targets.stage2)
         terms = terms_of(targets.stage2, changes)
-        with using_threads(chosen["threads"]), board_of(opened, tensorboard):
+        board = board_of(opened, tensorboard and ranks.first)
+        with using_threads(chosen["threads"]), board:
+            mode = sharing2(ranks, parallel, opened)
             module = _module(build, model, opened.facts["parent"])
             needed = terms.teacher > 0 or terms.features > 0 or terms.preview is not None
             result = finetune_module(
@@ -123,31 +141,21 @@ def finetune(
                 batch=chosen["batch"],
                 lr=chosen["lr"],
                 validation=validation,
-                device=device,
+                device=ranks.device if ranks.size > 1 else device,
                 run=opened,
                 checkpoint_every=checkpoint_every,
-                progress=progress,
+                progress=progress if ranks.first else None,
                 teacher=align(build.teacher()) if needed else None,
                 sites=_sites(targets, model),
                 preview=_preview(terms, chosen.get("preview_options")),
+                ranks=ranks,
+                pieces=mode == "pieces",
             )
-        return opened.finish(
-            module.state_dict(),
-            RunResult(
-                id=opened.id,
-                path=opened.path,
-                stage=stage,
-                weights=opened.path / f"{model}.safetensors",
-                steps=result.steps,
-                seconds=result.seconds,
-                metrics={
-                    "loss_start": result.loss_start,
-                    "loss_raw": result.loss_raw,
-                    "loss_end": result.loss_end,
-                    "skipped_steps": result.skipped_steps,
-                },
-            ),
-        )
+        metrics = {"loss_start": result.loss_start, "loss_raw": result.loss_raw,
+                   "loss_end": result.loss_end, "skipped_steps": result.skipped_steps}  # fmt: skip
+        weights = opened.path / f"{model}.safetensors"
+        made = RunResult(opened.id, opened.path, stage, weights, result.steps, result.seconds, metrics=metrics)  # fmt: skip
+        return opened.finish(module.state_dict(), made)
 
 
 _TERMS = (

@@ -15,6 +15,7 @@ import torch
 from graftc.distillation.activations import Teacher, Values
 from graftc.distillation.bins import BinSums, edges_of, times_of
 from graftc.distillation.loss import Moments, Scale, change_from, counted, squared_error
+from graftc.distillation.ranks import Ranks
 from graftc.distillation.student_inputs import StudentInputs, ends_with_own
 from graftc.distillation.students import Student, check_teacher, cuts_of
 
@@ -36,7 +37,7 @@ class HeldOut:
         self._setting, self._teacher, self._own = setting, teacher, own
         self._ranks = setting.ranks
         count = len(setting.data.held_out)
-        self._chunks, self._factor = _shares(count, batch, setting)
+        self._chunks, self._factor = shares(count, batch, setting.ranks)
         self._held: dict[str, list[Values]] = {}
         self._prepared: list[Any] = []
 
@@ -66,7 +67,8 @@ class HeldOut:
             if size <= HELD_MEMORY:
                 kept.append(values)
             yield where, values
-        if size <= HELD_MEMORY:
+        # All processes keep theirs, or none: they may have to run the teacher together.
+        if not self._ranks.total([[float(size > HELD_MEMORY)]])[0][0]:
             columns = map(list, zip(*kept, strict=True))
             self._held.update(zip(names, columns, strict=True))
 
@@ -173,13 +175,12 @@ class HeldOut:
         self._prepared.clear()
 
 
-def _shares(count: int, batch: int, setting: Setting) -> tuple[list[range], float]:
+def shares(count: int, batch: int, ranks: Ranks) -> tuple[list[range], float]:
     """The batches of this process, as rows of the held-out samples, and what its sums count.
 
     Every process has as many batches, none empty. Where there are fewer samples than processes, each
     measures all, and those of the first count.
     """
-    ranks = setting.ranks
     if ranks.size == 1 or count < ranks.size:
         whole = [range(at, min(at + batch, count)) for at in range(0, count, batch)]
         return whole, float(ranks.first)

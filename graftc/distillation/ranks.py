@@ -69,6 +69,13 @@ class Ranks:
         """This rank's share of so many rows, in one piece; shares differ by one at most."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def enough(self, batch: int) -> None:
+        """Raise GraftError (G578) for a batch that has no row for each rank."""
+        if self.size > batch:
+            fail("G578", f"a batch of {batch} cannot be shared among {self.size} ranks", site="--batch",
+                 wanted=f"at least {self.size} samples", found=str(batch),
+                 help="give a larger --batch, or start fewer ranks")  # fmt: skip
+
     def key(self) -> tuple[int, ...]:
         """What seeds of random layers (dropout) have beside their step: other rows, other draws."""
         return (self.rank,) if self.size > 1 else ()

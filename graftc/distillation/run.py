@@ -140,7 +140,11 @@ class Run:
         plain["sites"] = [asdict(site) for site in result.sites]
         self.facts.update(status="finished", result=plain)
         save_yaml(self.path / "run.yaml", self.facts)
-        for file in (self.path / CHECKPOINT, *self.path.glob(f"{BRANCH}*")):
+        for file in (
+            self.path / CHECKPOINT,
+            *self.path.glob(f"{BRANCH}*"),
+            *self.path.glob(f"{PIECE}*"),
+        ):
             file.unlink(missing_ok=True)
         return result
 
@@ -171,6 +175,9 @@ class Follower(Run):
 
 BRANCH = "checkpoint-rank-"
 """How the file begins that another process than rank 0 keeps its own sites in."""
+
+PIECE = "checkpoint-piece-"
+"""How a file begins that holds one process's rows of a model in pieces."""
 
 
 class Branch(Follower):

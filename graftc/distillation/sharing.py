@@ -1,7 +1,8 @@
-"""How the processes of a job share stage 1, and what says so."""
+"""How the processes of a job share a stage, and what says so."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -9,9 +10,11 @@ from graftc.diagnostics import fail, nearest
 from graftc.distillation.budget import site_plans
 from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.run import Run
+from graftc.distillation.targets import Targets
 from graftc.distillation.work import Work
 
 Parallel = Literal["data", "sites"]
+Parallel2 = Literal["data", "pieces"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,7 @@ def sharing(work: Work, team: Ranks, asked: str | None, run: Run) -> Sharing:
 
     The rule: `data`, where every process gets a row of each batch, else `sites`. Raises GraftError (G578).
     """
-    if asked is not None and asked not in get_args(Parallel):
-        near = nearest(asked, get_args(Parallel))
-        fail("G578", f"there is no way `{asked}` to share stage 1", site="--parallel",
-             wanted=", ".join(get_args(Parallel)), found=asked,
-             help=f"write `{near}`" if near else None)  # fmt: skip
+    _known(asked, get_args(Parallel), "stage 1")
     begun: dict[str, Any] = run.facts.get("ranks") or {}
     before = begun.get("parallel")
     if before and asked and before != asked:
@@ -44,10 +43,8 @@ def sharing(work: Work, team: Ranks, asked: str | None, run: Run) -> Sharing:
     if mode == "sites" and apart:
         fail("G578", f"the sites cannot be divided among ranks: {apart}", site="--parallel",
              wanted="data", found="sites", help="--parallel data")  # fmt: skip
-    if mode == "data" and team.size > batch:
-        fail("G578", f"a batch of {batch} cannot be shared among {team.size} ranks", site="--batch",
-             wanted=f"at least {team.size} samples", found=str(batch),
-             help="give a larger --batch, or start fewer ranks")  # fmt: skip
+    if mode == "data":
+        team.enough(batch)
     if mode == "sites" and team.size > 1 and team.store is None:
         fail("G578", "sites are divided among ranks only where graftc makes the process group",
              site="--parallel", help="call it before torch.distributed.init_process_group, or use data")  # fmt: skip
@@ -59,6 +56,42 @@ def sharing(work: Work, team: Ranks, asked: str | None, run: Run) -> Sharing:
         return Sharing("sites", ALONE, text if team.size > 1 else "")
     text = f"{team.size} ranks, each with its rows of every batch; the figures are of one rank"
     return Sharing("data", team, text if team.size > 1 else "")
+
+
+def check_pieces(targets: Targets, wanted: Mapping[str, Any]) -> None:
+    """What a teacher in pieces cannot do. `wanted`: options of `distill`. Raises GraftError (G831)."""
+    reads = [s.name for s in targets.sites if any(p.policy == "keep_top" for p in s.pending)]
+    names = {"compile": "--compile", "reuse": "--reuse", "cache": "--cache", "memory": "--memory"}
+    for name, flag in names.items():
+        if wanted.get(name):
+            fail("G831", f"`{flag}` needs the teacher whole", site="--shard-teacher", found=flag,
+                 help=f"leave out {flag}, or --shard-teacher")  # fmt: skip
+    if wanted.get("parallel") == "sites":
+        fail("G831", "processes that train sites apart do not run the teacher together",
+             site="--shard-teacher", wanted="--parallel data", found="--parallel sites")  # fmt: skip
+    if reads:
+        fail("G831", f"the first weights of `{reads[0]}` are read from the teacher's", site="--shard-teacher",
+             found="keep_top", help="give --data to `compile`, which solves them there")  # fmt: skip
+
+
+def sharing2(team: Ranks, asked: str | None, run: Run) -> Parallel2:
+    """How the processes share stage 2: each has rows of every batch, and the model whole or in pieces.
+
+    A resumed run goes on as it began unless it is asked otherwise. Raises GraftError (G578).
+    """
+    _known(asked, get_args(Parallel2), "stage 2")
+    begun: dict[str, Any] = run.facts.get("ranks") or {}
+    mode = asked or begun.get("parallel") or "data"
+    if team.size > 1 or begun:
+        run.record(ranks={"size": team.size, "parallel": mode})
+    return "pieces" if mode == "pieces" and team.size > 1 else "data"
+
+
+def _known(asked: str | None, ways: Sequence[str], stage: str) -> None:
+    if asked is not None and asked not in ways:
+        near = nearest(asked, ways)
+        fail("G578", f"there is no way `{asked}` to share {stage}", site="--parallel",
+             wanted=", ".join(ways), found=asked, help=f"write `{near}`" if near else None)  # fmt: skip
 
 
 def _batch(work: Work) -> int:

@@ -17,7 +17,7 @@ from graftc.distillation.ranks import device_of, in_order, joined
 from graftc.distillation.reuse import Reuse, reuse_of
 from graftc.distillation.run import Branch, Build, Follower, Progress, Run, RunResult, open_run
 from graftc.distillation.scopes import usable_device, using_threads
-from graftc.distillation.sharing import sharing
+from graftc.distillation.sharing import check_pieces, sharing
 from graftc.distillation.stacked import Mode
 from graftc.distillation.stage1_run import Stage1Run
 from graftc.distillation.stage1_sites import Stage1Sites
@@ -54,6 +54,7 @@ def distill(
     site_by_site: bool | None = None,
     checkpoint_every: int | None = None,
     parallel: str | None = None,
+    shard_teacher: bool = False,
     sources: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
     progress: Progress | None = None,
@@ -80,7 +81,8 @@ def distill(
     `announce` gets the plan with its predictions before anything starts (`plan_distill` stops there).
 
     Under `torchrun` the processes share the work (`docs/scale.md`): by `parallel="data"` each takes its rows
-    of every batch, by "sites" its own sites. They return the same result; `run.yaml` says what was chosen.
+    of every batch, by "sites" its own sites. They return the same result; `run.yaml` says what was chosen. With
+    `shard_teacher` each has a piece of the teacher (FSDP2), and they run it together.
 
     Raises GraftError for bad data or a teacher that is not finite; the last checkpoint stays.
     """
@@ -111,6 +113,10 @@ def distill(
         board = board_of(run, tensorboard and ranks.first)
         with using_threads(run.options["threads"]), board:
             settings = {**filled({}), **run.options}
+            pieces = shard_teacher and ranks.size > 1
+            if pieces:
+                given = {"compile": compile, "memory": memory, "parallel": parallel}
+                check_pieces(targets, {**settings, **given})
             work = open_work(
                 build,
                 targets,
@@ -121,11 +127,12 @@ def distill(
                 device=ranks.device if ranks.size > 1 else device,
                 compile=compile,
                 ranks=ranks,
+                pieces=pieces,
             )
             shared = sharing(work, ranks, parallel, run)
             kept = settings["cache"]
             wanted = Wanted(settings["reuse"], memory, disk, None if kept is None else Path(kept))
-            if announce is not None and resume is None and ranks.first:
+            if announce is not None and resume is None and ranks.first and not pieces:
                 _announce(run, work, wanted, announce, shared.text)
             banked = in_order(
                 ranks, lambda: _banked(run, build, work, bank, data, task, validation)

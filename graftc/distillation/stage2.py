@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from graftc.diagnostics import fail
-from graftc.distillation import lora
+from graftc.distillation import checkpoint_pieces, lora
 from graftc.distillation.budget import Plan, stage2_plan
 from graftc.distillation.data import Data, Task, open_data
+from graftc.distillation.held_out import shares
 from graftc.distillation.inputs import check_inputs
-from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm, named
+from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, named
+from graftc.distillation.pieces import Rows, Whole, held, in_pieces
 from graftc.distillation.preview import Preview, draw, grid, write_png
+from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.recompute import recomputed
 from graftc.distillation.run import Progress, Run
-from graftc.distillation.saving import Saver, silent, under
+from graftc.distillation.saving import Saver, silent
 from graftc.distillation.scopes import random_of
 from graftc.distillation.students import is_under
 from graftc.distillation.targets import Lora, ModelInput, Site, Stage2
@@ -74,6 +77,8 @@ def finetune_module(
     teacher: nn.Module | None = None,
     sites: Sequence[Site] = (),
     preview: Preview | None = None,
+    ranks: Ranks = ALONE,
+    pieces: bool = False,
 ) -> Finetuned:
     """Train `module` in place on `task.loss`; it ends with the EMA weights, in its own mode.
 
@@ -86,6 +91,9 @@ def finetune_module(
     there, and one that is there is resumed; adapters are kept there, and sheets of samples where
     `preview` (or `stage2.preview`) asks for them. Of `stage2`'s terms, `teacher` and `features` need the
     teacher, and the second the sites. What is measured and returned is the task's loss alone.
+
+    `ranks` share each batch, with the whole model in each (DDP), or in `pieces` (FSDP2); of a model that was in pieces
+    rank 0 alone has the weights at the end.
 
     >>> class Half:
     ...     def prepare(self, sample, generator):
@@ -107,6 +115,7 @@ def finetune_module(
         data, seed=seed, fraction=terms.data, samples=terms.samples, validation=validation
     )
     plan = stage2_plan(terms, source.size, steps=steps, batch=batch, lr=lr)
+    ranks.enough(plan.batch)
     was_training = module.training
     adapted = isinstance(terms.train, Lora)
     if isinstance(terms.train, Lora):
@@ -121,26 +130,32 @@ def finetune_module(
     if not names:
         fail("G542", "stage 2 has no parameter to train", site="stage2.train",
              wanted=", ".join(inserted) or "inserted modules", found="none of them in the model")  # fmt: skip
-    module = module.to(device)
-    loss = Terms(module, task, terms, teacher=teacher, sites=sites, device=device)
-    engine = _Stage2(module, loss, source, terms, plan, names, inputs, seed, device, run)
     if preview is None and terms.preview is not None:
         preview = Preview(terms.preview)
-    before = {p: p.requires_grad for p in module.parameters()}
-    again = recomputed(module, loss.graphs) if terms.checkpointing else nullcontext()
+    before = {name: p.requires_grad for name, p in module.named_parameters()}
+    chosen, features = set(names), terms.features > 0
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    if not pieces:
+        module = module.to(device)
+    elif teacher is not None:
+        cuts = [s.teacher for s in sites] if features else []
+        teacher = in_pieces(teacher, ranks, cuts, frozen=True).module
+    own = held(module, ranks, pieces=pieces, cuts=[s.student for s in sites] if features else [])
     try:
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in engine.parameters)
+        loss = Terms(own, task, terms, teacher=teacher, sites=sites, device=device)
+        engine = _Stage2(own, loss, source, terms, plan, names, inputs, seed, device, run)
+        again = recomputed(own.module, loss.graphs) if terms.checkpointing else nullcontext()
         with again:
             result = engine.run_all(
                 Saver(checkpoint_every), progress or silent, sheets(engine, preview, teacher)
             )
     finally:
-        for parameter, flag in before.items():
-            parameter.requires_grad_(flag)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(before[name])
         module.train(was_training)
-    if adapted:
-        if run is not None:
+    if own.give_back(module) and adapted:
+        if run is not None and ranks.first:
             lora.save(module, run.path / ADAPTER)
         lora.merge(module)
         module.requires_grad_(True)
@@ -162,7 +177,7 @@ class _Stage2:
 
     def __init__(
         self,
-        module: nn.Module,
+        own: Whole,
         loss: Terms,
         data: Data,
         terms: Stage2,
@@ -173,13 +188,17 @@ class _Stage2:
         device: str,
         run: Run | None,
     ) -> None:
-        self.module, self.loss, self.data, self.plan = module, loss, data, plan
+        self.own, self.loss, self.data, self.plan = own, loss, data, plan
+        self.module, self.ranks = own.module, own.ranks
+        self.rows = self.ranks.rows(plan.batch)
         self.task = loss.task
         self.terms, self.inputs, self.seed, self.device = terms, inputs, seed, device
         self.run = run
-        everything = dict(named(module.named_parameters()))
-        self.parameters = {name: everything[name] for name in names}
+        chosen = {name: own.parameters[name] for name in names}
+        # A process may have no row of a small parameter.
+        self.parameters = {n: p for n, p in chosen.items() if n not in own.rows or len(own.rows[n])}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.count = len(names)
         self.state = _State()
         warmup = min(terms.warmup, max(1, plan.steps // 10))
         schedule = Schedule(plan.steps, warmup, "constant", terms.halve_lr_at)
@@ -191,7 +210,7 @@ class _Stage2:
         if self.state.step == 0:
             self.state.loss_start = self.validate()
             self._log(event="start", steps=self.plan.steps, batch=self.plan.batch,
-                      lr=self.plan.lr, samples=self.data.size, parameters=len(self.parameters),
+                      lr=self.plan.lr, samples=self.data.size, parameters=self.count,
                       held_out=len(self.data.held_out), loss=self.state.loss_start)  # fmt: skip
             self._log(event="step", step=0, held_out=self.state.loss_start)
             sheet(0)
@@ -231,19 +250,21 @@ class _Stage2:
     def _step(self, step: int) -> tuple[float, float, bool, dict[str, float]]:
         self.module.train()
         prepared = self._checked(
-            self.data.prepared(self.task, step, self.plan.batch, PHASE), f"step {step}"
+            self.data.prepared(self.task, step, self.plan.batch, PHASE, self.rows), f"step {step}"
         )
         self.optimiser.zero()
-        with random_of(self.seed, PHASE, step):
+        with random_of(self.seed, PHASE, step, *self.ranks.key()):
             loss, parts = self.loss(prepared)
-            loss.backward()
+            (loss * self.ranks.size).backward()  # DDP and FSDP2 take the mean
+        self.own.collect()
         parameters = list(self.parameters.values())
         # One transfer for all numbers; a term of its own is told where there are several.
         names = list(parts) if len(parts) > 1 else []
         told_parts = [parts[name].detach().float().reshape(()) for name in names]
-        value, norm, *numbers = torch.stack(
-            [loss.detach(), gradient_norm(parameters), *told_parts]
-        ).tolist()
+        sums = torch.stack([loss.detach(), *told_parts])
+        self.ranks.add([sums])
+        norm_of_all = self.own.norm().to(sums).reshape(1)
+        value, *numbers, norm = torch.cat([sums, norm_of_all]).tolist()
         good = clip_or_drop(parameters, norm + 0 * value, self.terms.clip)
         if good:
             self.optimiser.step(step)
@@ -273,15 +294,19 @@ class _Stage2:
     def validate(self) -> float:
         """The task's mean loss over the held-out samples, always with the same noise."""
         self.module.eval()
-        total, count = 0.0, 0
+        chunks, factor = shares(len(self.data.held_out), self.plan.batch, self.ranks)
+        total, count = 0.0, 0.0
         with torch.no_grad():
-            for i, made in enumerate(self.data.validation(self.task, self.plan.batch)):
+            for i, rows in enumerate(chunks):
+                (made,) = self.data.validation(self.task, len(rows), rows)
                 prepared = self._checked(made, f"held-out batch {i}")
-                size = len(next(iter(prepared.inputs.values())))
+                weight = self.loss.weight(prepared)
                 with self.loss.cast():
                     loss = self.loss.task_loss(self.module(**prepared.inputs), prepared)
-                total, count = total + float(loss) * size, count + size
-        return total / count
+                if weight:
+                    total, count = total + float(loss) * weight, count + weight
+        total, count = self.ranks.total([[factor * total, factor * count]])[0]
+        return total / count if count else math.nan
 
     def _checked(self, prepared: Any, where: str) -> Any:
         with told("TASK.prepare"):
@@ -300,27 +325,47 @@ class _Stage2:
     def _save(self) -> None:
         if self.run is None:
             return
-        tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.parameters.items()}
-        tensors.update({f"model.{n}": b for n, b in self.module.named_buffers()})
-        tensors.update({f"ema.{n}": value for n, value in self.ema.items()})
-        tensors.update({f"optimiser.{n}": value for n, value in self.optimiser.state().items()})
+        tensors: dict[str, Tensor] = {}
+        rows: dict[str, Rows] = {}
+        for name, value, part in self._tensors():
+            tensors[name] = value
+            if part is not None:
+                rows[name] = part
         facts = {"state": {**vars(self.state), "seconds": self._elapsed()}}
-        self.run.save(tensors, facts)
+        checkpoint_pieces.save(self.run, self.ranks, tensors, rows, facts, self.state.step)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor, Rows | None]]:
+        """All that a checkpoint holds, and which rows of it these are, of what is in pieces."""
+        rows = self.own.rows
+        for name, parameter in self.parameters.items():
+            yield f"model.{name}", parameter, rows.get(name)
+            yield f"ema.{name}", self.ema[name], rows.get(name)
+        for name, buffer in self.module.named_buffers():
+            yield f"model.{name}", buffer, None
+        for full, value in self.optimiser.state().items():
+            name = full.rpartition(".")[0]
+            yield f"optimiser.{full}", value, rows.get(name) if value.ndim else None
 
     def _load(self) -> None:
-        found = self.run.load() if self.run is not None else None
+        found = checkpoint_pieces.load(self.run) if self.run is not None else None
         if found is None:
             return
-        tensors, facts = found
-        ours: dict[str, Tensor] = {**self.parameters, **dict(self.module.named_buffers())}
+        rows = self.own.rows
         with torch.no_grad():
-            for name, value in under(tensors, "model.").items():
-                ours[name].copy_(value)
-            for name, value in under(tensors, "ema.").items():
-                self.ema[name].copy_(value)
-        self.optimiser.load(under(tensors, "optimiser."))
-        self.state = _State(**facts["state"])
-        self.state.curve = [(int(s), float(x)) for s, x in facts["state"]["curve"]]
+            for name, parameter in self.parameters.items():
+                parameter.copy_(found.read(f"model.{name}", rows.get(name)))
+                self.ema[name].copy_(found.read(f"ema.{name}", rows.get(name)))
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(found.read(f"model.{name}"))
+        kept: dict[str, Tensor] = {}
+        for full in found.names("optimiser."):
+            name, _, key = full.rpartition(".")
+            if name in self.parameters:
+                part = None if key == "step" else rows.get(name)
+                kept[full] = found.read(f"optimiser.{full}", part)
+        self.optimiser.load(kept)
+        self.state = _State(**found.facts["state"])
+        self.state.curve = [(int(s), float(x)) for s, x in found.facts["state"]["curve"]]
 
 
 Sheets = Callable[[int], None]
@@ -340,18 +385,22 @@ def sheets(engine: _Stage2, preview: Preview | None, teacher: nn.Module | None) 
         last = step == engine.plan.steps
         if step % preview.every and not last:
             return
+        if not (engine.ranks.first or engine.own.rows):  # a model in pieces is drawn from by all
+            return
         with engine.averaged() as module:
             found = draw(module, engine.task, preview, engine.data.held_out, engine.seed)
         name = "student" if last else f"step-{step:06d}"
         about = {"seed": engine.seed, "step": step, "count": preview.count,
                  "noise": f"seeded('preview', {engine.seed})"}  # fmt: skip
-        write_png(run.path / "samples" / f"{name}.png", grid(found), about)
+        if engine.ranks.first:
+            write_png(run.path / "samples" / f"{name}.png", grid(found), about)
         run.log(event="samples", file=f"samples/{name}.png", **about)
         if step == 0 and teacher is not None:
             theirs = draw(teacher, engine.task, preview, engine.data.held_out, engine.seed)
-            write_png(
-                run.path / "samples" / "teacher.png", grid(theirs), {**about, "step": "teacher"}
-            )
+            if engine.ranks.first:
+                write_png(
+                    run.path / "samples" / "teacher.png", grid(theirs), {**about, "step": "teacher"}
+                )
 
     return sheet
 

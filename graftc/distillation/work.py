@@ -12,6 +12,7 @@ from graftc.distillation.candidates import Loaded, candidate_students, load_cand
 from graftc.distillation.data import Data, Task, open_data
 from graftc.distillation.generation import Generation, Setting, State
 from graftc.distillation.optim import align
+from graftc.distillation.pieces import in_pieces
 from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.run import Build
 from graftc.distillation.student_inputs import StudentInputs
@@ -95,8 +96,9 @@ def open_work(
     device: str = "cpu",
     compile: bool = False,
     ranks: Ranks = ALONE,
+    pieces: bool = False,
 ) -> Work:
-    """Load a build and open DATA; `options` are those of a run. `ranks` share each batch."""
+    """Load a build and open DATA; `options` are those of a run. `ranks` share each batch, and the teacher in `pieces`."""
     share, count = samples_of(targets.sites)
     source: Data = open_data(
         data,
@@ -105,8 +107,11 @@ def open_work(
         samples=options["samples"] or count,
         validation=validation,
     )
+    teacher = align(build.teacher()).eval()
+    if pieces:
+        teacher = in_pieces(teacher, ranks, [s.teacher for s in targets.sites], frozen=True).module
     setting = Setting(
-        align(build.teacher()).eval().to(device),
+        teacher.to(device),
         targets.inputs,
         source,
         task,

@@ -61,6 +61,10 @@ class CausalLM:
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=self.ignore
         )
 
+    def weight(self, prepared: Prepared) -> int:
+        """How many tokens the means of `loss` and `imitate` are over."""
+        return int((prepared.targets["labels"] != self.ignore).sum())
+
     def imitate(self, outputs: Any, wanted: Any, prepared: Prepared) -> Tensor:
         """Mean KL of the teacher's next-token distribution from the model's, over the tokens that count."""
         counted = prepared.targets["labels"] != self.ignore

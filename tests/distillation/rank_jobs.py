@@ -7,6 +7,7 @@ under torchrun itself (N is 0) they are torchrun's.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -22,9 +23,10 @@ import torch._dynamo  # pyright: ignore[reportUnusedImport]  as optimisers do: n
 from torch import Tensor, nn
 
 from graftc.diagnostics import GraftError
-from graftc.distillation import distill, runs
+from graftc.distillation import distill, finetune, runs
+from graftc.distillation.pieces import in_pieces
 from graftc.distillation.ranks import joined
-from graftc.distillation.targets import Budget, Loss
+from graftc.distillation.targets import Budget, Loss, Stage2
 from tests.distillation import tiny
 
 STEPS = 20
@@ -63,8 +65,8 @@ def build(folder: Path, **changes: Any) -> tiny.FakeBuild:
         "make_teacher": double(tiny.teacher),
         **changes,
     }
-    sites = given.pop("sites", SITES)
-    return tiny.FakeBuild(folder, tiny.targets(*sites), **given)
+    sites, stage2 = given.pop("sites", SITES), given.pop("stage2", None)
+    return tiny.FakeBuild(folder, tiny.targets(*sites, stage2=stage2), **given)
 
 
 def latents(count: int = 43) -> list[dict[str, Tensor]]:
@@ -82,11 +84,50 @@ def replay(folder: Path) -> None:
     distill(build(folder), latents(), Wide(), reuse=4, **ALWAYS)
 
 
+def teacher_pieces(folder: Path) -> None:
+    distill(build(folder), latents(), Wide(), shard_teacher=True, **ALWAYS)
+
+
+def held(folder: Path) -> None:
+    """How many bytes of a teacher in pieces this process has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = double(tiny.teacher)()
+    sizes = {name: p.nbytes for name, p in whole.named_parameters()}
+    with joined() as ranks:
+        pieces = in_pieces(whole, ranks, [s.teacher for s in SITES], frozen=True)
+    told = {"pieces": sum(pieces.parameters[name].nbytes for name in pieces.rows),
+            "divided": sum(sizes[name] for name in pieces.rows),
+            "left whole": sum(sizes[name] for name in sizes.keys() - pieces.rows.keys())}  # fmt: skip
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(told))
+
+
 APART = tuple(replace(site, student_inputs=(0.0, 0.0)) for site in SITES)
 
 
 def sites(folder: Path) -> None:
     distill(build(folder, sites=APART), latents(), Wide(), parallel="sites", **ALWAYS)
+
+
+TERMS = Stage2(steps=STEPS, batch=10, lr=1e-3, warmup=2, ema=0.9, teacher=0.5, features=0.5)
+
+
+def _stage2(folder: Path, way: str, task: Wide | None = None, **options: Any) -> None:
+    sites = [tiny.attention_site(i) for i in (1, 2)]
+    make = double(lambda: tiny.hyena((1, 2)))
+    made = build(folder, sites=sites, make_student=make, stage2=TERMS)
+    finetune(made, latents(), task or Wide(), threads=1, parallel=way, **options)
+
+
+def stage2_data(folder: Path) -> None:
+    _stage2(folder, "data")
+
+
+def stage2_pieces(folder: Path) -> None:
+    _stage2(folder, "pieces")
+
+
+def stage2_lora(folder: Path) -> None:
+    _stage2(folder, "pieces", train="lora(2)", checkpointing=True)
 
 
 class Mortal(Wide):
@@ -122,6 +163,12 @@ def killed_sites(folder: Path) -> None:
     distill(made, latents(), Mortal(folder), resume=begun(folder), **way, **ALWAYS)
 
 
+def killed_stage2(folder: Path) -> None:
+    """In pieces, then whole in each process."""
+    way = "data" if begun(folder) else "pieces"
+    _stage2(folder, way, Mortal(folder), checkpoint_every=3, resume=begun(folder))
+
+
 def broken(folder: Path) -> None:
     """DATA that one rank cannot read."""
 
@@ -150,6 +197,12 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "data": data,
     "replay": replay,
     "sites": sites,
+    "held": held,
+    "teacher_pieces": teacher_pieces,
+    "stage2_data": stage2_data,
+    "stage2_pieces": stage2_pieces,
+    "stage2_lora": stage2_lora,
+    "killed_stage2": killed_stage2,
     "killed_data": killed_data,
     "killed_sites": killed_sites,
     "broken": broken,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,7 +64,11 @@ def differences(one: Path, other: Path) -> tuple[float, float]:
     return max(float((weights[n] - others[n]).abs().max()) for n in weights), max(measured)
 
 
-FAST = ("data", "replay", "sites")
+FAST = ["data", "replay", "sites", "stage2_data", "stage2_pieces"]
+ALONE_AS = {"stage2": "stage2_data"}
+"""The job that in one process does what a killed one does."""
+
+SLOW = ["stage2_lora", "teacher_pieces"]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,7 @@ def launched(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The jobs in two processes, and then one that fails."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(2, folder, *FAST, "broken")
+    return folder, launch(2, folder, *FAST, "held", "broken")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,13 @@ def test_a_run_of_two_has_one_log_and_says_how_they_shared(two: Path) -> None:
     )  # of each generation, not of each rank
 
 
+def test_a_teacher_in_pieces_takes_its_share_of_memory(two: Path) -> None:
+    shares = [json.loads((two / "held" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(s["pieces"] for s in shares) == shares[0]["divided"]
+    assert max(s["pieces"] for s in shares) < 0.55 * shares[0]["divided"]
+    assert shares[0]["left whole"] == 0  # here every parameter is a unit's
+
+
 def test_a_rank_that_fails_ends_the_job_with_one_diagnostic(
     launched: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -127,7 +139,19 @@ def test_a_rank_that_does_not_answer_is_an_error_in_time(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", SLOW)
+def test_two_processes_end_where_one_does_in_more_ways(
+    tmp_path: Path, one: Path, name: str
+) -> None:
+    done = launch(2, tmp_path, name)
+    assert done.returncode == 0, done.stderr
+    weights, measured = differences(tmp_path / name, alone(one, name))
+    assert weights < 1e-5
+    assert measured < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
 def test_four_processes_end_where_one_does(tmp_path: Path, one: Path, name: str) -> None:
     done = launch(4, tmp_path, name)
     assert done.returncode == 0, done.stderr
@@ -138,7 +162,7 @@ def test_four_processes_end_where_one_does(tmp_path: Path, one: Path, name: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("name", ["data", "sites"])
+@pytest.mark.parametrize("name", ["data", "sites", "stage2"])
 def test_a_rank_is_killed_and_the_run_goes_on_with_others(
     tmp_path: Path, one: Path, name: str, before: int, after: int
 ) -> None:
@@ -150,7 +174,7 @@ def test_a_rank_is_killed_and_the_run_goes_on_with_others(
     assert (tmp_path / job / "runs" / run / "checkpoint.safetensors").exists()
     again = launch(after, tmp_path, job)
     assert again.returncode == 0, again.stderr
-    weights, measured = differences(tmp_path / job, alone(one, name))
+    weights, measured = differences(tmp_path / job, alone(one, ALONE_AS.get(name, name)))
     assert weights < 1e-5
     assert measured < 1e-5
     left = sorted(p.name for p in (tmp_path / job / "runs" / run).glob("checkpoint*"))

@@ -16,7 +16,9 @@ from torch import nn
 from graftc.diagnostics import GraftError, NotRunError
 from graftc.distillation import distill, finetune, finetune_module, from_dict, to_dict
 from graftc.distillation.finetune import train_of
+from graftc.distillation.pieces import held
 from graftc.distillation.preview import Preview, grid, write_png
+from graftc.distillation.ranks import ALONE
 from graftc.distillation.recompute import blocks_of, recomputed
 from graftc.distillation.sources import seeded
 from graftc.distillation.targets import Budget, Lora, Only, Stage2
@@ -80,7 +82,9 @@ def test_the_terms_add_up_with_their_weights():
     student, teacher = tiny.hyena().eval(), tiny.teacher()
     weights = Stage2(task=0.5, teacher=2.0, features=3.0)
     prepared = tiny.Denoise().prepare({"latent": batch().inputs["x"]}, torch.Generator())
-    loss, parts = Terms(student, tiny.Denoise(), weights, teacher=teacher, sites=SITES)(prepared)
+    loss, parts = Terms(
+        held(student, ALONE, pieces=False), tiny.Denoise(), weights, teacher=teacher, sites=SITES
+    )(prepared)
     assert set(parts) == {"task", "teacher", "features"}
     by_weight = 0.5 * parts["task"] + 2 * parts["teacher"] + 3 * parts["features"]
     torch.testing.assert_close(loss, by_weight)
