@@ -11,7 +11,7 @@ from graftc.diagnostics import Diagnostic, GraftError, NotRunError, fail
 from graftc.environment import doctor
 from graftc.language.check import check
 from graftc.loading import as_build, as_model, load_data, recorded_sources, task_inputs, task_of
-from graftc.verification import keep, keep_in_build, with_trajectory
+from graftc.verification import keep, keep_in_build, keep_in_export, with_trajectory
 
 if TYPE_CHECKING:
     from graftc.deploy.profile import Comparison
@@ -421,8 +421,8 @@ def verify(
 ) -> Verification:
     """Check an export; every check is PASS, FAIL or NOT RUN (reason).
 
-    What it gave is kept in the build's `verification.yaml`, with the `command`, for `report`; of an export where its
-    build is at hand and can be written.
+    What it gave is kept in the build's `verification.yaml`, with the `command`, for `report`; of an export in its own
+    manifest, and in its build's where that is at hand, as far as they can be written.
 
     `path`: an export directory, checked against its golden files, by `ep` and where asked by `regions`; or a
     build, whose `student.onnx` (or `onnx`) is checked against the student. A build's inputs are drawn by the
@@ -440,6 +440,7 @@ def verify(
         result = verify_export(opened_export, ep=ep, regions=regions, tolerance=tolerance)
         if trajectory is not None:
             result = with_trajectory(opened_export, result, trajectory)
+        keep_in_export(opened_export, result, command)
         keep_in_build(opened_export, result, command)
         return result
     opened = as_build(path)

@@ -29,11 +29,27 @@ def keep_in_build(export: Export, result: Verification, command: str) -> None:
         keep(opened, result, command)
 
 
+def keep_in_export(export: Export, result: Verification, command: str) -> None:
+    """The rungs in the export's own manifest, after what the export itself checked."""
+    from graftc.deploy.directory import TRACED
+    from graftc.emit.files import write_yaml
+
+    if not os.access(export.path, os.W_OK):
+        return
+    own = [r for r in export.manifest["rungs"]["found"] if r["name"] == TRACED]
+    rungs = {"by": command or "graftc verify", "found": [*own, *_rungs(result)]}
+    write_yaml(export.path / "manifest.yaml", {**export.manifest, "rungs": rungs})
+
+
+def _rungs(result: Verification) -> list[dict[str, str]]:
+    return [{"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs]
+
+
 def keep(build: Build, result: Verification, command: str) -> None:
     from graftc.emit.files import write_yaml
     from graftc.environment import versions
 
-    rungs = [{"name": r.name, "state": r.state, "detail": r.detail} for r in result.rungs]
+    rungs = _rungs(result)
     said = {"file": str(result.file), "command": command, "versions": versions(), "rungs": rungs}
     write_yaml(build.path / "verification.yaml", said)
 

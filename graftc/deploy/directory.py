@@ -32,6 +32,8 @@ from graftc.emit.onnx import needs, quiet
 from graftc.emit.package import stored_state, versions
 
 FORMAT = 1
+TRACED = "traced graph against the model, every golden shape"
+RUNG = ("name", "state", "detail")
 _EMBEDDED_LIMIT = 1_800_000_000
 _STILL = 0.01
 _MOVES_LIMIT = 200_000_000
@@ -155,6 +157,7 @@ def export_module(
             **(about or {}),
             **_described(config, request, graph, regions, proofs, moves, choice, cases, given),
             "tensorrt": support,
+            "rungs": _rungs(cases, support),
         }
         _write_index(partial, request, graph, regions, cases, names, outside)
         shutil.copyfile(Path(scripts.__file__).with_name("verify.py"), partial / "verify.py")
@@ -278,9 +281,24 @@ def _described(
             for r in regions
             if graph.nodes.get(r.path) or r.path in graph.values
         ],
-        "merged_weights": dict(graph.merged),
+        "weights": dict(graph.weights),
         "repairs": dict(graph.repairs),
     }  # fmt: skip
+
+
+def _rungs(cases: Sequence[Case], support: Mapping[str, Any]) -> dict[str, Any]:
+    """What the export itself checked, as the manifest says it; `graftc verify` puts its own in place of these."""
+    sizes = (
+        "; ".join(", ".join(f"{k}={v}" for k, v in c.sizes.items()) for c in cases) or "all fixed"
+    )
+    operators = support["operators"]
+    lacks = ", ".join(u["operator"] for u in operators["unsupported"])
+    found = [
+        (TRACED, "PASS", sizes),
+        ("TensorRT operators", operators["state"], lacks or operators["source"]),
+        ("every other rung", "NOT RUN", "run `graftc verify` on this directory"),
+    ]
+    return {"by": "graftc export", "found": [dict(zip(RUNG, r, strict=True)) for r in found]}
 
 
 def _write_index(

@@ -88,7 +88,8 @@ def write_golden(
     output_names: Sequence[str],
     given: Source,
 ) -> list[Case]:
-    """Write the cases of a request: npz, and raw little-endian files as `trtexec --loadInputs` reads them."""
+    """Write the cases of a request: npz, and raw little-endian files as `trtexec` reads and writes them (`NAME.bin`,
+    an output `NAME.out.bin`)."""
     cases: list[Case] = []
     for name, sizes in request.corners():
         draws = _USUAL if name == "usual" else 1
@@ -118,9 +119,8 @@ def _write(folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Ten
     for kind, tensors in (("inputs", inputs), ("outputs", outputs)):
         arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in tensors.items()}
         numpy.savez(folder / f"{kind}.npz", allow_pickle=False, **arrays)
-        if kind == "inputs":
-            for name, array in arrays.items():
-                array.tofile(folder / f"{name}.bin")
+        for name, array in arrays.items():
+            array.tofile(folder / (f"{name}.bin" if kind == "inputs" else f"{name}.out.bin"))
 
 
 def _write_regions(folder: Path, seen: Mapping[str, list[Tensor]]) -> bool:

@@ -18,7 +18,9 @@ from graftc.deploy.regions import WHOLE, Region, Traced, region_of, site_of, tra
 from graftc.deploy.repair import repair
 from graftc.deploy.shapes import dynamic_shapes
 from graftc.deploy.translations import translations
+from graftc.diagnostics import GraftError
 from graftc.emit.onnx import output_names, quiet, refused
+from graftc.emit.purity import check_pure
 
 _MARK = "graftc-region:"
 _SMALL = 1024
@@ -32,7 +34,7 @@ class Graph:
     program: Any
     values: Mapping[str, tuple[str, ...]]
     nodes: Mapping[str, int]
-    merged: Mapping[str, str]
+    weights: Mapping[str, str | None]
     repairs: Mapping[str, int]
 
     @property
@@ -70,7 +72,11 @@ def build_graph(
                     custom_translation_table=translations(), optimize=False,
                 )  # fmt: skip
                 assert program is not None
+                assert program.exported_program is not None
+                check_pure(program.exported_program, sites)
                 _optimise(program.model, weights)
+    except GraftError:
+        raise
     except Exception as error:
         raise refused(error, model, dict(inputs), shapes, sites) from error
     found = program.model
@@ -82,7 +88,7 @@ def build_graph(
     repairs = repair(found)
     _clean(found)
     nodes = _name_nodes(found, sites)
-    return Graph(program, _value_names(values), nodes, _merged(found, weights), dict(repairs))
+    return Graph(program, _value_names(values), nodes, _weights(found, weights), dict(repairs))
 
 
 @contextmanager
@@ -183,19 +189,17 @@ def _clean(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _merged(model: ir.Model, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Weights that the file holds under another's name, for their numbers are the same."""
+def _weights(model: ir.Model, weights: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """The student's weights → their names in the file: their own, one with the same numbers, None for an unused one."""
     kept = {n: t for n, t in weights.items() if n in model.graph.initializers}
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, tensor in kept.items():
         by_shape.setdefault(tuple(tensor.shape), []).append(name)
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     for name, tensor in weights.items():
-        if name not in kept:
-            alike = by_shape.get(tuple(tensor.shape), ())
-            same = next((n for n in alike if torch.equal(kept[n], tensor)), None)
-            if same is not None:
-                found[name] = same
+        alike = () if name in kept else by_shape.get(tuple(tensor.shape), ())
+        same = next((n for n in alike if torch.equal(kept[n], tensor)), None)
+        found[name] = name if name in kept else same
     return found
 
 

@@ -20,6 +20,7 @@ from graftc.deploy.regions import Traced, trace
 from graftc.deploy.request import Range, Request
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail
 from graftc.emit.examples import tensors_of
+from graftc.emit.purity import check_pure
 
 Draw = Callable[[Mapping[str, int]], Mapping[str, Tensor]]
 """Named inputs for the sizes of the dynamic dimensions."""
@@ -64,6 +65,7 @@ def prove(
     inputs = dict(draw({r.name: r.traced for r in request.ranges}))
     places = _places(config)
     exported, counts = _export(model, inputs, request.ranges, places, paths, draw)
+    check_pure(exported, config.get("provenance", {}))  # else a comparison would blame the sizes
     guards = [g for g in read_guards(exported, places) if g.text]
     for name, sizes in request.corners():
         _compare(model, exported, guards, draw(sizes), sizes, name)

@@ -18,8 +18,8 @@ from graftc.emit.examples import tensors_of
 from graftc.emit.verify import Rung
 
 _SEED = 20250605
-_GROWTH = 10.0
-"""Each step starts from what the one before gave: as many times the tolerance of one call is allowed at the end."""
+_CALL, _GROWTH = 2.0, 10.0
+"""Times the tolerance of golden inputs: one call on an input that they do not have; the sample, in which errors add up."""
 _NAME = "trajectory"
 
 
@@ -46,7 +46,8 @@ def check_trajectory(export: Export, model: nn.Module, task: Any, steps: int) ->
     """
     files = Files(export.path)
     names = list(files.about["outputs"])
-    limit = _GROWTH * float(files.about["tolerance"])
+    tolerance = float(files.about["tolerance"])
+    limit = _GROWTH * tolerance
     count = int(files.cases[0]["sizes"].get("batch", 2))
     try:
         made = session(str(export.model))
@@ -58,9 +59,10 @@ def check_trajectory(export: Export, model: nn.Module, task: Any, steps: int) ->
         if isinstance(wanted, str):
             return [Rung(_NAME, "NOT RUN", wanted)]
         found, calls = _with(made, names, task, count, steps)
+        errors = [_of_call(made, names, *call) for call in torch_side.calls]
     except Exception as error:  # the task's, the model's or the runtime's own
         return [Rung(_NAME, "FAIL", f"the sampler raised {first_line(error)}")]
-    rungs = _steps(torch_side, calls, limit)
+    rungs = _steps(errors, _drift(torch_side, calls), _CALL * tolerance)
     off = _relative(wanted, found)
     state = "PASS" if off <= limit else "FAIL"
     rungs.append(
@@ -70,8 +72,8 @@ def check_trajectory(export: Export, model: nn.Module, task: Any, steps: int) ->
             f"{off:.1e} relative L2 after {steps} steps (limit {limit:.0e})",
         )
     )
-    if state == "FAIL":
-        rungs.append(_locate(files, model, Copy(files), torch_side, calls))
+    if any(r.state == "FAIL" for r in rungs):
+        rungs.append(_locate(files, model, Copy(files), torch_side, errors))
     rungs.append(_control(files, model, names, task, count, steps, torch_side, wanted, limit))
     return rungs
 
@@ -106,7 +108,14 @@ def _relative(wanted: Tensor, found: Tensor) -> float:
     return difference([wanted.detach().numpy()], [found.detach().numpy()])[1]
 
 
-def _errors(torch_side: _Recorder, calls: list[Any]) -> list[float]:
+def _of_call(made: Any, names: list[str], inputs: dict[str, Tensor], wanted: list[Tensor]) -> float:
+    """The runtime's own error in one call: on the very input that torch had."""
+    found = run(made, {k: v.numpy() for k, v in inputs.items()}, names)
+    return difference([t.numpy() for t in wanted], found)[1]
+
+
+def _drift(torch_side: _Recorder, calls: list[Any]) -> list[float]:
+    """How far apart the two are at each call, each on what its own steps gave."""
     pairs = zip(torch_side.calls, calls, strict=True)
     return [
         max(_relative(a, b) for a, b in zip(mine[1], theirs[1], strict=True))
@@ -114,28 +123,32 @@ def _errors(torch_side: _Recorder, calls: list[Any]) -> list[float]:
     ]
 
 
-def _steps(torch_side: _Recorder, calls: list[Any], limit: float) -> list[Rung]:
+def _steps(errors: list[float], drift: list[float], limit: float) -> list[Rung]:
     rungs: list[Rung] = []
-    for i, error in enumerate(_errors(torch_side, calls)):
+    for i, (error, apart) in enumerate(zip(errors, drift, strict=True)):
         state = "PASS" if error <= limit else "FAIL"
-        rungs.append(
-            Rung(f"{_NAME}, call {i}", state, f"{error:.1e} relative L2 of what the model says")
+        said = (
+            f"{error:.1e} relative L2 on torch's input (limit {limit:.0e}); {apart:.1e} on its own"
         )
+        rungs.append(Rung(f"{_NAME}, call {i}", state, said))
     return rungs
 
 
 def _locate(
-    files: Files, model: nn.Module, copy: Copy, torch_side: _Recorder, calls: list[Any]
+    files: Files, model: nn.Module, copy: Copy, torch_side: _Recorder, errors: list[float]
 ) -> Rung:
     """The first call that is off, given torch's inputs, and in it the first region that is."""
-    tolerance = float(files.about["tolerance"])
-    errors = _errors(torch_side, calls)
-    step = next((i for i, e in enumerate(errors) if not e <= tolerance), len(errors) - 1)
-    region, error = first_region(files, model, copy, torch_side.calls[step][0])
+    limit = _CALL * float(files.about["tolerance"])
+    step = next((i for i, e in enumerate(errors) if not e <= limit), None)
     name = f"{_NAME}, the first that is off"
+    if step is None:
+        return Rung(
+            name, "FAIL", "no call is off on torch's input: small errors add up over the steps"
+        )
+    region, error = first_region(files, model, copy, torch_side.calls[step][0])
     if region is None:
         return Rung(
-            name, "FAIL", f"call {step}: no region of its own; errors add up over the steps"
+            name, "FAIL", f"call {step}: no region of its own; errors add up over the regions"
         )
     rule = next((r["rule"] for r in files.about["regions"] if r["path"] == region), "")
     return Rung(

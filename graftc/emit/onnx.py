@@ -22,6 +22,7 @@ from graftc.diagnostics import Diagnostic, GraftError, Note, NotRunError, fail
 from graftc.emit.build import Build
 from graftc.emit.examples import example_sizes
 from graftc.emit.package import stored_state
+from graftc.emit.purity import check_pure
 
 OPSET = 20
 _UNTRAINED = ("untrained", "none")
@@ -170,15 +171,24 @@ def _export(model: nn.Module, config: Mapping[str, Any], opset: int) -> Any:
         inputs[name] = torch.zeros(concrete, dtype=dtype, device=device)
         shapes[name] = {i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)}
     inputs = _in_dtype_of(model, inputs, config)
+    sites: Mapping[str, str] = config.get("provenance", {})
     try:
         with torch.no_grad(), quiet():
+            exported = torch.export.export(
+                model, (), dict(inputs), dynamic_shapes=shapes, strict=False
+            )
+            check_pure(exported, sites)  # first: the exporter's own words for it name no place
             program = torch.onnx.export(
-                model, (), kwargs=inputs, dynamo=True, opset_version=opset, verbose=False,
-                dynamic_shapes=shapes, input_names=list(inputs), output_names=output_names(config),
+                exported, dynamo=True, opset_version=opset, verbose=False, dynamic_shapes=shapes,
+                input_names=list(inputs), output_names=output_names(config),
             )  # fmt: skip
+    except GraftError:
+        raise
     except Exception as error:
-        raise refused(error, model, inputs, shapes, config.get("provenance", {})) from error
+        raise refused(error, model, inputs, shapes, sites) from error
     assert program is not None
+    assert program.exported_program is not None
+    check_pure(program.exported_program, sites)
     return program
 
 

@@ -49,6 +49,24 @@ def test_an_export_is_whole_and_says_what_made_it(exported):
     raw = numpy.fromfile(folder / "golden/usual-0/x.bin", numpy.float32)
     with numpy.load(folder / "golden/usual-0/inputs.npz") as arrays:
         assert numpy.array_equal(raw, arrays["x"].reshape(-1))
+    raw = numpy.fromfile(folder / "golden/batch-4/output.out.bin", numpy.float32)
+    with numpy.load(folder / "golden/batch-4/outputs.npz") as arrays:
+        assert numpy.array_equal(raw, arrays["output"].reshape(-1))
+
+
+def test_the_manifest_holds_what_was_checked_by_whom(copy):
+    """First what the export itself did; then what `verify` found, on a disk that can be written."""
+    before = Export.open(copy).manifest["rungs"]
+    assert before["by"] == "graftc export"
+    assert [r["state"] for r in before["found"]] == ["PASS", "PASS", "NOT RUN"]
+    assert "batch=4" in before["found"][0]["detail"]
+    verbs.verify(copy, command="graftc verify copy")
+    after = Export.open(copy).manifest["rungs"]
+    assert after["by"] == "graftc verify copy"
+    assert after["found"][0] == before["found"][0]
+    states = {r["name"]: r["state"] for r in after["found"]}
+    assert states["ONNX Runtime CPU, usual-0"] == "PASS"
+    assert states["TensorRT engine, golden files"] == "NOT RUN"
 
 
 def test_every_node_leads_back_to_its_rule_and_line(exported):
@@ -65,10 +83,11 @@ def test_weights_have_the_students_names_and_layout(exported, build):
     """The exporter's optimiser folds transpositions into weights under new names: here it may not."""
     proto = onnx.load(str(exported("fp32").model))
     weights = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
-    merged = exported("fp32").manifest["merged_weights"]
+    named = exported("fp32").manifest["weights"]
     state = build.student().state_dict()
-    for name, tensor in state.items():
-        assert numpy.array_equal(weights[merged.get(name, name)], tensor.numpy()), name
+    assert set(named) == {n for n, t in state.items() if t.is_floating_point()}
+    for name, there in named.items():
+        assert numpy.array_equal(weights[there], state[name].numpy()), name
     assert {n for n, a in weights.items() if a.ndim == 2} <= set(state)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from graftc.deploy.directory import Export
@@ -48,3 +50,13 @@ def test_a_sampler_that_fails_on_the_model_is_no_missing_sampler(exported, build
     rungs = check_trajectory(exported("fp32"), build.student(), Fails(), 3)
     assert [r.state for r in rungs] == ["FAIL"]
     assert "captured at" in rungs[0].detail
+
+
+def test_a_call_is_judged_on_torchs_input_and_not_on_what_came_before(exported, build):
+    """Errors of halves add up over the steps: a later call on its own input is further off than the runtime is."""
+    rungs = check_trajectory(exported("fp16"), build.student(), TASK, 6)
+    calls = [r for r in rungs if "call" in r.name]
+    assert {r.state for r in rungs} == {"PASS"}, rungs
+    found = [[float(w) for w in re.findall(r"\d\.\de-\d+", r.detail)] for r in calls]
+    assert found[0][0] == found[0][1]  # the same noise at first
+    assert found[-1][1] > found[-1][0]
