@@ -35,7 +35,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     """
     temporary = _temporary(path)
     try:
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # as any file is made here; safetensors makes it for its owner alone
         save_file(_own(tensors), temporary, metadata={"graftc": json.dumps(facts)})
+        temporary.chmod(mode)
         _install(temporary, path)
     except (OSError, SafetensorError) as error:
         _refuse(path, temporary, error)

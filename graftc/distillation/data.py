@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graftc.diagnostics import Diagnostic, GraftError, fail
+from graftc.distillation.out_of_memory import is_out_of_memory
 from graftc.distillation.sources import (
     Dataset,
     Sample,
@@ -179,6 +180,8 @@ def prepare(task: Task, raw: Sample, seeds: Sequence[int]) -> Any:
     except GraftError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # no fault of the task
+            raise
         held = "; ".join(f"{name} {shape_text(value)}" for name, value in raw.items())
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = f"the task cannot prepare a batch of DATA: {reason}"

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from graftc.diagnostics import fail
+from graftc.distillation.advice import loading_advice
 from graftc.distillation.checkpoint import load_tensors
 from graftc.distillation.data import Task
 from graftc.distillation.optim import align
+from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.preview import Preview
 from graftc.distillation.ranks import device_of, joined
 from graftc.distillation.run import Build, Progress, RunResult, finished, latest, open_run
@@ -125,7 +127,8 @@ def finetune(
             changes["train"] = train_of(changes["train"], targets.stage2)
         terms = terms_of(targets.stage2, changes)
         board = board_of(opened, tensorboard and ranks.first)
-        with using_threads(chosen["threads"]), board:
+        room = memory_told("--device", lambda: loading_advice(device))
+        with using_threads(chosen["threads"]), board, room:
             mode = sharing2(ranks, parallel, opened)
             module = _module(build, model, opened.facts["parent"])
             needed = terms.teacher > 0 or terms.features > 0 or terms.preview is not None

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from graftc.diagnostics import fail, nearest
+from graftc.diagnostics import GraftError, fail, nearest
 from graftc.distillation.checkpoint import load_tensors, load_yaml, save_tensors, save_yaml
 from graftc.distillation.ranks import ALONE, Ranks
 
@@ -105,12 +106,8 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Append one line to `log.jsonl`."""
-        try:
-            with open(self._log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            fail("G550", f"cannot write `{self._log.name}`: {error}", site=str(self._log),
-                 help="free some space, then resume")  # fmt: skip
+        with _written(self._log), open(self._log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
         for listener in self.listeners:
             listener(values)
 
@@ -255,6 +252,7 @@ def open_run(
     """A new run, or the one called `resume` with the options it was started with, locked.
 
     Of several processes rank 0 makes it and holds the lock for all; they leave it together.
+    A new run that is refused before its first line of log leaves no folder behind.
     `sources` (plain data) goes into `run.yaml` as it is; a resumed run keeps the ones it has.
 
     Raises GraftError: no such run (G560), a run of another stage (G562), another process at work
@@ -286,11 +284,21 @@ def open_run(
         _same_run(facts, stage, options, digest, path)
         if sources is not None:
             facts.setdefault("sources", _plain(sources))
-    with _locked(path):
-        save_yaml(path / "run.yaml", facts)
-        ranks.share([path.name, facts])
-        yield Run(path, facts)
-        ranks.barrier()
+    try:
+        with _locked(path):
+            save_yaml(path / "run.yaml", facts)
+            ranks.share([path.name, facts])
+            yield Run(path, facts)
+            ranks.barrier()
+    except GraftError:
+        if resume is None and not _has_begun(path):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether there is anything to go on with, or to read."""
+    return any((path / name).exists() for name in (CHECKPOINT, "log.jsonl"))
 
 
 def _followed(directory: Path, ranks: Ranks) -> Run:
@@ -349,19 +357,30 @@ def _new_directory(home: Path, stage: str) -> Path:
 @contextmanager
 def _locked(path: Path) -> Generator[None]:
     """The run's lock, held by the operating system: it ends with the process, however that ends."""
-    file = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+    with _written(path / "lock"):
+        file = open(path / "lock", "ab+", buffering=0)  # noqa: SIM115
     try:
         if not _try_lock(file):
             file.seek(0)
-            who = file.read().strip() or "another process"
+            who = file.read().decode().strip() or "another process"
             fail("G563", f"the run `{path.name}` is at work in {who}", site=str(path),
                  help="wait for it, or start a new run")  # fmt: skip
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with _written(path / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         file.close()
+
+
+@contextmanager
+def _written(path: Path) -> Generator[None]:
+    """Tell what keeps a file from being written (G550)."""
+    try:
+        yield
+    except OSError as error:
+        fail("G550", f"cannot write `{path.name}`: {error}", site=str(path),
+             help="free some space, then start or resume")  # fmt: skip
 
 
 def _try_lock(file: Any) -> bool:

@@ -170,7 +170,9 @@ class Stream:
             self._in_epoch += 1
             return value
         fail("G520", "DATA has no sample left to train on", site="DATA",
-             found=f"{self.skip} samples, all held out" if self.skip else "no samples")  # fmt: skip
+             found=f"{self.skip} samples, all held out" if self.skip else "no samples",
+             help="give more samples, or `validation=` from elsewhere; where there are more, DATA can be read only "
+                  "once: its `__iter__` must begin anew" if self.skip else None)  # fmt: skip
 
 
 def is_sized(data: Any) -> bool:
@@ -192,7 +194,7 @@ def head(data: Any, count: int, what: str) -> tuple[Sample, ...]:
         samples = tuple(item(data, i, what) for i in range(min(count, length(data, what))))
     else:
         with told(what):
-            once = iter(data) is data
+            once = iter(data) is iter(data)  # a generator; or an object that keeps one inside
         if once:
             fail("G523", f"{what} can be iterated only once", site=what,
                  wanted="an object that can be iterated again, to resume and for further epochs",

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 
 from graftc.diagnostics import GraftError
+from graftc.distillation.advice import loading_advice
 from graftc.distillation.data import Task
 from graftc.distillation.optim import Kind
+from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.planner import Choice, Costs, Machine, TrainingPlan, Wanted, choose
 from graftc.distillation.ranks import device_of, in_order, joined
 from graftc.distillation.reuse import Reuse, reuse_of
@@ -117,18 +119,20 @@ def distill(
             if pieces:
                 given = {"compile": compile, "memory": memory, "parallel": parallel}
                 check_pieces(targets, {**settings, **given})
-            work = open_work(
-                build,
-                targets,
-                data,
-                task,
-                settings,
-                validation=validation,
-                device=ranks.device if ranks.size > 1 else device,
-                compile=compile,
-                ranks=ranks,
-                pieces=pieces,
-            )
+            place = ranks.device if ranks.size > 1 else device
+            with memory_told("--device", lambda: loading_advice(place)):
+                work = open_work(
+                    build,
+                    targets,
+                    data,
+                    task,
+                    settings,
+                    validation=validation,
+                    device=place,
+                    compile=compile,
+                    ranks=ranks,
+                    pieces=pieces,
+                )
             shared = sharing(work, ranks, parallel, run)
             kept = settings["cache"]
             wanted = Wanted(settings["reuse"], memory, disk, None if kept is None else Path(kept))
@@ -194,15 +198,16 @@ def plan_distill(
     settings = filled(options)
     usable_device(device)
     with using_threads(settings["threads"]):
-        work = open_work(
-            build,
-            from_dict(build.targets),
-            data,
-            task,
-            settings,
-            validation=validation,
-            device=device,
-        )
+        with memory_told("--device", lambda: loading_advice(device)):
+            work = open_work(
+                build,
+                from_dict(build.targets),
+                data,
+                task,
+                settings,
+                validation=validation,
+                device=device,
+            )
         return plan_of(work, Wanted(reuse, memory, disk, None if cache is None else Path(cache)))
 
 

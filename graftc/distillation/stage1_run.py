@@ -11,22 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.diagnostics import Diagnostic, GraftError, Note
+from graftc.distillation.advice import stage1_advice
 from graftc.distillation.candidates import save_candidates
 from graftc.distillation.generation import Generation, State
 from graftc.distillation.loss import chosen
 from graftc.distillation.optim import Optimiser
+from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.pending import solve_pending
-from graftc.distillation.planner import (
-    Choice,
-    Costs,
-    Machine,
-    Wanted,
-    choice,
-    choose,
-    size_text,
-    smaller,
-)
+from graftc.distillation.planner import Choice, Costs, Machine, Wanted, choose
 from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.replay import Window
 from graftc.distillation.reuse import Reuse, result_of, state_as_chosen, take
@@ -187,10 +179,11 @@ class Stage1Run:
         costs: Costs | None,
         made: Choice | None,
     ) -> None:
-        try:
+        with memory_told(
+            generation.students[0].site.name,
+            lambda: stage1_advice(costs or costs_of(self.work, generation), made),
+        ):
             self._steps(at, generation, state, tensors)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(error, costs or costs_of(self.work, generation), made) from error
         fresh_folder(self._spill)
 
     def _steps(
@@ -298,16 +291,6 @@ class Stage1Run:
         self.results = {r.key: r for r in results}
         self.steps, self.seconds = facts["steps"], facts["seconds"]
         return facts["part"], State.from_dict(facts["state"]), tensors
-
-
-def _out_of_memory(error: BaseException, costs: Costs, made: Choice | None) -> GraftError:
-    current = made or choice(costs, "stream", Window(1, 1), {})
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    told = Diagnostic("G593", "out of memory", site=costs.sites[0],
-                      wanted=f"{size_text(current.peak)}, as was predicted", found=first,
-                      notes=(Note("the last checkpoint is whole"),),
-                      help=f"the next smaller setting: {smaller(costs, current)}")  # fmt: skip
-    return GraftError(told)
 
 
 def _result(

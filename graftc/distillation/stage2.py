@@ -11,18 +11,20 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from graftc.diagnostics import fail
+from graftc.diagnostics import Note, fail
 from graftc.distillation import checkpoint_pieces, lora
+from graftc.distillation.advice import stage2_advice
 from graftc.distillation.budget import Plan, stage2_plan
 from graftc.distillation.data import Data, Task, open_data
 from graftc.distillation.held_out import shares
 from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, named
+from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.pieces import Rows, Whole, held, in_pieces
 from graftc.distillation.preview import Preview, draw, grid, write_png
 from graftc.distillation.ranks import ALONE, Ranks
@@ -146,7 +148,7 @@ def finetune_module(
         loss = Terms(own, task, terms, teacher=teacher, sites=sites, device=device)
         engine = _Stage2(own, loss, source, terms, plan, names, inputs, seed, device, run)
         again = recomputed(own.module, loss.graphs) if terms.checkpointing else nullcontext()
-        with again:
+        with again, memory_told("stage 2", engine.smaller):
             result = engine.run_all(
                 Saver(checkpoint_every), progress or silent, sheets(engine, preview, teacher)
             )
@@ -247,6 +249,11 @@ class _Stage2:
             round(self._elapsed(), 2), curve,
         )  # fmt: skip
 
+    def smaller(self) -> tuple[str, str]:
+        """What this run takes before any activation, and the next smaller setting."""
+        trained = sum(p.nbytes for p in self.parameters.values())
+        return stage2_advice(self.module, self.terms, self.plan.batch, trained, self.device)
+
     def _step(self, step: int) -> tuple[float, float, bool, dict[str, float]]:
         self.module.train()
         prepared = self._checked(
@@ -303,10 +310,22 @@ class _Stage2:
                 weight = self.loss.weight(prepared)
                 with self.loss.cast():
                     loss = self.loss.task_loss(self.module(**prepared.inputs), prepared)
+                if not loss.isfinite():
+                    self._not_finite(loss, prepared.inputs, i)
                 if weight:
                     total, count = total + float(loss) * weight, count + weight
         total, count = self.ranks.total([[factor * total, factor * count]])[0]
         return total / count if count else math.nan
+
+    def _not_finite(self, loss: Tensor, inputs: Mapping[str, Tensor], batch: int) -> NoReturn:
+        """A loss that is measured on nothing says nothing: the run ends here."""
+        bad = [f"`{name}`" for name, value in inputs.items() if not value.isfinite().all()]
+        fail("G840", f"the task's loss is {float(loss)} on held-out batch {batch}", site="stage 2",
+             wanted="a finite number, by which the run is judged",
+             found=f"NaN or Inf in input {', '.join(bad)}" if bad else "finite inputs",
+             notes=(Note(f"after {self.state.step} steps; the last checkpoint, where there is one, is whole"),),
+             help="look at DATA for this batch" if bad else
+             "lower `lr`; or look at the task's loss and the model's precision")  # fmt: skip
 
     def _checked(self, prepared: Any, where: str) -> Any:
         with told("TASK.prepare"):

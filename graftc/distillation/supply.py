@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from graftc.diagnostics import GraftError, fail
 from graftc.distillation.activations import Activations, Batch
+from graftc.distillation.advice import stage1_advice
 from graftc.distillation.buffer import Disk, Memory, Shelf, Shelves
 from graftc.distillation.cache import cache_key, open_cache
 from graftc.distillation.generation import Generation
 from graftc.distillation.held_out import HELD_MEMORY
+from graftc.distillation.inputs import check_inputs
 from graftc.distillation.loss import Scale
+from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.pending import MEMORY, SAMPLES
 from graftc.distillation.planner import Choice, Costs, Wanted, bytes_of
 from graftc.distillation.replay import Replay
@@ -41,6 +45,7 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
     cuts = tuple(dict.fromkeys(s.site.teacher for s in students))
     own = len(generation.rows)
     one = setting.data.prepared(setting.task, 0, 1, generation.phase).to(setting.device).inputs
+    check_inputs(one, setting.inputs, "the first sample")
     trained = [s for s in students if s.parameters and generation.plans[s.site.name].steps]
     try:
         teacher = pass_cost(generation.teacher, cuts, one, own)
@@ -60,7 +65,7 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
     held = len(setting.data.held_out) / setting.ranks.size * sample
     waiting = [s for s in students if s.site.pending]
     solve = min(MEMORY, min(setting.data.size or SAMPLES, SAMPLES) * sample) if waiting else 0
-    return Costs(
+    costs = Costs(
         tuple(s.site.name for s in students),
         generation.batch,
         max((generation.plans[s.site.name].steps for s in trained), default=0),
@@ -71,8 +76,11 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
         2 * total + matrices + 2 * (total - matrices),
         int(min(held, HELD_MEMORY)),
         int(solve),
-        _seconds(generation, trained) if measured else None,
     )
+    if not measured:
+        return costs
+    with memory_told(costs.sites[0], lambda: stage1_advice(costs, None)):
+        return replace(costs, seconds=_seconds(generation, trained))
 
 
 def _loss(students: Any, values: Any, scales: Any = None) -> Tensor:

@@ -14,6 +14,7 @@ from graftc.diagnostics import GraftError, fail
 from graftc.distillation.cuts import capture_graph
 from graftc.distillation.data import Task
 from graftc.distillation.loss import wide
+from graftc.distillation.out_of_memory import is_out_of_memory
 from graftc.distillation.pieces import Whole
 from graftc.distillation.ranks import ALONE, LostError, Ranks
 from graftc.distillation.sources import describe
@@ -162,4 +163,6 @@ def told(site: str) -> Generator[None]:
     except (GraftError, LostError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # no fault of the user's code
+            raise
         raise user_error(error, "TASK", site) from error
