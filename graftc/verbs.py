@@ -433,9 +433,16 @@ def verify(
     from graftc.deploy.directory import Export, is_export
     from graftc.emit.verify import verify as check_file
 
+    if isinstance(path, (str, Path)) and Path(path).is_file():
+        folder = Path(path).absolute().parent
+        fail("G666", "this is a file: `verify` takes a directory, an export or a build", site=str(path),
+             help=f"graftc verify {folder}" if is_export(folder) else "graftc verify DIR --onnx FILE, DIR its build")  # fmt: skip
     if isinstance(path, (str, Path)) and is_export(Path(path)):
         from graftc.deploy.ladder import verify_export
 
+        if onnx is not None or data is not None:
+            fail("G666", "--onnx and --data are for a build: an export is checked against its own golden files",
+                 site=str(path), help="graftc verify OUT")  # fmt: skip
         opened_export = Export.open(Path(path))
         result = verify_export(opened_export, ep=ep, regions=regions, tolerance=tolerance)
         if trajectory is not None:

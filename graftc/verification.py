@@ -36,7 +36,8 @@ def keep_in_export(export: Export, result: Verification, command: str) -> None:
 
     if not os.access(export.path, os.W_OK):
         return
-    own = [r for r in export.manifest["rungs"]["found"] if r["name"] == TRACED]
+    before = (export.manifest.get("rungs") or {}).get("found", ())  # older exports have none
+    own = [r for r in before if r["name"] == TRACED]
     rungs = {"by": command or "graftc verify", "found": [*own, *_rungs(result)]}
     write_yaml(export.path / "manifest.yaml", {**export.manifest, "rungs": rungs})
 

@@ -7,6 +7,7 @@ rung is PASS, FAIL or NOT RUN with its reason, and has a control that must fail.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,9 @@ def verify_export(
             wanted=", ".join(PROVIDERS),
             found=ep,
         )
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        fail("G676", f"{tolerance} is no tolerance", site="--tolerance", wanted="a number above 0, such as 1e-5",
+             found=str(tolerance))  # fmt: skip
     runtime = ep if ep in standalone.PROVIDERS else "cpu"
     try:
         found = standalone.verify(export.path, ep=runtime, regions=regions, tolerance=tolerance)

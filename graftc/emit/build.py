@@ -64,6 +64,9 @@ class Build:
             fail("G630", "this directory is no build", site=str(folder),
                  wanted="a directory with `manifest.yaml`, written by `graftc compile`")  # fmt: skip
         manifest = files.read_yaml(folder / "manifest.yaml")
+        if "graftc_export" in manifest:
+            fail("G630", "this directory is an export, no build", site=str(folder), wanted="the build that was exported",
+                 found=str((manifest.get("build") or {}).get("path", "")) or None)  # fmt: skip
         if manifest.get("graftc_build") != FORMAT:
             fail("G631", "this build was written by another version of graftc", site=str(folder),
                  wanted=f"graftc_build: {FORMAT}", found=str(manifest.get("graftc_build")),

@@ -663,6 +663,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(1, f"error: {message}\n")
 
 
+def tolerated(text: str) -> float:
+    """A tolerance as it was typed: a number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 def main() -> int:
     parser = _Parser(description="Check an exported model against its golden files.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).resolve().parent)
@@ -672,7 +680,7 @@ def main() -> int:
         action="store_true",
         help="compare every region, and name the first that is off",
     )
-    parser.add_argument("--tolerance", type=float, help="in place of the export's own")
+    parser.add_argument("--tolerance", type=tolerated, help="in place of the export's own")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     missing = [n for n in ("numpy", "onnx") if find_spec(n) is None]
