@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,32 @@ def test_two_processes_end_where_one_does_in_more_ways(
     done = launch(2, tmp_path, name)
     assert done.returncode == 0, done.stderr
     weights, measured = differences(tmp_path / name, alone(one, name))
+    assert weights < 1e-5
+    assert measured < 1e-5
+
+
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "--module"],
+    "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--module"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_under_the_launchers(tmp_path: Path, one: Path, launcher: str) -> None:
+    program, *words = LAUNCHERS[launcher]
+    if program == "accelerate":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            words[1:1] = ["--main_process_port", str(free.getsockname()[1])]
+    command = [str(Path(sys.executable).with_name(program)), *words, "tests.distillation.rank_jobs",
+               "0", str(tmp_path), "stage2_data"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "stage2_data")[1]["ranks"] == {"size": 2, "parallel": "data"}
+    weights, measured = differences(tmp_path / "stage2_data", alone(one, "stage2_data"))
     assert weights < 1e-5
     assert measured < 1e-5
 
