@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from graftc.distillation.cuts import gate_after
+from graftc.distillation.gates import gate_after
 from graftc.distillation.targets import (
     Budget,
     Candidate,

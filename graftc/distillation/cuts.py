@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graftc.diagnostics import fail, nearest
+from graftc.distillation.gates import batch_first, gate_after
 from graftc.distillation.targets import Cut, CutInput
 
 
@@ -97,6 +99,34 @@ def passed_by_position(module: nn.Module, cut: Cut) -> tuple[str | None, ...] | 
     return tuple(names.get(a) if isinstance(a, fx.Node) else None for a in call.args)
 
 
+def with_all_inputs(module: nn.Module, cut: Cut) -> Cut:
+    """The cut with the values that its region takes from outside beside its inputs: a mask that the student's call has not.
+
+    A value that no call of the region takes as it is cannot be named, and is left out. Raises GraftError as `capture_graph`.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.mix = nn.Bilinear(2, 2, 2)
+    ...     def forward(self, x, c):
+    ...         return x + self.mix(x, c)
+    >>> [i.name for i in with_all_inputs(Block(), Cut("", (CutInput("x", "mix", 0),), "mix")).inputs]
+    ['x', 'c']
+    """
+    owner = _submodule(module, cut.graph)
+    graph = _trace(owner, cut.graph)
+    inputs = [_argument(graph, owner, cut.graph, given) for given in cut.inputs]
+    inside, lacking = _reached(inputs, _call(graph, cut.graph, cut.output))
+    found = list(cut.inputs)
+    for node in lacking:
+        for user in (u for u in node.users if u in inside and u.op == "call_module"):
+            places = [*enumerate(user.args), *user.kwargs.items()]
+            where = next((place for place, value in places if value is node), None)
+            if where is not None and node.name not in {i.name for i in found}:
+                found.append(CutInput(node.name, _join(cut.graph, user.target), where))
+    return replace(cut, inputs=tuple(found))
+
+
 def calls_of(module: nn.Module, path: str = "") -> list[str]:
     """Full paths of the modules that the forward of the module at `path` calls, in order, each once.
 
@@ -117,101 +147,37 @@ def side_by_side(value: Any) -> Any:
     return torch.cat([part.flatten(1) for part in value], dim=1)
 
 
-_PASSES = ("contiguous", "clone", "to", "type_as", "_to_copy", "dropout", "alias", "detach")
-
-
-def gate_after(output: fx.Node, site: str) -> fx.Node:
-    """The factor that multiplies a site's output before it is added to the stream (adaLN's gate).
-
-    Told from dataflow: the one use of the output, past casts and dropout, is a product, and the
-    product's one use is a sum. Raises GraftError (G552) where that is not so.
-
-    >>> class Block(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.mlp = nn.Linear(2, 2)
-    ...     def forward(self, x, c):
-    ...         return x + c * self.mlp(x)
-    >>> block = Block()
-    >>> gate_after(_call(_trace(block, ""), "", "mlp"), "mlp").name
-    'c'
-    """
-    scaled = _use(output)
-    if scaled is None or _operation(scaled) not in ("mul", "multiply"):
-        _no_gate(site, scaled)
-    factors = [a for a in scaled.args if isinstance(a, fx.Node) and not _comes_from(a, output)]
-    added = _use(scaled)
-    if len(factors) != 1 or added is None or _operation(added) not in ("add", "iadd", "addcmul"):
-        _no_gate(site, added)
-    return factors[0]
-
-
-def batch_first(gate: Any, output: Any) -> Any:
-    """A gate with a batch axis of its own: [B, …], whatever it was broadcast from."""
-    shape = (*(1 for _ in range(output.ndim - gate.ndim)), *gate.shape)
-    return gate.reshape(shape).expand(output.shape[0], *shape[1:])
-
-
-def _no_gate(site: str, found: fx.Node | None) -> NoReturn:
-    fail("G552", f"no gate follows `{site}`", site=site,
-         wanted="its output times a factor, then a sum with the stream (adaLN)",
-         found=f"`{_operation(found)}`" if found is not None else "several uses of it, or none",
-         help="leave out `gate = true`")  # fmt: skip
-
-
-def _use(node: fx.Node) -> fx.Node | None:
-    """The one node that uses a value, past what leaves it as it is."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        if not _passes(user):
-            return user
-        node = user
-    return None
-
-
-def _passes(node: fx.Node) -> bool:
-    if node.op == "call_module":
-        child = node.graph.owning_module
-        found = child.get_submodule(str(node.target)) if child is not None else None
-        return isinstance(found, (nn.Dropout, nn.Identity))
-    return _operation(node) in _PASSES
-
-
-def _operation(node: fx.Node) -> str:
-    """What a node does, in one word: `mul` for `operator.mul`, `x.mul` and `aten.mul.Tensor` alike."""
-    if node.op == "call_function":
-        name = str(getattr(node.target, "__name__", node.target))
-        return name.removeprefix("aten.").partition(".")[0]
-    return str(node.target).rpartition(".")[2].rstrip("_")
-
-
-def _comes_from(node: fx.Node, source: fx.Node) -> bool:
-    while node is not source and len(node.all_input_nodes) == 1 and _passes(node):
-        node = node.all_input_nodes[0]
-    return node is source
-
-
 def _returns_several(call: fx.Node) -> bool:
     """Whether the parts of what a call returns are taken apart."""
     return any(user.target is operator.getitem for user in call.users)
 
 
 def _between(inputs: list[fx.Node], output: fx.Node, cut: Cut) -> list[fx.Node]:
-    """The nodes that make `output` from `inputs`, in the graph's order."""
+    """The nodes that make `output` from `inputs`, in the graph's order. Raises GraftError (G514)."""
+    inside, lacking = _reached(inputs, output)
+    for node in lacking:
+        fail("G514", f"the region of `{cut.output}` uses `{node.name}`, which comes from outside",
+             site=cut.graph or "the root graph",
+             wanted=", ".join(i.name for i in cut.inputs), found=node.name,
+             help="name the value among the cut's inputs")  # fmt: skip
+    return [node for node in output.graph.nodes if node in inside]
+
+
+def _reached(inputs: list[fx.Node], output: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
+    """The nodes that make `output` from `inputs`, and the values from outside that they need too."""
     inside: set[fx.Node] = set()
+    lacking: list[fx.Node] = []
     waiting = [output]
     while waiting:
         node = waiting.pop()
-        if node in inside or node in inputs:
+        if node in inside or node in inputs or node in lacking:
             continue
         if node.op == "placeholder":
-            fail("G514", f"the region of `{cut.output}` uses `{node.name}`, which comes from outside",
-                 site=cut.graph or "the root graph",
-                 wanted=", ".join(i.name for i in cut.inputs), found=node.name,
-                 help="name the value among the cut's inputs")  # fmt: skip
+            lacking.append(node)
+            continue
         inside.add(node)
         waiting.extend(node.all_input_nodes)
-    return [node for node in output.graph.nodes if node in inside]
+    return inside, lacking
 
 
 def _level(

@@ -51,7 +51,9 @@ def check_inputs(given: Mapping[str, Tensor], wanted: Sequence[ModelInput], site
                 fits = False
         if not fits:
             fail("G532", f"the input `{one.name}` has a shape that the model does not take",
-                 site=site, wanted=_text(one), found=shape_text(value), notes=notes)  # fmt: skip
+                 site=site, wanted=_text(one), found=shape_text(value), notes=notes,
+                 help="give samples of that shape; or compile with a MODEL function that returns "
+                      "(module, example_inputs) of the shape that DATA has")  # fmt: skip
         dtype = getattr(torch, one.dtype, None)
         if isinstance(dtype, torch.dtype) and _kind(dtype) != _kind(value.dtype):
             fail("G533", f"the input `{one.name}` has a dtype that the model does not take",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from graftc.diagnostics import fail
-from graftc.distillation.cuts import extract, side_by_side
+from graftc.distillation.cuts import extract, side_by_side, with_all_inputs
 from graftc.distillation.loss import same_for_all
 from graftc.distillation.optim import Group, Kind, Optimiser, Schedule
-from graftc.distillation.plain import OUTPUT, Distillation, SiteLoss, SiteStudent
-from graftc.distillation.targets import Site
+from graftc.distillation.plain import OUTPUT, Capture, Distillation, SiteLoss, SiteStudent
+from graftc.distillation.targets import Cut
 
 SAMPLES, STEPS = 8, 1000
 WANTED = 0.01
@@ -74,11 +74,13 @@ def check_distill(
         )
     torch.manual_seed(seed)
     inputs = next(work.batches(data, batch=samples, seed=seed))
-    values = work.capture()(**inputs)
+    # The teacher's own region may take more than the student's call does: a mask.
+    cuts = {n: with_all_inputs(work.teacher, s.site.teacher) for n, s in work.students.items()}
+    values = Capture(work.teacher, cuts)(**inputs)
     found: dict[str, SiteCheck] = {}
     for names in work.generations():
         for name in names:
-            found[name] = _check(work, name, values[name], steps, optimiser)
+            found[name] = _check(work, name, cuts[name], values[name], steps, optimiser)
     return tuple(found[name] for name in work.students)
 
 
@@ -98,7 +100,9 @@ class _Fit:
         return not self.broke and self.loss < WANTED
 
 
-def _check(work: Distillation, name: str, values: Values, steps: int, kind: Kind) -> SiteCheck:
+def _check(
+    work: Distillation, name: str, cut: Cut, values: Values, steps: int, kind: Kind
+) -> SiteCheck:
     student, target, loss = work.students[name], values[OUTPUT], work.losses[name]
     site, count = student.site, len(target)
 
@@ -109,7 +113,7 @@ def _check(work: Distillation, name: str, values: Values, steps: int, kind: Kind
     nothing = _Fit(math.nan, math.nan, 0)
     if reason := _unusable(values):
         return verdict(nothing, reason=reason)
-    region = _copied_region(work, site, values)
+    region = _copied_region(work, cut, values)
     if not _error(region, target) <= EXACT:
         why = "the teacher's own region does not give its own output: the cut lacks an input, or it is random"
         return verdict(nothing, copied=_error(region, target), reason=why)
@@ -159,11 +163,11 @@ def _unusable(values: Values) -> str:
     return ""
 
 
-def _copied_region(work: Distillation, site: Site, values: Values) -> Tensor:
+def _copied_region(work: Distillation, cut: Cut, values: Values) -> Tensor:
     """What the teacher's region gives, cut out with weights of its own copy."""
-    region = copy.deepcopy(extract(work.teacher, replace(site.teacher, gate=False)))
+    region = copy.deepcopy(extract(work.teacher, replace(cut, gate=False)))
     with torch.no_grad():
-        return side_by_side(region(*(values[i.name] for i in site.teacher.inputs)))
+        return side_by_side(region(*(values[i.name] for i in cut.inputs)))
 
 
 def _overfit(loss: SiteLoss, student: SiteStudent, values: Values, steps: int, kind: Kind) -> _Fit:

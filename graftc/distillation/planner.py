@@ -263,7 +263,7 @@ def smaller(costs: Costs, current: Choice) -> str:
     if current.mode == "replay" and current.window.batches > 2:
         half = current.window.batches // 2
         there = peak(costs, half * costs.kept, current.reuse)
-        return f"--reuse {current.reuse} --memory {size_text(there)} keeps {half} batches, not {current.window.batches}"
+        return f"--reuse {current.reuse} --memory {size_text(there).replace(' ', '')} keeps {half} batches, not {current.window.batches}"
     if current.mode == "replay":
         streamed = choice(costs, "stream", batch, {})
         return f"leave --reuse out: with nothing kept, {size_text(streamed.peak)}"
@@ -388,9 +388,9 @@ def read_size(text: str | int, site: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """`1.50GB`: read back by `read_size`.
+    """`1.50 GB`; without the space, `read_size` and a shell read it as one word.
 
     >>> size_text(1_500_000_000), size_text(2_100)
-    ('1.50GB', '0.01MB')
+    ('1.50 GB', '0.01 MB')
     """
-    return f"{size / 1e9:.2f}GB" if size >= 5e8 else f"{math.ceil(size / 1e4) / 100:.2f}MB"
+    return f"{size / 1e9:.2f} GB" if size >= 5e8 else f"{math.ceil(size / 1e4) / 100:.2f} MB"

@@ -1,4 +1,4 @@
-"""Samples of a model along the way: a PNG grid by the Task's own sampler, the same noise each time."""
+"""Samples of a model along the way by the Task's own sampler, the same noise each time: a PNG grid, or lines of text."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Preview:
 def draw(
     model: nn.Module, task: Any, preview: Preview, held_out: tuple[Sample, ...], seed: int
 ) -> Tensor:
-    """Samples [count, C, H, W] of `model`, from noise that is a function of the seed alone.
+    """Samples of `model`, from noise that is a function of the seed alone: images [count, C, H, W] or tokens [count, L].
 
-    Raises GraftError for a task that cannot sample (G203), or whose samples are no images (G555).
+    Raises GraftError for a task that cannot sample (G203), or whose samples are neither (G555).
     """
     was_training = model.training
     options = {**conditions(task, held_out, preview.count), **preview.options}
@@ -48,17 +48,23 @@ def draw(
             )
     finally:
         model.train(was_training)
+    if isinstance(found, Tensor) and found.ndim == 2 and found.dtype == torch.int64:
+        return found.cpu()
     if not isinstance(found, Tensor) or found.ndim != 4 or not found.is_floating_point():
         shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        fail("G555", "the task's samples are no images: they cannot be previewed", site="TASK.sample",
-             wanted="[count, channels, height, width], floats", found=str(shown),
+        fail("G555", "the task's samples are neither images nor tokens: they cannot be previewed", site="TASK.sample",
+             wanted="[count, channels, height, width], floats; or [count, tokens], int64", found=str(shown),
              help="leave out `preview`")  # fmt: skip
     return found.detach().float().cpu()
 
 
 def conditions(task: Any, held_out: tuple[Sample, ...], count: int) -> dict[str, Any]:
-    """What the sampler is told: labels and conditions of the first held-out samples."""
+    """What the sampler is told of the first held-out samples: labels and conditions, or what the task's `prompts` makes of them."""
     rows = [held_out[i % len(held_out)] for i in range(count)]
+    prompts = getattr(task, "prompts", None)
+    if prompts is not None:
+        with told("TASK.prompts"):
+            return prompts({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
     found: dict[str, Any] = {}
     key = getattr(task, "label_key", None)
     if key in rows[0] and getattr(task, "label_name", None) is not None:
@@ -103,6 +109,24 @@ def grid(samples: Tensor) -> Tensor:
     return sheet[0] if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous()
 
 
+def write_sheet(
+    folder: Path, name: str, samples: Tensor, task: Any, about: Mapping[str, Any]
+) -> str:
+    """Write samples into `folder`: `NAME.png`, or `NAME.txt` of tokens; returns the file's name.
+
+    Tokens are told by the task's `decode(tokens [L]) → str` where it has one, else as numbers; a line for each sample.
+    """
+    if samples.ndim == 4:
+        write_png(folder / f"{name}.png", grid(samples), about)
+        return f"{name}.png"
+    decode = getattr(task, "decode", None) or (lambda row: " ".join(map(str, row.tolist())))
+    with told("TASK.decode"):
+        lines = [" ".join(str(decode(row)).split()) for row in samples]
+    head = ", ".join(f"{key} {value}" for key, value in about.items())
+    _write(folder / f"{name}.txt", "\n".join([f"# {head}", *lines, ""]).encode())
+    return f"{name}.txt"
+
+
 def write_png(path: Path, picture: Tensor, about: Mapping[str, Any]) -> None:
     """Write bytes [H, W] or [H, W, 3] as a PNG, `about` as text inside it, in one rename."""
     height, width = picture.shape[:2]
@@ -117,6 +141,10 @@ def write_png(path: Path, picture: Tensor, about: Mapping[str, Any]) -> None:
     for kind, data in parts:
         check = struct.pack(">I", zlib.crc32(kind + data))
         body += struct.pack(">I", len(data)) + kind + data + check
+    _write(path, body)
+
+
+def _write(path: Path, body: bytes) -> None:
     partial = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

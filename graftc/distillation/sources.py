@@ -60,7 +60,7 @@ def as_sample(raw: Any, index: int) -> Sample:
     """A raw sample as a dict of tensors. Raises GraftError (G521) for anything else."""
     if not isinstance(raw, Mapping) or not raw:
         fail("G521", f"sample {index} of DATA is no dict", site=f"DATA[{index}]",
-             wanted='a dict of tensors, such as {"latent": …, "label": …}',
+             wanted='a dict of tensors by name, as the task reads them: {"latent": …, "label": …}, {"input_ids": …}',
              found=describe(raw), help="give each value its name")  # fmt: skip
     sample: Sample = {}
     for name, value in cast(Mapping[Any, Any], raw).items():

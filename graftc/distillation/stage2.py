@@ -26,7 +26,7 @@ from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, named
 from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.pieces import Rows, Whole, held, in_pieces
-from graftc.distillation.preview import Preview, draw, grid, write_png
+from graftc.distillation.preview import Preview, draw, write_sheet
 from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.recompute import recomputed
 from graftc.distillation.run import Progress, Run
@@ -393,12 +393,13 @@ Sheets = Callable[[int], None]
 def sheets(engine: _Stage2, preview: Preview | None, teacher: nn.Module | None) -> Sheets:
     """Writes a sheet of samples when it is due: at step 0, every `preview.every` steps, and at the end.
 
-    The last is `samples/student.png`, with the averaged weights; with step 0's comes the teacher's, from
+    The last is `samples/student.png` (of tokens, `student.txt`), with the averaged weights; with step 0's comes the teacher's, from
     the same noise. Without a run there is nowhere to write them, and nothing is drawn.
     """
     run = engine.run
     if preview is None or run is None:
         return lambda step: None
+    folder = run.path / "samples"
 
     def sheet(step: int) -> None:
         last = step == engine.plan.steps
@@ -412,14 +413,13 @@ def sheets(engine: _Stage2, preview: Preview | None, teacher: nn.Module | None) 
         about = {"seed": engine.seed, "step": step, "count": preview.count,
                  "noise": f"seeded('preview', {engine.seed})"}  # fmt: skip
         if engine.ranks.first:
-            write_png(run.path / "samples" / f"{name}.png", grid(found), about)
-        run.log(event="samples", file=f"samples/{name}.png", **about)
+            file = write_sheet(folder, name, found, engine.task, about)
+            run.log(event="samples", file=f"samples/{file}", **about)
         if step == 0 and teacher is not None:
             theirs = draw(teacher, engine.task, preview, engine.data.held_out, engine.seed)
             if engine.ranks.first:
-                write_png(
-                    run.path / "samples" / "teacher.png", grid(theirs), {**about, "step": "teacher"}
-                )
+                theirs_about = {**about, "step": "teacher"}
+                write_sheet(folder, "teacher", theirs, engine.task, theirs_about)
 
     return sheet
 

@@ -68,10 +68,11 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture, as a data URI."""
+    """A sheet of samples: a picture, as a data URI, or the text of one of tokens."""
 
     name: str
     uri: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,20 +157,23 @@ def _events(log: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _image(folder: Path, path: Path) -> Image:
+    name = str(path.relative_to(folder))
+    if path.suffix == ".txt":
+        return Image(name, "", path.read_text(encoding="utf-8", errors="replace"))
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return Image(name, "data:image/png;base64," + data)
+
+
 def _images(folder: Path) -> tuple[tuple[Image, ...], int]:
-    """PNGs that lie in the build, in `samples/`, and in its runs."""
+    """Sheets of samples that lie in the build, in `samples/`, and in its runs."""
     paths = [
         *sorted(folder.glob("*.png")),
         *sorted(folder.glob("samples/*.png")),
         *sorted(folder.glob("runs/*/*.png")),
         *sorted(folder.glob("runs/*/samples/*.png")),
+        *sorted(folder.glob("runs/*/samples/*.txt")),  # of a model of language
     ]
     small = [p for p in paths if p.stat().st_size <= _LARGEST_IMAGE]
-    shown = [
-        Image(
-            str(p.relative_to(folder)),
-            "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode("ascii"),
-        )
-        for p in small[:_MOST_IMAGES]
-    ]
+    shown = [_image(folder, p) for p in small[:_MOST_IMAGES]]
     return tuple(shown), len(paths) - len(shown)

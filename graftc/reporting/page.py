@@ -239,18 +239,23 @@ def _samples(facts: Facts) -> str:
             f"{facts.images_left_out} more images are not shown (too many, or larger than 4 MB)."
         )
     return out or _note(
-        f"{NOT_RECORDED}: no PNG lies in this build, its `samples/` or its runs (`graftc finetune DIR --preview N` draws them)."
+        f"{NOT_RECORDED}: no sheet of samples lies in this build, its `samples/` or its runs (`graftc finetune DIR --preview N` draws them)."
     )
 
 
 def _place(image: Image) -> int:
-    stem = image.name.rpartition("/")[2].removesuffix(".png")
-    return {"teacher": 0, "student": 1}.get(stem, 2)
+    return {"teacher": 0, "student": 1}.get(_stem(image), 2)
+
+
+def _stem(image: Image) -> str:
+    return image.name.rpartition("/")[2].rpartition(".")[0]
 
 
 def _figure(image: Image) -> str:
     name = escape(image.name)
-    shown = escape(image.name.rpartition("/")[2].removesuffix(".png"))
+    shown = escape(_stem(image))
+    if image.text:
+        return f"<figure><pre>{escape(image.text)}</pre><figcaption>{shown}</figcaption></figure>"
     return f'<figure><img src="{image.uri}" alt="{name}" title="{name}"><figcaption>{shown}</figcaption></figure>'
 
 

@@ -87,9 +87,23 @@ class CausalLM:
         """Continue `prompt` to `length` new tokens, `count` times: [count, P + length] int64.
 
         Options: `prompt` [P] or [count, P] int64 (required), `length` (default 32), `temperature` (default 1.0; 0 is greedy). Runs the
-        whole prefix each step and uses no cache: right for any model, fast for none.
+        whole prefix each step and uses no cache: right for any model, fast for none. `pad_to`: tokens that the model takes, no more
+        and no fewer (one captured at a fixed length); what is still to come is 0, which a causal model does not see. `masked`: the
+        model takes a mask too, of ones.
         """
         return self._continue(model, count, generator, **options)
+
+    def prompts(self, samples: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options of `sample` that continue the first half of each of `samples`, for previews while a model trains."""
+        tokens = entry(samples, self.tokens_key, "causal_lm")
+        length = tokens.shape[1]
+        half = max(1, length // 2)
+        return {
+            "prompt": tokens[:, :half],
+            "length": length - half,
+            "pad_to": length,
+            "masked": self.mask_key in samples,
+        }
 
     def _continue(
         self,
@@ -100,6 +114,8 @@ class CausalLM:
         prompt: Tensor,
         length: int = 32,
         temperature: float = 1.0,
+        pad_to: int | None = None,
+        masked: bool = False,
         device: torch.device | str = "cpu",
     ) -> Tensor:
         tokens = (prompt.expand(count, -1) if prompt.ndim == 1 else prompt).to(device)
@@ -107,7 +123,13 @@ class CausalLM:
             raise ValueError(f"{count} samples need {count} prompts, or one, not {len(tokens)}")
         with torch.inference_mode():
             for _ in range(length):
-                logits = primary(model(**{self.tokens_name: tokens}))[:, -1].float().cpu()
+                at, given = tokens.shape[1] - 1, tokens
+                if pad_to is not None:
+                    given = F.pad(tokens, (0, pad_to - tokens.shape[1]))
+                inputs = {self.tokens_name: given}
+                if masked:
+                    inputs[self.mask_name] = torch.ones_like(given)
+                logits = primary(model(**inputs))[:, at].float().cpu()
                 if temperature == 0:
                     following = logits.argmax(-1, keepdim=True)
                 else:

@@ -264,5 +264,5 @@ def test_each_smaller_setting_of_stage_2_is_told_in_turn():
         wanted, help = stage2_advice(model, terms, batch, 8_000_000, device)
         assert says in help
         assert wanted.startswith(
-            "40.00MB"
+            "40.00 MB"
         )  # 8 MB of weights; of those that train, 4 times as much more

@@ -9,7 +9,7 @@ from torch import nn
 import graftc
 from graftc.distillation.overfit import check_distill
 from graftc.distillation.plain import Distillation
-from graftc.distillation.targets import Budget, Loss
+from graftc.distillation.targets import Budget, Loss, Site
 from tests.distillation import tiny
 from tests.distillation.test_candidates import one_of
 from tests.distillation.test_stage1 import biased
@@ -50,6 +50,47 @@ def test_a_site_with_too_few_parameters_is_checked_on_fewer_samples(tmp_path):
     assert (check.passed, check.samples) == (True, 3), check
     assert "864 parameters for 5,120 numbers" in check.note
     assert "3 of 40 samples" in check.note
+
+
+class Biased(tiny.Attention):
+    """An attention that takes a second value, as a causal mask, which the student's call has not."""
+
+    def forward(self, x, bias):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+
+class Block(nn.Module):
+    def __init__(self, attn) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x, bias):
+        return x + (self.attn(x, bias) if isinstance(self.attn, Biased) else self.attn(x))
+
+
+class Masked(nn.Module):
+    def __init__(self, attn) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.full((tiny.TOKENS, tiny.TOKENS), -9.0).triu(1))
+        self.block = Block(attn)
+
+    def forward(self, x, t):
+        return self.block(x, self.bias)
+
+
+def test_what_the_teacher_takes_and_the_student_does_not_is_no_fault_of_the_cut(tmp_path):
+    torch.manual_seed(0)
+    teacher, student = Masked(Biased()).eval(), Masked(tiny.Attention())
+    student.block.attn.load_state_dict(teacher.block.attn.state_dict())
+    cut = tiny.call("block.attn", "block")
+    site = Site("block.attn", cut, cut, ("block.attn",))
+    made = tiny.FakeBuild(
+        tmp_path, tiny.targets(site), make_teacher=lambda: teacher, make_student=lambda: student
+    )
+    (check,) = checked(made, 2, 30)
+    assert check.self_graft == 0
+    assert check.loss_start > 0  # without the mask
 
 
 class Constant(nn.Module):

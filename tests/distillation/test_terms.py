@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -17,12 +18,14 @@ from graftc.diagnostics import GraftError, NotRunError
 from graftc.distillation import distill, finetune, finetune_module, from_dict, to_dict
 from graftc.distillation.finetune import train_of
 from graftc.distillation.pieces import held
-from graftc.distillation.preview import Preview, grid, write_png
+from graftc.distillation.preview import Preview, grid, write_png, write_sheet
 from graftc.distillation.ranks import ALONE
 from graftc.distillation.recompute import blocks_of, recomputed
+from graftc.distillation.run import open_run
 from graftc.distillation.sources import seeded
 from graftc.distillation.targets import Budget, Lora, Only, Stage2
 from graftc.distillation.terms import Terms, relative_error
+from graftc.tasks import CausalLM
 from tests.distillation import tiny
 
 TERMS = Stage2(steps=30, batch=16, lr=5e-3, warmup=4, ema=0.9)
@@ -314,6 +317,44 @@ def test_sheets_of_samples_come_along_the_way(tmp_path):
     assert not (again.path / "samples").exists()
 
 
+def test_a_model_of_language_continues_what_was_held_out(tmp_path):
+    """Tokens are written as text: the first half as it was held out, then what the model goes on with."""
+    task, length = CausalLM(), 8
+
+    class Next(nn.Module):
+        """Of a fixed length, as a capture is; each token is followed by the one after it."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((), 50.0))
+
+        def forward(self, input_ids):
+            assert input_ids.shape[1] == length
+            return self.scale * nn.functional.one_hot((input_ids + 1) % 20, 20).float()
+
+    data = [{"input_ids": torch.arange(i, i + length) % 20} for i in range(20)]
+    with open_run(tiny.FakeBuild(tmp_path, tiny.targets()), "finetune", options={}) as opened:
+        finetune_module(
+            Next(),
+            task,
+            data,
+            stage2=Stage2(steps=2, batch=4),
+            run=opened,
+            preview=Preview(1, count=2),
+        )
+        folder = opened.path / "samples"
+        names = {p.name for p in folder.iterdir()}
+        lines = (folder / "student.txt").read_text().splitlines()
+    assert names == {"step-000000.txt", "step-000001.txt", "student.txt"}
+    assert lines[0].startswith("# seed 0, step 2")
+    for line in lines[1:]:
+        tokens = [int(word) for word in line.split()]
+        assert tokens == [(tokens[0] + i) % 20 for i in range(length)]
+    task_with_words = types.SimpleNamespace(decode=lambda row: "".join(chr(97 + t) for t in row))
+    write_sheet(tmp_path, "w", torch.tensor([[0, 1], [2, 3]]), task_with_words, {"seed": 0})
+    assert (tmp_path / "w.txt").read_text() == "# seed 0\nab\ncd\n"
+
+
 def test_the_sampler_takes_options_and_conditions(tmp_path):
     seen = []
 
@@ -335,7 +376,7 @@ def test_the_sampler_takes_options_and_conditions(tmp_path):
 
 @pytest.mark.parametrize(
     ("sample", "code"),
-    [(lambda **_: torch.zeros(4, 9, dtype=torch.int64), "G555"), (None, "G203")],
+    [(lambda **_: torch.zeros(4, 9), "G555"), (None, "G203")],
 )
 def test_a_task_that_draws_no_images_is_told_before_training(tmp_path, sample, code):
     task = tiny.Denoise()
