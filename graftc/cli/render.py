@@ -57,6 +57,8 @@ def wide_table(*columns: str) -> Table:
 
 
 def show_analysis(analysis: Analysis) -> None:
+    from graftc.diagnostics import render
+
     console = wide_console()
     program = analysis.program
     console.print(
@@ -68,6 +70,8 @@ def show_analysis(analysis: Analysis) -> None:
         )
     for note in program.facts.notes:
         console.print(f"  note: {note}")
+    for warning in program.facts.warnings:
+        console.print(render(warning))
     for chain in analysis.chains:
         console.print(f"\nchain `{chain.name}`: {len(chain)} blocks, 0..{len(chain) - 1}")
         table = wide_table("block", "site", "role", "facts", "parameters", "FLOPs")
@@ -135,6 +139,7 @@ def facts_text(site: Site) -> str:
 
 
 def analysis_dict(analysis: Analysis) -> dict[str, Any]:
+    from graftc.diagnostics import to_json
     from graftc.rewrite.plan_text import measured_on_dict
 
     return {
@@ -145,6 +150,7 @@ def analysis_dict(analysis: Analysis) -> dict[str, Any]:
             for p in analysis.program.inputs
         ],
         "notes": list(analysis.program.facts.notes),
+        "warnings": [to_json(w) for w in analysis.program.facts.warnings],
         "chains": [{"name": c.name, "blocks": list(c.paths)} for c in analysis.chains],
         "sites": [
             {
@@ -238,6 +244,9 @@ def show_build(build: Build, *, say_next: bool = True) -> None:
         console.print(f"  {line}")
     for note in build.manifest.get("notes", []):
         console.print(note)
+    reason = (build.manifest.get("forms") or {}).get("reason")
+    if reason:
+        console.print(f"  graftc.install gives the generated form alone: {reason}")
     trained = sum(s["budget"]["steps"] != 0 for s in sites)
     said = [f"{trained} sites to distil"] if trained else []
     if trained < len(sites):

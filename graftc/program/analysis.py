@@ -29,6 +29,7 @@ from graftc.program.roles import (
     mlps,
 )
 from graftc.program.rotary import Rotary
+from graftc.program.traces import sizes_told
 
 Fact = int | float | bool | str | None
 ATTENTION_ROLES = ("self_attention", "cross_attention", "joint_attention")
@@ -134,6 +135,11 @@ def analyse(program: Program) -> Analysis:
     >>> [(s.path, s.role) for s in found.sites if s.role == "mlp"]
     [('0', 'mlp')]
     """
+    with sizes_told(program.root):
+        return _analyse(program)
+
+
+def _analyse(program: Program) -> Analysis:
     flat = flatten(program)
     found = chains(program)
     batch = batch_size(program)

@@ -21,7 +21,7 @@ from torch.export.unflatten import InterpreterModule
 
 from graftc.diagnostics import GraftError
 from graftc.program.dtypes import follow_weights
-from graftc.program.export import export
+from graftc.program.export import Exported, export
 from graftc.program.fixed import make_constant
 from graftc.program.model import USER_MODULE, Model
 from graftc.program.normalise import normalise
@@ -38,6 +38,7 @@ from graftc.program.program import (
 )
 from graftc.program.repeats import NotShared, expand
 from graftc.program.saved import Saved
+from graftc.program.traces import sizes_told
 from graftc.program.unsupported import check_supported
 
 
@@ -64,8 +65,14 @@ def _capture(model: Model, share: bool) -> Program:
     values = {n: inputs[n] for n in model.fixed}
     inputs |= {n: v.to(_device(model, v)) for n, v in values.items()}
     traced = export(model.module, inputs, dynamic, share, values)
+    with sizes_told(traced.program.graph_module):
+        return _program(model, inputs, traced, notes)
+
+
+def _program(model: Model, inputs: dict[str, Any], traced: Exported, notes: list[str]) -> Program:
+    values = {n: inputs[n] for n in model.fixed}
     exported, dynamic = traced.program, traced.dynamic
-    notes += traced.notes
+    notes = [*notes, *traced.notes]
     _forget_values(exported, model.module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -90,6 +97,7 @@ def _capture(model: Model, share: bool) -> Program:
             absent=tuple(dict.fromkeys([*_absent(model), *values, *dropped])),
             constants={k: v for k, v in inputs.items() if isinstance(v, (bool, int, float, str))},
             notes=tuple(notes),
+            warnings=traced.warnings,
             grid=model.grid,
             streams=model.stream_tokens,
         ),

@@ -17,10 +17,14 @@ from torch.utils import _pytree as pytree
 
 from graftc.diagnostics import Diagnostic, GraftError, Note
 from graftc.program.fixed import values_known
+from graftc.program.impure import backwards_noted, check_random
+from graftc.program.kept import as_it_was
 from graftc.program.model import user_error
-from graftc.program.program import ATEN
+from graftc.program.program import ATEN, DATA_DEPENDENT
 from graftc.program.repeats import Blocks, NotShared, traced_once
 from graftc.program.saved import Saved
+from graftc.program.state import check_attributes, check_constants, without_writes
+from graftc.program.traces import own_lines
 
 Dynamic = Mapping[str, Mapping[int, str]]
 Traced = tuple[torch.export.ExportedProgram, Blocks]
@@ -29,12 +33,13 @@ Traced = tuple[torch.export.ExportedProgram, Blocks]
 @dataclass(frozen=True)
 class Exported:
     """What tracing gave: the program, the blocks that it holds only once, the dimensions that stayed
-    dynamic, and sentences on those that did not."""
+    dynamic, sentences on those that did not, and warnings of what is not in the graph."""
 
     program: torch.export.ExportedProgram
     blocks: Blocks
     dynamic: dict[str, dict[int, str]]
     notes: list[str]
+    warnings: tuple[Diagnostic, ...] = ()
 
 
 def export(
@@ -53,7 +58,8 @@ def export(
     """
     if isinstance(module, Saved):
         return _saved(module.exported, dynamic)
-    run = partial(_run, share=share, values=values or {})
+    lost: dict[str, Diagnostic] = {}
+    run = partial(_run, share=share, values=values or {}, lost=lost)
     dims = {d: torch.export.Dim(d) for by in dynamic.values() for d in by.values()}
     left = {k: dict(v) for k, v in dynamic.items()}
     notes: list[str] = []
@@ -73,15 +79,36 @@ def export(
         raise NotShared("the model writes to tensors, perhaps to a block's inputs")
     exported = _functional(exported)
     inline_regions(exported.graph_module)
-    return Exported(exported, blocks, {k: v for k, v in left.items() if v}, notes)
+    check_random(exported.graph_module, module.training)
+    warned = (*without_writes(exported), *lost.values())
+    return Exported(exported, blocks, {k: v for k, v in left.items() if v}, notes, warned)
+
+
+def traced(
+    module: nn.Module, inputs: dict[str, Any], values: Mapping[str, torch.Tensor]
+) -> torch.export.ExportedProgram:
+    """What forward runs in the mode that the module is in, at the example's sizes; blocks that repeat once.
+
+    Raises GraftError with the user's own line where the model cannot be traced.
+    """
+    run = partial(_run, module, inputs, None, values=values, lost={})
+    try:
+        try:
+            return run(share=True)[0]
+        except NotShared:
+            return run(share=False)[0]
+    except Exception as error:
+        raise cannot_capture(error) from error
 
 
 def _saved(program: torch.export.ExportedProgram, dynamic: Dynamic) -> Exported:
     """A program that was traced when it was saved."""
     functional = _functional(program)
     inline_regions(functional.graph_module)
+    check_random(functional.graph_module, training=False)
     notes = [] if dynamic else ["the program was saved with every size fixed"]
-    return Exported(functional, Blocks(), {k: dict(v) for k, v in dynamic.items()}, notes)
+    left = {k: dict(v) for k, v in dynamic.items()}
+    return Exported(functional, Blocks(), left, notes, tuple(without_writes(functional)))
 
 
 def _what_stays_dynamic(
@@ -111,15 +138,23 @@ def _shapes(inputs: Mapping[str, Any], dynamic: Dynamic, dim: Any) -> dict[str, 
 
 
 def _run(
-    module: nn.Module, inputs: dict[str, Any], shapes: Any, share: bool, values: Mapping[str, Any]
+    module: nn.Module,
+    inputs: dict[str, Any],
+    shapes: Any,
+    share: bool,
+    values: Mapping[str, Any],
+    lost: dict[str, Diagnostic],
 ) -> Traced:
     once = traced_once(module) if share else nullcontext(Blocks())
-    known = values_known(module, values)
-    with _silent(), torch.no_grad(), _no_fast_path(), once as blocks, known:
-        exported = torch.export.export(
-            module, (), dict(inputs), dynamic_shapes=shapes, strict=False
-        )
-        return exported, blocks
+    known, noted = values_known(module, values), backwards_noted(lost)
+    with as_it_was(module) as changes:
+        with _silent(), torch.no_grad(), _no_fast_path(), noted, once as blocks, known:
+            exported = torch.export.export(
+                module, (), dict(inputs), dynamic_shapes=shapes, strict=False
+            )
+    check_constants(exported, module, changes)
+    check_attributes(module, inputs, changes)
+    return exported, blocks
 
 
 @contextmanager
@@ -249,16 +284,6 @@ def _under_autocast(node: fx.Node) -> GraftError:
     )
 
 
-def own_lines(trace: str | None) -> list[str]:
-    """The last lines of a node's stack trace that are not torch's."""
-    lines = [line.strip() for line in (trace or "").splitlines()]
-    frames = [
-        f"{where} {code}" for where, code in zip(lines[::2], lines[1::2], strict=False)
-        if where.startswith("File ") and "/torch/" not in where
-    ]  # fmt: skip
-    return frames[-1:]
-
-
 def _is_shape_error(error: BaseException) -> bool:
     name = type(error).__name__
     text = str(error)
@@ -282,7 +307,7 @@ def cannot_capture(error: BaseException) -> Exception:
     text = str(error)
     help_ = "make this part static for the example inputs, or move it out of the model's forward"
     if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
-        help_ = "this line branches on the values of a tensor; use torch.where or torch.cond"
+        help_ = DATA_DEPENDENT
     elif "Cache'> in output" in text:  # transformers' caches
         help_ = 'give `use_cache` as an input of the model: `{…, "use_cache": False}`'
     return GraftError(

@@ -40,6 +40,8 @@ class _Values(TorchFunctionMode):
         given = (args, kwargs or {})
         tensors = [v for v in pytree.tree_leaves(given) if isinstance(v, Tensor)]
         writes = func is Tensor.__setitem__ or _is_in_place(func)
+        if func is Tensor.__getitem__ and isinstance(chosen := args[1], Tensor) and id(args[0]) not in self.known:
+            args = (args[0], self._places(chosen))  # which ones a mask chooses is known
         if not tensors or not all(id(t) in self.known for t in tensors):
             if writes and tensors:
                 self.known.pop(id(tensors[0]), None)
@@ -54,6 +56,13 @@ class _Values(TorchFunctionMode):
                 if isinstance(new, Tensor) and value.numel() <= _LARGEST:
                     self.learn(new, value)
         return result
+
+    def _places(self, chosen: Tensor) -> Any:
+        """The indices that a known mask of bools chooses; anything else as it is."""
+        if id(chosen) not in self.known or chosen.dtype is not torch.bool:
+            return chosen
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return self.known[id(chosen)][1].nonzero(as_tuple=True)
 
     def _real(self, func: Callable[..., Any], given: tuple[Any, Any]) -> Any:
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: self.known[id(t)][1], given)

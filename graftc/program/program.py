@@ -10,7 +10,30 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graftc.diagnostics import Diagnostic, GraftError, Note
+
 ATEN = torch.ops.aten
+
+DATA_DEPENDENT = (
+    "this line needs the values of a tensor: use torch.where or torch.cond; or, where they come of an input such as a mask, "
+    'say that the example\'s values hold for every call: graftc.Model(…, fixed = ("mask",))'
+)
+
+
+class UnknownSize(GraftError):
+    """A size that depends on the values of a tensor is asked for (G815); `told` gives it the user's line."""
+
+    def __init__(self, line: str = "") -> None:
+        super().__init__(
+            Diagnostic(
+                "G815",
+                "the size of a tensor depends on the values of another, so that no shape after it is known",
+                site="torch.export",
+                wanted="shapes that depend on the shapes of the inputs alone",
+                notes=(Note(line),) if line else (),
+                help=DATA_DEPENDENT,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -35,8 +58,8 @@ class Outputs:
 class Facts:
     """What capture fixed, and what the model's maker says of its tokens.
 
-    `dynamic`: name of a dynamic dimension → the example's size; `notes`: sentences; `grid`: rows and
-    columns of the image tokens; `streams`: name of a token stream → its tokens in the example.
+    `dynamic`: name of a dynamic dimension → the example's size; `notes`: sentences; `warnings`: what the
+    original does and the graph does not; `grid`: rows and columns of the image tokens; `streams`: name of a token stream → its tokens in the example.
     """
 
     mode: str
@@ -45,6 +68,7 @@ class Facts:
     absent: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    warnings: tuple[Diagnostic, ...] = ()
     grid: tuple[int, int] | None = None
     streams: Mapping[str, int] = field(default_factory=dict)
 
@@ -129,11 +153,17 @@ def value(node: fx.Node) -> Any:
 
 
 def size_hint(size: Any) -> int:
-    """A dimension as a number: the example's, where it is dynamic."""
+    """A dimension as a number: the example's, where it is dynamic.
+
+    Raises GraftError (G815) for a size that depends on the values of a tensor, which no example has.
+    """
     if isinstance(size, int):
         return size
     hint = getattr(size.node, "hint", None)
-    return int(hint) if hint is not None else int(size)
+    known = hint if hint is not None else size.node.maybe_as_int()
+    if known is None:
+        raise UnknownSize()
+    return int(known)
 
 
 def shape_hint(node: fx.Node) -> tuple[int, ...] | None:

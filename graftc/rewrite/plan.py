@@ -64,7 +64,8 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     selections: list[Matches] = []
     edits: list[Edit] = []
     problems: list[Diagnostic] = []
-    notes = [*rules.notes, *(analysis.measured.notes if analysis.measured else ())]
+    warned = analysis.program.facts.warnings
+    notes = [*rules.notes, *warned, *(analysis.measured.notes if analysis.measured else ())]
     taken = {path for path, _ in analysis.program.root.named_modules(remove_duplicate=False)}
     view = program_view(analysis.flat)
     for rule in rules.rules:

@@ -1,0 +1,85 @@
+"""What a captured graph cannot say: numbers drawn at random, and a backward that the user wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.diagnostics import Diagnostic, Note, fail
+from graftc.program.program import ATEN
+from graftc.program.traces import calling_line, own_lines
+
+_DROPOUTS: frozenset[Any] = frozenset({
+    ATEN.dropout.default, ATEN.feature_dropout.default, ATEN.native_dropout.default,
+    ATEN.alpha_dropout.default, ATEN.scaled_dot_product_attention.default,
+})  # fmt: skip
+"""Random in train mode only, and written so that the student's own mode decides."""
+
+
+def check_random(module: fx.GraphModule, training: bool) -> None:
+    """Raise GraftError (G810), with the user's line, for a draw of random numbers that is no dropout of train mode."""
+    for _, inner in _graphs(module):
+        for node in inner.graph.nodes:
+            tags: Any = getattr(node.target, "tags", ())
+            if torch.Tag.nondeterministic_seeded not in tags or _is_dropout(node, training):
+                continue
+            lines = own_lines(node.meta.get("stack_trace"))
+            mode = "train" if training else "eval"
+            fail(
+                "G810",
+                f"forward draws random numbers in {mode} mode (`{node.target.overloadpacket.__name__}`), "
+                "so that teacher and student never see the same",
+                site="torch.export",
+                wanted="outputs that depend on the inputs and the weights alone",
+                found=f"{node.target}",
+                notes=[Note(line) for line in lines],
+                help="call `.eval()` on the model; what training drops or adds at random (label dropout) belongs to "
+                "the Task" if training else "draw the numbers outside and give them to the model as an input",
+            )
+
+
+def _is_dropout(node: fx.Node, training: bool) -> bool:
+    if node.target is ATEN.scaled_dot_product_attention.default:
+        p = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return training or p == 0
+    if node.target not in _DROPOUTS:
+        return False
+    return training or node.args[1] == 0 or node.args[2] is False
+
+
+def _graphs(root: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+    return [(p, m) for p, m in root.named_modules() if isinstance(m, fx.GraphModule)]
+
+
+@contextmanager
+def backwards_noted(lost: dict[str, Diagnostic]) -> Generator[None]:
+    """Within, a warning (G812) goes into `lost` for each class of `torch.autograd.Function` that is not torch's.
+
+    The graph has the ops of its forward; its backward is not in it, and autograd derives the forward's ops instead.
+    """
+    function: Any = torch.autograd.Function
+    original = vars(function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            line = calling_line()
+            lost[cls.__qualname__] = Diagnostic(
+                "G812",
+                f"the backward of `{cls.__name__}` is not in the captured graph: "
+                "the student's gradient is that of the ops of its forward",
+                site=cls.__qualname__,
+                notes=(Note(line),) if line else (),
+                help="where the two differ, say so with ops (`x + (f(x) - x).detach()`), or keep this part out of what is trained",
+                severity="warning",
+            )
+        return original.__func__(cls, *args, **kwargs)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = original
