@@ -2,7 +2,8 @@
 
 After it a graph holds what the model computes and no trace of where it was traced: no
 metadata assertions, no-op casts, dropout that is off, full slices or device constants, no
-sizes threaded from module to module; an einsum that is a product of matrices is one. So the result moves to another dtype and device and
+sizes threaded from module to module; an einsum that is a product of matrices is one,
+and a product of complex numbers is one of real ones. So the result moves to another dtype and device and
 trains, and patterns meet one form. Patterns go through the same passes as models.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graftc.program import einsum, sizes
+from graftc.program import complex, einsum, sizes
 from graftc.program.program import ATEN, generate_code, graphs, join, sweep, value
 
 _ASSERTIONS = {
@@ -29,6 +30,7 @@ _HUGE = 2**62
 
 def normalise(root: fx.GraphModule) -> fx.GraphModule:
     """Normalise every graph of a freshly captured tree (which is consumed), children first."""
+    complex.real_inputs(root)
     tree = list(graphs(root))
     for _, module in reversed(tree):
         _positional_outputs(module.graph)
@@ -39,6 +41,7 @@ def normalise(root: fx.GraphModule) -> fx.GraphModule:
                 _unpin_device(node)
                 _forward_no_op(node)
         einsum.to_matmul(module.graph)
+        complex.to_real(module)
         sweep(module.graph)
     _inline_identities(root)
     sizes.unthread(root)

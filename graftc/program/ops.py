@@ -34,7 +34,7 @@ MOVEMENTS = _overloads(
     "flatten.using_ints", "unflatten.int", "expand.default", "tensor_split.sections", "to.dtype",
     "repeat_interleave.self_int", "movedim.int", "swapaxes.default", "t.default", "repeat.default",
     "type_as.default", "to.dtype_layout", "_to_copy.default", "dropout.default", "narrow.default",
-    "squeeze.dims", "split.sizes", "swapdims.default",
+    "squeeze.dims", "split.sizes", "swapdims.default", "view_as_real.default", "view_as_complex.default",
 )  # fmt: skip
 """Ops that move values without computing; a dropout or a cast is one here: it changes no structure."""
 

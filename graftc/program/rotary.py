@@ -83,7 +83,7 @@ def rotary_of(query: Op, linears: tuple[Op, ...]) -> Rotary | None:
     Of the whole x, or of its first features with the rest as they are (GPT-NeoX).
     """
     total = strip(query)
-    if total.target is ATEN.slice_scatter.default:
+    if total.target in (ATEN.slice_scatter.default, ATEN.stack.default):
         return _of_pairs(total, linears)
     rest: Op | None = None
     if total.target is ATEN.cat.default and len(total.operands) == 2:
@@ -105,16 +105,19 @@ def rotary_of(query: Op, linears: tuple[Op, ...]) -> Rotary | None:
 
 
 def _of_pairs(total: Op, linears: tuple[Op, ...]) -> Rotary | None:
-    """Where the even features are written first, and then the odd ones (Wan): told by its values on random numbers."""
+    """Where even and odd features are written one after the other (Wan) or stacked (Lumina): told by its values on random numbers."""
     parts = _products(total, linears)
     tables = list({t.index: t for _, _, t in parts}.values())
     sources = {strip(x).index: x for _, x, _ in parts}
     if len(parts) != 4 or len(tables) != 2 or len(sources) != 1:
         return None
     x = next(iter(sources.values()))
+    wanted = [size_hint(s) for s in total.tensor.shape]
+    if total.target is ATEN.stack.default:  # its last two dimensions are the pairs
+        wanted = [*wanted[:-2], wanted[-2] * wanted[-1]]
     while x.target in MOVEMENTS or x.target is operator.getitem:
         x = x.args[0]
-        if x.tensor is not None and x.tensor.shape == total.tensor.shape:
+        if x.tensor is not None and [size_hint(s) for s in x.tensor.shape] == wanted:
             break
     shape = [size_hint(s) for s in x.tensor.shape] if x.tensor is not None else []
     if torch.Size(shape).numel() > _LARGEST:
@@ -131,7 +134,7 @@ def _of_pairs(total: Op, linears: tuple[Op, ...]) -> Rotary | None:
             return None
         one, two = pairs.unbind(-1)
         turned = torch.stack((one * c - two * s, two * c + one * s), dim=-1).flatten(-2)
-        if found.shape == turned.shape and torch.allclose(found, turned, atol=1e-5):
+        if found.numel() == turned.numel() and torch.allclose(found.reshape(turned.shape), turned, atol=1e-5):
             return Rotary(cos, sin, "pairs", x)
     return None
 
