@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graftc.emit.files as files
@@ -24,6 +24,7 @@ from graftc.program.outline import original_name
 from graftc.program.program import Program
 
 FORMAT = 1
+CONSTANTS = "constants.safetensors"
 State = Mapping[str, torch.Tensor]
 Weights = Literal["copy", "link"]
 
@@ -56,11 +57,15 @@ def write_package(
         fail("G620", "a model on the meta device has no weights to write", site=str(folder),
              help="load the model with its weights")  # fmt: skip
     entry: dict[str, Any] = {"sha256": files.state_hash(stored)}
+    constants: State = {}
     if weights == "link":
         entry = {"model": link, **({"from": linked_weights} if linked_weights else {}), **entry}
         names = {n: original_name(program, n) for n in stored}
         if moved := {n: old for n, old in names.items() if n != old}:
             entry["names"] = moved  # what was outlined from a block's own forward
+        constants = {n: t for n, t in stored.items() if n in outside_state(program.root)}
+        if constants:  # a literal in forward, a fixed mask, a buffer outside of the state dict
+            entry["constants"] = CONSTANTS
     else:
         entry = {"file": "model.safetensors", **entry}
     described = {
@@ -75,6 +80,8 @@ def write_package(
         folder.mkdir(parents=True, exist_ok=True)
         if weights == "copy":
             save_state(stored, folder / "model.safetensors")
+        elif "constants" in entry:
+            save_state(constants, folder / CONSTANTS)
         files.write_text(folder / "model.py", text)
         files.write_yaml(folder / "config.yaml", described)
     except OSError as error:
@@ -140,8 +147,23 @@ def stored_state(root: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, st
     return stored, ties
 
 
+def outside_state(root: nn.Module) -> frozenset[str]:
+    """Names of the buffers that are in no state dict: what capture made, and what the model's maker left out."""
+    names = {n for n, _ in root.named_buffers(remove_duplicate=False)}
+    return frozenset(names - root.state_dict(keep_vars=True).keys())
+
+
 def save_state(stored: State, path: Path) -> None:
-    """Tensors as safetensors; views and shared storage are written out. Raises OSError."""
+    """Tensors as safetensors; views and shared storage are written out.
+
+    Raises OSError, and GraftError (G817) for complex numbers of double precision, which the format lacks.
+    """
+    double = next((n for n, t in stored.items() if t.dtype is torch.complex128), None)
+    if double is not None:
+        fail("G817", f"`{double}` is complex128, which no safetensors file can hold", site=double,
+             wanted="complex64, or real numbers", found="complex128",
+             help="make it complex64, or a buffer outside of the state dict "
+             "(`register_buffer(…, persistent = False)`), which is kept as real numbers")  # fmt: skip
     try:
         seen: set[int] = set()
         save_file({n: _whole(t.detach().cpu(), seen) for n, t in stored.items()}, path)
@@ -239,6 +261,8 @@ def _take_linked(model: nn.Module, entry: Mapping[str, Any], state: Any, folder:
     stored, ties = stored_state(model)
     moved: Mapping[str, str] = entry.get("names", {})
     names = {n: moved.get(n, n) for n in stored}
+    if "constants" in entry:
+        given = {**given, **_read_constants(folder / str(entry["constants"]))}
     missing = [old for old in names.values() if old not in given]
     found = "" if missing else files.state_hash({n: given[old] for n, old in names.items()})
     if found != entry["sha256"]:
@@ -247,6 +271,15 @@ def _take_linked(model: nn.Module, entry: Mapping[str, Any], state: Any, folder:
              found=f"no `{missing[0]}`" if missing else f"sha256 {found[:16]}…",
              help=f"restore what `{entry.get('model')}` gave, or compile again")  # fmt: skip
     _assign(model, {n: given[old] for n, old in names.items()}, ties)
+
+
+def _read_constants(path: Path) -> State:
+    if not path.is_file():
+        fail("G622", f"no such weights: {path.name}", site=str(path))
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        fail("G622", f"the constants cannot be read: {error}", site=str(path))
 
 
 def _assign(model: nn.Module, tensors: State, ties: Mapping[str, str]) -> None:

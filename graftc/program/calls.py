@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from graftc.program.fixed import values_known
 from graftc.program.kept import buffers_without_values
 from graftc.program.model import Model
 
@@ -76,7 +77,8 @@ def recorded(model: Model, paths: Iterable[str]) -> dict[str, CallRecord]:
         with mode, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             inputs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, dict(model.inputs))
-            with buffers_without_values(model.module, mode):
+            known = values_known(model.module, {n: model.inputs[n] for n in model.fixed})
+            with buffers_without_values(model.module, mode), known:
                 model.module(**inputs)
     finally:
         for handle in handles:

@@ -80,8 +80,12 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
         angles = call(ATEN.view_as_real.default, table)
         cos, sin = (call(ATEN.select.int, angles, -1, i) for i in (0, 1))
         one, two = (call(ATEN.select.int, pairs, -1, i) for i in (0, 1))
-        first = call(ATEN.sub.Tensor, call(ATEN.mul.Tensor, one, cos), call(ATEN.mul.Tensor, two, sin))
-        second = call(ATEN.add.Tensor, call(ATEN.mul.Tensor, two, cos), call(ATEN.mul.Tensor, one, sin))
+        first = call(
+            ATEN.sub.Tensor, call(ATEN.mul.Tensor, one, cos), call(ATEN.mul.Tensor, two, sin)
+        )
+        second = call(
+            ATEN.add.Tensor, call(ATEN.mul.Tensor, two, cos), call(ATEN.mul.Tensor, one, sin)
+        )
         result = call(ATEN.stack.default, [first, second], -1)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -147,11 +147,16 @@ def _run(
 ) -> Traced:
     once = traced_once(module) if share else nullcontext(Blocks())
     known, noted = values_known(module, values), backwards_noted(lost)
-    with as_it_was(module) as changes:
-        with _silent(), torch.no_grad(), _no_fast_path(), noted, once as blocks, known:
-            exported = torch.export.export(
-                module, (), dict(inputs), dynamic_shapes=shapes, strict=False
-            )
+    quietly = (_silent(), torch.no_grad(), _no_fast_path())
+    with ExitStack() as stack:
+        changes = stack.enter_context(as_it_was(module))
+        for context in (*quietly, noted):
+            stack.enter_context(context)
+        blocks = stack.enter_context(once)
+        stack.enter_context(known)
+        exported = torch.export.export(
+            module, (), dict(inputs), dynamic_shapes=shapes, strict=False
+        )
     check_constants(exported, module, changes)
     check_attributes(module, inputs, changes)
     return exported, blocks
@@ -306,7 +311,8 @@ def cannot_capture(error: BaseException) -> Exception:
         return wrapped
     text = str(error)
     help_ = "make this part static for the example inputs, or move it out of the model's forward"
-    if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
+    needs_values = ("data-dependent", "non-nested symint", "datadependentoutput")
+    if any(w in f"{type(error).__name__} {text}".lower() for w in needs_values):
         help_ = DATA_DEPENDENT
     elif "Cache'> in output" in text:  # transformers' caches
         help_ = 'give `use_cache` as an input of the model: `{…, "use_cache": False}`'

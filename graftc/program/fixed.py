@@ -40,7 +40,11 @@ class _Values(TorchFunctionMode):
         given = (args, kwargs or {})
         tensors = [v for v in pytree.tree_leaves(given) if isinstance(v, Tensor)]
         writes = func is Tensor.__setitem__ or _is_in_place(func)
-        if func is Tensor.__getitem__ and isinstance(chosen := args[1], Tensor) and id(args[0]) not in self.known:
+        if (
+            func is Tensor.__getitem__
+            and isinstance(chosen := args[1], Tensor)
+            and id(args[0]) not in self.known
+        ):
             args = (args[0], self._places(chosen))  # which ones a mask chooses is known
         if not tensors or not all(id(t) in self.known for t in tensors):
             if writes and tensors:
@@ -99,7 +103,8 @@ def make_constant(root: fx.GraphModule, values: Mapping[str, Tensor]) -> None:
     """Put the fixed values in place of the inputs, as buffers of the root (in place)."""
     for node in [n for n in root.graph.nodes if n.op == "placeholder" and n.target in values]:
         name = f"fixed_{node.target}"
-        root.register_buffer(name, values[str(node.target)].detach().clone())
+        held = values[str(node.target)].detach().clone()
+        root.register_buffer(name, held, persistent=False)  # the model has none of this name
         with root.graph.inserting_after(node):
             constant = root.graph.get_attr(name)
         constant.meta = dict(node.meta)

@@ -38,17 +38,19 @@ def check_random(module: fx.GraphModule, training: bool) -> None:
                 found=f"{node.target}",
                 notes=[Note(line) for line in lines],
                 help="call `.eval()` on the model; what training drops or adds at random (label dropout) belongs to "
-                "the Task" if training else "draw the numbers outside and give them to the model as an input",
+                "the Task"
+                if training
+                else "draw the numbers outside and give them to the model as an input",
             )
 
 
 def _is_dropout(node: fx.Node, training: bool) -> bool:
     if node.target is ATEN.scaled_dot_product_attention.default:
         p = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return training or p == 0
+        return training or bool(p == 0)
     if node.target not in _DROPOUTS:
         return False
-    return training or node.args[1] == 0 or node.args[2] is False
+    return training or bool(node.args[1] == 0) or node.args[2] is False
 
 
 def _graphs(root: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:

@@ -26,15 +26,22 @@ from graftc.program.example_inputs import MEANINGS, example_inputs
 from graftc.program.model import Model, user_error
 
 LIBRARIES = ("diffusers", "transformers")
-_FORM = re.compile(r"(?P<library>\w+):(?P<name>\w+)@(?P<where>[^#]+)(?:#(?P<subfolder>.+))?")
+_FORM = re.compile(
+    r"(?P<library>\w+):(?P<name>\w+)@(?P<where>[^#?]+)(?:#(?P<subfolder>[^?]+))?"
+    r"(?:\?fixed=(?P<fixed>\w+(?:,\w+)*))?"
+)
 
 
 @dataclass(frozen=True)
 class LibraryReference:
     """A class of a library and the folder (or hub id) that its config and weights lie in.
 
+    `fixed`: inputs whose example values become part of the captured graph, as in `graftc.Model`.
+
     >>> LibraryReference.parse("diffusers:DiTTransformer2DModel@./dit#transformer").subfolder
     'transformer'
+    >>> LibraryReference.parse("diffusers:Lumina2Transformer2DModel@./lumina?fixed=encoder_attention_mask").fixed
+    ('encoder_attention_mask',)
     """
 
     text: str
@@ -42,6 +49,7 @@ class LibraryReference:
     name: str
     where: str
     subfolder: str | None = None
+    fixed: tuple[str, ...] = ()
 
     @staticmethod
     def is_one(text: str) -> bool:
@@ -53,15 +61,19 @@ class LibraryReference:
         """Raises GraftError for one of another form."""
         found = _FORM.fullmatch(text)
         if found is None:
-            fail("G221", "MODEL is not of the form `library:CLASS@PATH_OR_ID#subfolder`", site=text,
+            fail("G221", "MODEL is not of the form `library:CLASS@PATH_OR_ID#subfolder?fixed=INPUT,INPUT`", site=text,
                  wanted="diffusers:DiTTransformer2DModel@path/to/pipeline#transformer", found=text)  # fmt: skip
-        return LibraryReference(text, *found.group("library", "name", "where", "subfolder"))
+        fixed = tuple((found["fixed"] or "").split(",")) if found["fixed"] else ()
+        return LibraryReference(
+            text, *found.group("library", "name", "where", "subfolder"), fixed=fixed
+        )
 
     def absolute(self) -> str:
         """The same reference from any working directory."""
         if not self.is_folder:
             return self.text
         tail = f"#{self.subfolder}" if self.subfolder else ""
+        tail += f"?fixed={','.join(self.fixed)}" if self.fixed else ""
         return f"{self.library}:{self.name}@{Path(self.where).resolve()}{tail}"
 
     @property
@@ -99,11 +111,17 @@ class LibraryReference:
             raise user_error(error, f"{self.library}.{self.name}", self.text) from error
         module.eval()
         config = _config(module)
-        with torch.device("meta" if on_meta else "cpu"):
-            inputs = example_inputs(module, config, self.text)
-        inputs = {name: _of_dtype(value, module) for name, value in inputs.items()}
+        inputs = self._inputs(module, config, "meta" if on_meta else "cpu")
+        if on_meta and self.fixed:  # their values are asked for
+            real = self._inputs(module, config, "cpu")
+            inputs |= {name: real[name] for name in self.fixed if name in real}
         meanings = {name: MEANINGS[name] for name in inputs if name in MEANINGS}
-        return Model(module, inputs, meanings=meanings)
+        return Model(module, inputs, meanings=meanings, fixed=self.fixed)
+
+    def _inputs(self, module: nn.Module, config: Mapping[str, Any], device: str) -> dict[str, Any]:
+        with torch.device(device):
+            inputs = example_inputs(module, config, self.text)
+        return {name: _of_dtype(value, module) for name, value in inputs.items()}
 
     def _class(self) -> Any:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail
 from graftc.program.export import traced
@@ -96,6 +96,8 @@ def _ops(model: Model) -> Counter[tuple[str, str]]:
 def _said(node: fx.Node) -> tuple[str, str]:
     packet: Any = getattr(node.target, "overloadpacket", node.target)
     name = getattr(packet, "__name__", str(packet))
-    constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (bool, int, float))]
+    constants = [
+        a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (bool, int, float))
+    ]
     line = next(iter(own_lines(node.meta.get("stack_trace"))), "")
     return f"{name}{constants}", line

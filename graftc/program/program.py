@@ -16,7 +16,8 @@ ATEN = torch.ops.aten
 
 DATA_DEPENDENT = (
     "this line needs the values of a tensor: use torch.where or torch.cond; or, where they come of an input such as a mask, "
-    'say that the example\'s values hold for every call: graftc.Model(…, fixed = ("mask",))'
+    'say that the example\'s values hold for every call: graftc.Model(…, fixed = ("mask",)), or `…?fixed=mask` after a '
+    "MODEL word of diffusers or transformers"
 )
 
 

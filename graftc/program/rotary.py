@@ -134,7 +134,9 @@ def _of_pairs(total: Op, linears: tuple[Op, ...]) -> Rotary | None:
             return None
         one, two = pairs.unbind(-1)
         turned = torch.stack((one * c - two * s, two * c + one * s), dim=-1).flatten(-2)
-        if found.numel() == turned.numel() and torch.allclose(found.reshape(turned.shape), turned, atol=1e-5):
+        if found.numel() == turned.numel() and torch.allclose(
+            found.reshape(turned.shape), turned, atol=1e-5
+        ):
             return Rotary(cos, sin, "pairs", x)
     return None
 

@@ -57,7 +57,9 @@ def without_writes(exported: torch.export.ExportedProgram) -> list[Diagnostic]:
     warnings_: list[Diagnostic] = []
     for value, spec in written:
         line = next(iter(own_lines(value.meta.get("stack_trace"))), "")
-        if spec.kind is not OutputKind.USER_INPUT_MUTATION and held.get(spec.target) in {n.name for n in reached}:
+        if spec.kind is not OutputKind.USER_INPUT_MUTATION and held.get(spec.target) in {
+            n.name for n in reached
+        }:
             fail(
                 "G809",
                 f"forward changes `{spec.target}` and reads it, so that every call gives another result",

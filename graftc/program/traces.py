@@ -38,13 +38,18 @@ def sizes_told(root: nn.Module) -> Generator[None]:
         yield
     except UnknownSize as error:
         nodes = [n for m in root.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
-        lines = [x for n in nodes if _is_unknown(value(n)) for x in own_lines(n.meta.get("stack_trace"))]
+        lines = [
+            x for n in nodes if _is_unknown(value(n)) for x in own_lines(n.meta.get("stack_trace"))
+        ]
         raise UnknownSize(lines[0] if lines else "") from error
 
 
 def _is_unknown(given: Any) -> bool:
     sizes: tuple[Any, ...] = tuple(given.shape) if isinstance(given, torch.Tensor) else (given,)
-    return any(isinstance(s, torch.SymInt) and s.node.hint is None and s.node.maybe_as_int() is None for s in sizes)
+    return any(
+        isinstance(s, torch.SymInt) and s.node.hint is None and s.node.maybe_as_int() is None
+        for s in sizes
+    )
 
 
 def calling_line() -> str:

@@ -168,3 +168,19 @@ def test_a_reference_reads_as_it_is_written():
         "transformers", "LlamaModel", "org/name", None,
     )  # fmt: skip
     assert found.absolute() == "transformers:LlamaModel@org/name"
+
+
+def test_an_input_can_be_fixed_in_the_reference(tmp_path):
+    diffusers.Lumina2Transformer2DModel(
+        sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4),
+        axes_lens=(300, 16, 16), cap_feat_dim=8,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    word = f"diffusers:Lumina2Transformer2DModel@{tmp_path}"
+    with pytest.raises(GraftError, match=r"G210(.|\n)*\?fixed=mask"):
+        verbs.inspect(word)
+    found = verbs.inspect(f"{word}?fixed=encoder_attention_mask")
+    assert "encoder_attention_mask" not in {p.name for p in found.program.inputs}
+    assert {s.kept["rotary"].form for s in found.of_role("self_attention")} == {"pairs"}
+    with pytest.raises(GraftError, match="G808"):
+        verbs.inspect(f"{word}?fixed=mask")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import graftc
 from graftc.diagnostics import GraftError
+from graftc.program.analysis import analyse
 from graftc.program.capture import capture
 from graftc.program.model import Model
+from graftc.program.modes import check_mode
 
 
 def agrees(module: nn.Module, **inputs: Any) -> None:
@@ -163,3 +168,234 @@ class Cached(nn.Module):
 def test_a_cache_among_the_outputs_is_refused_with_what_to_do() -> None:
     with pytest.raises(GraftError, match=r"G210(.|\n)*use_cache"):
         capture(Model(Cached(), {"x": torch.zeros(2, 3)}))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+        self.register_buffer("n", torch.zeros(()))
+        self.calls, self.length, self.seen = 0, 0, list[Tensor]()
+        self.kept: Any = torch.zeros(())
+
+
+class CountsInABuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        return x + self.mlp(x) * self.n
+
+
+class CountsInANumber(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.mlp(x) * self.calls
+
+
+class CountsInATensor(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.kept + 1
+        return x + self.mlp(x) * self.kept
+
+
+class CountsInPlace(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept += 1
+        return x + self.mlp(x) * self.kept
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "line"),
+    [
+        (CountsInABuffer, "n", "self.n += 1"),
+        (CountsInANumber, "calls", "self.calls += 1"),
+        (CountsInATensor, "kept", "self.kept = self.kept + 1"),
+        (CountsInPlace, "kept", "self.kept += 1"),
+    ],
+)
+def test_a_count_from_call_to_call_is_refused_at_its_line(
+    make: type[Base], name: str, line: str
+) -> None:
+    text = refused(make(), x=X[None])
+    assert "G809" in text
+    assert f"`{name}`" in text
+    assert "test_unusual_models.py" in text
+    assert line in text
+
+
+class Leaves(Base):
+    """Writes that no output depends on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        self.seen.append(x)
+        self.length = x.shape[1]
+        self.last = x
+        x += 1
+        return x + self.mlp(x)
+
+
+def test_what_forward_leaves_in_the_model_is_put_back(tmp_path: Path) -> None:
+    module = Leaves().eval()
+    given = X[None].clone()
+    before = [dict(vars(m)) for m in module.modules()]
+    file = tmp_path / "edit.graft"
+    file.write_text("rule r {\n match m = mlp\n replace m with mlp(ratio = 2)\n}\n")
+    build = graftc.compile(file, Model(module, {"x": given}), tmp_path / "build")
+    warnings = [n.partition("\n")[0] for n in build.manifest["notes"]]
+    assert [w.split(";")[0] for w in warnings] == [
+        "warning[G811]: forward writes to `n`",
+        "warning[G811]: forward writes to `x`",
+    ]
+    after = [dict(vars(m)) for m in module.modules()]
+    assert [list(v) for v in after] == [list(v) for v in before]
+    assert (module.n, module.seen, module.length) == (0, [], 0)
+    assert torch.equal(given, X[None])
+    found = build.student()(x=X[None])
+    torch.testing.assert_close(
+        found, module(X[None].clone())
+    )  # the same weights: the edit is exact
+
+
+class Noisy(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x) + torch.randn_like(x)
+
+
+class DropsLabels(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = torch.where(torch.rand(x.shape[0], 1, 1) < 0.1, 0, x)
+        return x + self.mlp(x)
+
+
+class Doubles(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) * (2 if self.training else 1)
+
+
+class Drops(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.dropout(self.mlp(x), 0.3, self.training)
+
+
+class NormOfBatches(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.mlp(x)
+
+
+def test_random_numbers_in_forward_are_refused_at_their_line() -> None:
+    text = refused(Noisy().eval(), x=X[None])
+    assert "G810" in text
+    assert "torch.randn_like(x)" in text
+    text = refused(DropsLabels().train(), x=X[None])
+    assert "G810" in text
+    assert "belongs to the Task" in text
+    agrees(DropsLabels().eval(), x=X[None])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(DropsLabels, "rand"), (Doubles, "mul"), (Drops, "dropout"), (NormOfBatches, "batch_norm")],
+)
+def test_train_mode_that_differs_is_refused_and_told(
+    make: type[nn.Module], said: str, tmp_path: Path
+) -> None:
+    module = make()
+    with pytest.raises(GraftError) as caught:
+        check_mode(Model(module.train(), {"x": X[None]}))
+    assert caught.value.diagnostics[0].code == "G813"
+    assert all(m.training for m in module.modules())
+    (note,) = check_mode(Model(module.eval(), {"x": X[None]}))
+    assert note.code == "G814"
+    assert said in note.notes[0].message
+    assert "test_unusual_models.py" in note.notes[0].message
+    assert check_mode(Model(MLP().train(), {"x": X[None]})) == ()
+
+
+def test_a_backward_that_is_lost_is_told() -> None:
+    (warning,) = capture(Model(Custom(), {"x": X})).facts.warnings
+    assert warning.code == "G812"
+    assert "Twice.apply(x) + 1" in warning.notes[0].message
+
+
+class Reads(Base):
+    """A length out of a mask: tracing has no values to read it from."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.mlp(x[:, : int(mask.sum(1).max())])
+
+
+class Chooses(Base):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.mlp(x[mask.bool()][None])
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize("make", [Reads, Chooses])
+def test_a_length_out_of_a_mask_needs_it_fixed(make: type[nn.Module]) -> None:
+    module, x = make(), torch.randn(2, 3, 6)
+    with pytest.raises(GraftError) as caught:
+        analyse(capture(Model(module, {"x": x, "mask": MASK})))
+    (d,) = caught.value.diagnostics
+    assert d.code in ("G210", "G815")
+    assert "test_unusual_models.py" in d.notes[0].message
+    assert 'fixed = ("mask",)' in str(d.help)
+    program = capture(Model(module, {"x": x, "mask": MASK}, fixed=("mask",)))
+    assert [p.name for p in program.inputs] == ["x"]
+    assert any("fixed" in n for n in program.facts.notes)
+    assert [s.role for s in analyse(program).sites if s.path == "mlp"] == ["mlp"]
+    y = torch.randn(2, 3, 6)
+    torch.testing.assert_close(program.root(y)[0], module(y, MASK))
+
+
+def test_what_is_fixed_must_be_a_tensor_input() -> None:
+    with pytest.raises(GraftError, match="G808"):
+        Model(Reads(), {"x": X[None], "mask": MASK}, fixed=("masks",))
+
+
+def test_a_fixed_mask_in_a_build_of_a_named_model(tmp_path: Path) -> None:
+    """The teacher is linked: the values that capture made are in a file of their own."""
+    (tmp_path / "m.py").write_text(FIXED)
+    file = tmp_path / "edit.graft"
+    file.write_text("rule r {\n match m = mlp\n replace m with mlp(ratio = 2)\n}\n")
+    build = graftc.compile(file, f"{tmp_path}/m.py:make", tmp_path / "build")
+    assert (tmp_path / "build" / "teacher" / "constants.safetensors").is_file()
+    x = torch.randn(2, 3, 6)
+    torch.testing.assert_close(build.student()(x=x), build.teacher()(x=x))
+    assert build.manifest["forms"]["modules"]
+
+
+FIXED = """
+import torch, graftc
+from tests.program.test_unusual_models import MASK, Reads
+
+class Scaled(Reads):
+    def forward(self, x, mask):
+        return super().forward(x, mask) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+def make():
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 3, 6), "mask": MASK}
+    return graftc.Model(Scaled().eval(), inputs, fixed=("mask",))
+"""
+
+
+def test_complex_numbers_are_real_ones_in_the_graph() -> None:
+    program = capture(Model(Rotated(), {"x": X}))
+    ops = {str(n.target) for _, m in program.graphs() for n in m.graph.nodes}
+    assert "aten.view_as_complex.default" not in ops
