@@ -38,6 +38,8 @@ def normalise(root: fx.GraphModule) -> fx.GraphModule:
             _drop_assertion(module.graph, node)
         for node in list(module.graph.nodes):
             if node.op == "call_function":
+                if node.target is ATEN._unsafe_view.default:  # a reshape on the meta device
+                    node.target = ATEN.view.default
                 _unpin_device(node)
                 _forward_no_op(node)
         einsum.to_matmul(module.graph)
