@@ -13,7 +13,7 @@ from graftc.deploy.directory import export_module
 from graftc.deploy.request import read_request
 from graftc.diagnostics import GraftError
 from graftc.emit.onnx import export_module as plain_file
-from graftc.emit.package import load_package, write_package
+from graftc.emit.package import write_package
 from graftc.emit.purity import check_pure
 from graftc.program.capture import capture
 
@@ -67,8 +67,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_file_cannot_hold_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
     inner, code, said = CASES[name]
-    model = Model(inner).train(inner.training)
-    program = capture(graftc.Model(model, {"x": torch.randn(2, 4, 16)}))
+    # Capture refuses these or leaves the write out: here is one that was written into a package by hand.
+    program = capture(graftc.Model(Model(nn.Tanh()), {"x": torch.randn(2, 4, 16)}))
     config = write_package(program, tmp_path / "package")
     before = sorted(tmp_path.rglob("*"))
     request = read_request(config, dynamic="batch=1:2:2")
@@ -76,14 +76,14 @@ def test_what_a_file_cannot_hold_is_refused_with_its_place(name: str, tmp_path: 
         lambda m: export_module(m, config, tmp_path / "out", request),
         lambda m: plain_file(m, config, tmp_path / "model.onnx"),
     ):
-        student = load_package(tmp_path / "package").train(inner.training)
+        student = Model(inner).train(inner.training)
         with pytest.raises(GraftError) as error:
             write(student)
         (found,) = error.value.diagnostics
         assert found.code == code
         assert said in found.message
         assert found.site == "blocks.0"
-        assert "model.py:" in found.notes[0].message
+        assert "test_purity.py:" in found.notes[0].message
         assert found.help
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
 
