@@ -23,7 +23,8 @@ def check_mode(model: Model) -> tuple[Diagnostic, ...]:
     one of them, and is verified in it.
 
     >>> import torch
-    >>> model = Model(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)).eval(), {"input": torch.zeros(2, 4)})
+    >>> layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1))
+    >>> model = Model(layers.eval(), {"input": torch.zeros(2, 4)})
     >>> check_mode(model)[0].code
     'G814'
     """

@@ -53,11 +53,7 @@ def _is_unknown(given: Any) -> bool:
 
 
 def calling_line() -> str:
-    """The innermost frame of the running code that is the user's own, in the form of `own_lines`.
-
-    >>> calling_line()
-    ''
-    """
+    """The innermost frame of the running code that is the user's own, in the form of `own_lines` ('' where there is none)."""
     import linecache
 
     frame = sys._getframe(1)
