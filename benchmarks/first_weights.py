@@ -5,8 +5,8 @@
     python benchmarks/first_weights.py frechet  # four operators by Fréchet distance, likewise
     python benchmarks/first_weights.py table    # docs/first-weights.md from the JSON
 
-The attentions of blocks 1, 3, 5 and 7 (MLPs for `mlp`) are replaced. Both commands stop and go on
-where they were; with one core they take about half an hour each.
+The attentions of blocks 1, 3, 5 and 7 are replaced (`PLACES`: or their MLPs, first linears, norms). Both
+commands stop and go on where they were; with one core they take about an hour and half an hour.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from graftc.weights.alternating import solve_alternating  # noqa: E402
 from graftc.weights.choose import solve_keep_top  # noqa: E402
 from graftc.weights.initialise import initialise  # noqa: E402
 from graftc.weights.parts import Heads  # noqa: E402
-from graftc.weights.solve import solve_least_squares  # noqa: E402
+from graftc.weights.solve import solve_least_squares, solve_svd  # noqa: E402
 
 RESULTS = HERE / "first_weights.json"
 SITES = (1, 3, 5, 7)
@@ -54,6 +54,8 @@ POOL, CALIBRATION, HELD = 3000, 512, 128
 BATCH = 64
 BUDGETS = (100, 400)
 TIMES = (25, 125, 250, 375, 500, 625, 750, 875)
+PLACES = {"mlp": "mlp", "mlp_hyena_x": "mlp", "low_rank": "mlp.fc1", "rms_norm": "norm1"}
+"""What of a block is replaced, where it is not the attention."""
 
 Clauses = list[tuple[str | None, InitSource]]
 
@@ -136,7 +138,18 @@ def cases() -> Iterator[Case]:
     yield Case("attention", {}, "reused", [*REUSED, OUT], trained=False)
     pooled = [*REUSED[:1], ("k", _pooled("k")), ("v", _pooled("v"))]
     for name, out in (("k and v pooled", OUT), ("k and v pooled, out fitted", FITTED)):
-        yield Case("attention", {"kv_heads": 1}, name, [*pooled, out], trained=False)
+        yield Case("attention", {"kv_heads": 1}, name, [*pooled, out])
+    yield from _random("attention", {"kv_heads": 1})
+    filters: dict[str, Any] = {"kernel": 17}
+    for name in ("identity", "zero"):
+        yield Case("depthwise_conv", filters, name, [("filter", Apply(name))])
+    yield from _random("depthwise_conv", filters)
+    thin: dict[str, Any] = {"rank": 32}
+    yield Case("low_rank", thin, "SVD", [(None, Apply("svd", (Part(SITE),)))])
+    whitened = Apply("svd", (Part(SITE),), {"whiten": Const("calibration")})
+    yield Case("low_rank", thin, "whitened SVD", [(None, whitened)])
+    yield from _random("low_rank", thin)
+    yield Case("rms_norm", {}, "the site's scale", trained=False)
 
 
 def _hyena(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
@@ -177,13 +190,16 @@ def _latent(arguments: Mapping[str, Any]) -> Iterator[Case]:
     yield Case(operator, arguments, "SVD of k and v", [*nearest, OUT])
     yield Case(operator, arguments, "SVD of k and v, out fitted", [*nearest, FITTED])
     yield Case(operator, arguments, "k and v random, out fitted", [*drawn, FITTED])
-    yield Case(operator, arguments, "random, AdamW", RANDOM, "adamw")
-    yield Case(operator, arguments, "random", RANDOM)
+    yield from _random(operator, arguments)
 
 
 def _out_alone(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
     """Where no map before the last is linear."""
     yield Case(operator, arguments, "random, out fitted", [("out_proj", Apply("least_squares"))])
+    yield from _random(operator, arguments)
+
+
+def _random(operator: str, arguments: Mapping[str, Any]) -> Iterator[Case]:
     yield Case(operator, arguments, "random, AdamW", RANDOM, "adamw")
     yield Case(operator, arguments, "random", RANDOM)
 
@@ -202,7 +218,7 @@ def activations(kind: str) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
     for name, count in (("train", POOL), ("held", HELD)):
         digits = Digits("train" if name == "train" else "held_out")
         rows: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in SITES}
-        handles = [_record(getattr(module.blocks[i], kind), rows[i]) for i in SITES]  # pyright: ignore
+        handles = [_record(module.blocks[i].get_submodule(kind), rows[i]) for i in SITES]  # pyright: ignore
         index = torch.cat([torch.randperm(len(digits), generator=generator) for _ in range(2)])
         with torch.inference_mode():
             for piece in index[:count].split(250):
@@ -252,7 +268,7 @@ def output_error(model: nn.Module) -> dict[str, float]:
 def grafted(kind: str, operators: Mapping[int, nn.Module]) -> nn.Module:
     model: Any = copy.deepcopy(teacher().module).eval()
     for i, operator in operators.items():
-        setattr(model.blocks[i], kind, operator.eval())
+        model.blocks[i].set_submodule(kind, operator.eval())
     return model
 
 
@@ -287,6 +303,8 @@ def start(case: Case) -> dict[int, nn.Module]:
             if fit.policy == "keep_top":
                 mlp = site_parts(analysis(), site)
                 solve_keep_top(operator, fit.linear, fit.blocks, mlp, batches)
+            elif fit.policy == "svd":
+                solve_svd(operator, fit.blocks[0].module, fit.linear, batches)
             elif fit.policy == "alternating":
                 solve_alternating(operator, fit.linear, fit.blocks, batches, sweeps=fit.sweeps)
             else:
@@ -296,7 +314,7 @@ def start(case: Case) -> dict[int, nn.Module]:
 
 
 def _kind(case: Case) -> str:
-    return "mlp" if case.operator in ("mlp", "mlp_hyena_x") else "attn"
+    return PLACES.get(case.operator, "attn")
 
 
 def site_errors(kind: str, operators: Mapping[int, nn.Module]) -> list[float]:

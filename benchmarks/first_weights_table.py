@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from first_weights import FRECHET, PLACES
+
 CONTROL = "token_linear() | least squares"
 REFERENCE = "random, AdamW"
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "results" / "table.json"
@@ -45,7 +47,7 @@ def _operator(title: str, rows: list[Any], control: float) -> str:
     for row in sorted(rows, key=lambda r: r["output_error"]["0"]["all"]):
         errors = [row["output_error"].get(s, {}).get("all") for s in ("0", "100", "400")]
         gaps = [_share(errors[0], control), _share(errors[2], control)]
-        if title.startswith("mlp"):  # the control replaces attentions
+        if title.partition("(")[0] in PLACES:  # the control replaces attentions
             gaps = ["none", "none"]
         cells = [
             row["policy"] + (f" *({row['sweeps']} sweeps)*" if "sweeps" in row else ""),
@@ -113,8 +115,6 @@ def _frechet(found: Mapping[str, Any]) -> str:
             for k in (TEACHER, "teacher/stage 2", "removed/untrained", LINEAR)
         ),
     ]
-    from first_weights import FRECHET
-
     for steps, said in ((0, "no step"), (400, "after 400 steps of stage 1")):
         for title, policy in FRECHET:
             key = f"{title} | {policy} | {steps} | "

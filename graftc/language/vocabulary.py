@@ -21,13 +21,19 @@ HOLDS: Mapping[str, tuple[str, ...]] = {
 }
 """Role → the roles that can lie inside a site of it."""
 
+_MAPS = ("q", "k", "v", "out", "q_norm", "k_norm")
+_OF_STREAMS = tuple(f"{name}_{stream}" for stream in (1, 2) for name in _MAPS)
+_ATTENTION_PARTS = (*_MAPS, "norm")
+
 PARTS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(ATTENTION, ("q", "k", "v", "out", "norm")),
+    **dict.fromkeys(ATTENTION, _ATTENTION_PARTS),
+    "joint_attention": (*_ATTENTION_PARTS, *_OF_STREAMS),
+    "attention": (*_ATTENTION_PARTS, *_OF_STREAMS),
     "mlp": ("up", "down", "gate", "norm"),
 }
-"""Role → the parts of its sites that are affine maps (`a.q`)."""
+"""Role → the parts of its sites that are affine maps (`a.q`; of a joint attention's second stream `a.q_2`)."""
 
-ALL_PARTS = ("q", "k", "v", "out", "up", "down", "gate", "norm")
+ALL_PARTS = (*_MAPS, "up", "down", "gate", "norm", *_OF_STREAMS)
 BLOCK_PARTS = (*ATTENTION, "mlp", "norm")
 """What `b.…` can name inside a block."""
 

@@ -12,7 +12,8 @@ class JointAttention(HeadMixer):
     """(y1, y2) = out(softmax(scale · q kᵀ) v), q, k and v of both streams put together; by heads.
 
     x and y1 are [batch, tokens, dim], context and y2 [batch, its tokens, context_dim]. `in_proj` holds the
-    rows of q, k and v of x, `in_proj_2` those of the context (SD3, arXiv 2403.03206, section 4). `second` says
+    rows of q, k and v of x, `in_proj_2` those of the context (SD3, arXiv 2403.03206, section 4); fewer `kv_heads`
+    are shared by groups of query heads, in both streams. `second` says
     what becomes of the context: `own`, it has projections of its own, in and out; `hidden`, it is only looked
     at, and y1 alone is returned (SD3's last block); `shared`, it goes through those of x (CogVideoX).
     `swapped`: the tokens of the context come first, which is the order that a mask, cos and sin are in.
@@ -28,6 +29,7 @@ class JointAttention(HeadMixer):
         dim: int,
         context_dim: int,
         heads: int,
+        kv_heads: int | None = None,
         head_dim: int | None = None,
         second: str = "own",
         swapped: bool = False,
@@ -40,7 +42,9 @@ class JointAttention(HeadMixer):
         softcap: float | None = None,
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
-        super().__init__("attention", dim, heads, None, head_dim, rotary, *norm, scale, softcap)
+        super().__init__(
+            "attention", dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap
+        )
         if second not in ("own", "hidden", "shared"):
             raise ValueError(f"attention: unknown second {second!r}, wanted own, hidden or shared")
         if second == "shared" and context_dim != dim:
@@ -53,9 +57,9 @@ class JointAttention(HeadMixer):
         self.in_proj = nn.Linear(dim, self.rows)
         self.in_proj_2 = None if second == "shared" else nn.Linear(context_dim, self.rows)
         kind = "none" if second == "shared" else qk_norm
-        size = (heads, self.head_dim, norm_eps, norm_affine)
-        self.q_norm_2 = make_norm("attention", kind, norm_over, *size)
-        self.k_norm_2 = make_norm("attention", kind, norm_over, *size)
+        size = (self.head_dim, norm_eps, norm_affine)
+        self.q_norm_2 = make_norm("attention", kind, norm_over, heads, *size)
+        self.k_norm_2 = make_norm("attention", kind, norm_over, self.kv_heads, *size)
         self.out_proj = nn.Linear(inner, dim)
         self.out_proj_2 = nn.Linear(inner, context_dim) if second == "own" else None
 

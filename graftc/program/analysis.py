@@ -361,11 +361,11 @@ def _context_facts(kept: Mapping[str, Kept], call: Call) -> dict[str, Fact]:
 def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozenset[str]]:
     query = [size_hint(s) for s in a.query.tensor.shape]
     head_dim = query[-1]
-    out = sum(_out_features(o) for o in a.q)
+    out = _out_features(a.q[0])
     fused = a.q == a.k == a.v
     # [batch, heads, n, d], or [batch · heads, n, d] as nn.MultiheadAttention has it.
     heads = query[-3] if len(query) >= 4 else max(1, query[0] // batch)
-    width = out // 3 if fused else _out_features(a.q[0])
+    width = out // 3 if fused else out
     if a.form == "opaque":  # whatever the order of its dimensions, the last is a head's
         heads = width // head_dim
     elif a.form == "linear":  # features may stand before tokens
@@ -374,7 +374,8 @@ def _attention_facts(a: Attention, batch: int) -> tuple[dict[str, Fact], frozens
     if fused:
         kv_heads = (out // head_dim - heads) // 2
     else:
-        kv_heads = _out_features(a.k[0]) // head_dim if len(a.k) == 1 and a.k != a.v else heads
+        apart = a.k != a.v and a.q != a.k
+        kv_heads = _out_features(a.k[0]) // head_dim if apart else heads
     facts: dict[str, Fact] = {
         "heads": heads,
         "kv_heads": kv_heads,

@@ -33,9 +33,9 @@ class Heads:
     head_dim: int
 
     def of(self, part: str) -> int:
-        """The heads that the rows of a part hold.
+        """The heads that the rows of a part hold; `k_2` is the k of a second stream.
 
-        >>> Heads(heads=8, kv_heads=2, head_dim=4).of("k")
+        >>> Heads(heads=8, kv_heads=2, head_dim=4).of("k_2")
         2
         """
-        return self.kv_heads if part in ("k", "v") else self.heads
+        return self.kv_heads if part.partition("_")[0] in ("k", "v") else self.heads

@@ -184,7 +184,7 @@ def _part(source: Part, context: Context, repeats: bool) -> Affine:
     if found is None:
         missing_part(binding, source.name, tuple(context.parts[binding]), context)
     heads = context.heads.get(binding)
-    if not repeats or heads is None or source.name not in ("k", "v"):
+    if not repeats or heads is None or source.name not in ("k", "v", "k_1", "v_1", "k_2", "v_2"):
         return found
     wanted = context.arguments.get("kv_heads", heads.heads)
     if isinstance(wanted, int) and wanted > heads.kv_heads and wanted % heads.kv_heads == 0:

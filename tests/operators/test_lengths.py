@@ -433,6 +433,20 @@ def test_it_is_its_definition(name: str, length: int) -> None:
         assert relative(low, near) <= bound or near.norm() == 0 == low.norm(), dtype
 
 
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("name", TABLE)
+def test_its_gradients_are_those_of_small_steps(name: str, length: int) -> None:
+    """torch's `gradcheck` of the input and of every parameter."""
+    module = made(name, length)
+    x = torch.randn(2, length, DIM, dtype=torch.float64, requires_grad=True)
+    names = [n for n, _ in module.named_parameters()]
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *module.parameters()), fast_mode=True)
+
+
 FIXED = ("grid", "2d", "mlp_hyena_x")
 """Rows that are built for one token count: nothing but their own is a right input."""
 

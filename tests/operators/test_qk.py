@@ -119,7 +119,7 @@ def test_joint_attention(kind, over, second, swapped):
     wide = DIM if second == "shared" else 10
     op = drawn(
         JointAttention(
-            DIM, wide, HEADS, HEAD_DIM, second, swapped, "half", kind, over, EPS, None, SCALE
+            DIM, wide, HEADS, None, HEAD_DIM, second, swapped, "half", kind, over, EPS, None, SCALE
         )
     )
     x, context = x_of(), x_of(5)[..., :wide]

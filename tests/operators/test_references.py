@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftc.operators.attention import Attention, CrossAttention, LatentAttention
 from graftc.operators.conv import DepthwiseConv
 from graftc.operators.hyena import HyenaSE, HyenaX, HyenaY
+from graftc.operators.joint import JointAttention
 from graftc.operators.linear import LowRank
 from graftc.operators.linear_attention import LinearAttention, LinearWindowAttention
 from graftc.operators.local_2d import JointLocalAttention2d, LocalAttention2d
@@ -369,26 +370,103 @@ def test_local_attention_2d(agrees, grid, radius):
     agrees(module, reference, DIM, lengths=(grid[0] * grid[1],), fixed=True)
 
 
+GRID, OTHERS = (6, 7), 5
+LOCAL, TEXT = GRID[0] * GRID[1], slice(0, OTHERS)
+"""In the attention the text's tokens come first, then the grid's."""
+GROUPS = "text: full, image: local"
+
+
+def masks(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of a query's mask, what differs: the key; the sample and the head; the query; one word in boolean form."""
+    count, generator = OTHERS + LOCAL, torch.Generator().manual_seed(1)
+    seen = torch.rand(2, 1, 1, count, generator=generator) > 0.3
+    seen[..., TEXT] = True  # so that every token sees something
+    added = torch.randn(2, HEADS, count, count, generator=generator, dtype=dtype)
+    return {
+        "of keys": seen,
+        "of queries": (torch.rand(count, count, generator=generator) > 0.3) | torch.eye(count).bool(),
+        "added": added,
+        "added, of three dimensions": added[:, 0],
+    }
+
+
+def of_masked_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Text sees all, the image's tokens its disc and the text; all of it dense."""
+    seen = torch.ones(OTHERS + LOCAL, OTHERS + LOCAL, dtype=torch.bool)
+    seen[OTHERS:, OTHERS:] = disc(*GRID, 3)
+    mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
+    weight = weight_of(q @ k.transpose(-1, -2) / HEAD_DIM**0.5, {} if mask is None else {"mask": mask})
+    weight = weight * seen
+    y = (weight / weight.sum(-1, keepdim=True)) @ v
+    return torch.cat(list(y.unbind(1)), -1)
+
+
+@pytest.mark.parametrize("kept", ["of keys", "of queries", "added", "added, of three dimensions"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("beside", [True, False])
+def test_local_attention_2d_with_a_mask(agrees, kept, kv_heads, beside):
+    """On the grid alone, and beside text; the mask is also one of queries that stand in no disc of the other."""
+    count = OTHERS + LOCAL if beside else LOCAL
+
+    def inputs(x: Tensor) -> dict[str, Tensor]:
+        mask = masks(torch.float64)[kept][..., -count:]
+        mask = mask if mask.shape[-2] == 1 else mask[..., -count:, :]
+        own = torch.arange(count)
+        if mask.dtype == torch.bool and not beside:
+            mask = mask | (own == own.unsqueeze(1))  # a token sees itself
+        mask = mask[: x.shape[0]] if mask.ndim > 2 else mask
+        return {"mask": mask if mask.dtype == torch.bool else mask.to(x.dtype)}
+
+    def reference(w, x):
+        q, k, v = qkv(of(w), x, kv_heads)
+        mask = inputs(x)["mask"]
+        if beside:
+            return linear(of(w), "out_proj", of_masked_scores(q, k, v, mask))
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
+        weight = weight_of(q @ k.transpose(-1, -2) / HEAD_DIM**0.5, {"mask": mask})
+        return joined(of(w), weight * disc(*GRID, 3), v)
+
+    given = {"groups": GROUPS} if beside else {}
+    op = LocalAttention2d(DIM, HEADS, 3, *GRID, kv_heads=kv_heads, head_dim=HEAD_DIM, **given)
+    module = Given(op, inputs).double()
+    x = torch.randn(2, count, DIM, dtype=torch.float64, requires_grad=True)
+    w = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
+    found, wanted = module(x), reference(w, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    tangent = torch.randn_like(wanted)
+    ours = torch.autograd.grad(found, [x, *module.parameters()], tangent)
+    right = torch.autograd.grad(wanted, [x, *w.values()], tangent)
+    torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kept", [None, "of keys", "of queries", "added"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("text_first", [False, True])
 @pytest.mark.parametrize(("qk_norm", "rotary"), [("none", "none"), ("rms_norm", "interleaved")])
-def test_joint_local_attention_2d(text_first, qk_norm, rotary):
-    """Against dense attention over both streams, outputs and gradients."""
+@pytest.mark.parametrize("local", [False, True])
+def test_two_streams(local, text_first, qk_norm, rotary, kv_heads, kept):
+    """The joint operators against dense attention over both streams, outputs and gradients."""
     torch.manual_seed(0)
-    names = "text, image" if text_first else "image, text"
-    op = JointLocalAttention2d(
-        DIM, DIM, HEADS, 3, 6, 7, names, "text: full, image: local", HEAD_DIM,
-        qk_norm=qk_norm, rotary=rotary, first="text",
-    ).double()  # fmt: skip
-    counts = (5, 42) if text_first else (42, 5)
+    kwargs = {"qk_norm": qk_norm, "rotary": rotary, "kv_heads": kv_heads, "head_dim": HEAD_DIM}
+    if local:
+        names = "text, image" if text_first else "image, text"
+        op = JointLocalAttention2d(DIM, DIM, HEADS, 3, *GRID, names, GROUPS, first="text", **kwargs)
+    else:
+        op = JointAttention(DIM, DIM, HEADS, swapped=not text_first, **kwargs)
+    op = op.double()
+    counts = (OTHERS, LOCAL) if text_first else (LOCAL, OTHERS)
     given = [torch.randn(2, n, DIM, dtype=torch.float64, requires_grad=True) for n in counts]
-    table = angles(torch.zeros(1, 47, 1, dtype=torch.float64), "interleaved")
-    y1, y2 = op(*given, **(table if rotary != "none" else {}))
+    table = angles(torch.zeros(1, OTHERS + LOCAL, 1, dtype=torch.float64), "interleaved")
+    mask = None if kept is None else masks(torch.float64)[kept]
+    y1, y2 = op(*given, mask, **(table if rotary != "none" else {}))
 
     w = {n: p.detach().clone().requires_grad_() for n, p in op.named_parameters()}
     parts = [[], [], []]
     for x, suffix in zip(given, ("", "_2"), strict=True):
-        for i, t in enumerate(linear(w, f"in_proj{suffix}", x).chunk(3, -1)):
-            t = by_head(t, HEADS)
+        rows = [HEADS * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM]
+        for i, t in enumerate(linear(w, f"in_proj{suffix}", x).split(rows, -1)):
+            own = HEADS if i == 0 else kv_heads
+            t = by_head(t, own, HEADS // own)
             if qk_norm != "none" and i < 2:
                 scale = w[f"{'qk'[i]}_norm{suffix}.weight"]
                 t = scale * t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -397,11 +475,12 @@ def test_joint_local_attention_2d(text_first, qk_norm, rotary):
     q, k, v = (torch.cat([p[i] for i in order], dim=2) for p in parts)
     if rotary != "none":
         q, k = (turned(t, table["cos"], table["sin"], rotary) for t in (q, k))
-    seen = torch.ones(47, 47, dtype=torch.bool)
-    seen[5:, 5:] = disc(6, 7, 3)
-    weight = (q @ k.transpose(-1, -2) / HEAD_DIM**0.5).exp() * seen
-    y = (weight / weight.sum(-1, keepdim=True)) @ v
-    text, image = (torch.cat(list(t.unbind(1)), -1) for t in y.split([5, 42], dim=2))
+    if local:
+        y = of_masked_scores(q, k, v, mask)
+    else:
+        weight = weight_of(q @ k.transpose(-1, -2) / HEAD_DIM**0.5, {} if mask is None else {"mask": mask})
+        y = torch.cat(list(((weight / weight.sum(-1, keepdim=True)) @ v).unbind(1)), -1)
+    text, image = y.split([OTHERS, LOCAL], dim=1)
     first, second = (text, image) if text_first else (image, text)
     wanted = linear(w, "out_proj", first), linear(w, "out_proj_2", second)
     torch.testing.assert_close((y1, y2), wanted, rtol=1e-10, atol=1e-10)

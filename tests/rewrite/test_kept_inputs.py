@@ -11,6 +11,7 @@ import torch
 from graftc.compiler import Compiled, compile_model
 from graftc.diagnostics import Diagnostic, GraftError
 from graftc.language.check import check
+from graftc.operators.joint import JointAttention
 from graftc.program.model import Model
 from tests.conftest import small_dit, small_pixart
 
@@ -215,6 +216,40 @@ def test_both_streams_of_a_joint_site_are_distilled() -> None:
     ((*given, wanted),) = capture_graph(made.teacher.root, [first.teacher])(**inputs)
     assert wanted.shape == (2, (36 + 7) * 16)
     torch.testing.assert_close(extract(made.student.root, first.student)(*given), wanted)
+
+
+POOLED = "init\n" + "\n".join(f"  {n} = mean_pool(a.{n}, groups = 1)" for n in ("k_1", "k_2", "v_1", "v_2"))
+
+
+def grouped() -> Model:
+    """A joint attention of four query heads and two of keys and values."""
+
+    class Grouped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = JointAttention(16, 16, heads=4, kv_heads=2)
+
+        def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            image, text = self.attn(x.tanh(), context.tanh())
+            return torch.cat((x + image, context + text), 1)
+
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 9, 16), "context": torch.randn(2, 5, 16)}
+    return Model(Grouped().eval(), inputs)
+
+
+@pytest.mark.parametrize(("kv_heads", "given", "init"), [(2, "", ""), (4, "kv_heads = 4", ""), (1, "kv_heads = 1", POOLED)])
+def test_grouped_heads_of_a_joint_attention(kv_heads: int, given: str, init: str) -> None:
+    """As many as the site's lose nothing, and so do more, each repeated; fewer are the means of groups."""
+    model = grouped()
+    made = compiled(rule("joint_attention", f"attention({given})", init), model)
+    assert made.plan.edits[0].new[0].arguments["kv_heads"] == kv_heads
+    off = difference(made, model)
+    assert off > 1e-3 if kv_heads == 1 else off < 1e-5
+    new = dict(made.student.root.named_parameters())["attn.in_proj.weight"]
+    old = dict(made.teacher.root.named_parameters())["attn.in_proj.weight"]
+    if kv_heads == 1:
+        torch.testing.assert_close(new[16:20], (old[16:20] + old[20:24]) / 2)
 
 
 def test_the_grid_and_the_streams_must_be_known() -> None:

@@ -152,7 +152,7 @@ def test_capped_scores_of_the_others() -> None:
     op = LatentAttention(8, 4, 3, 4, softcap=CAP).double()
     k, v = op.kv_up(op.kv_down(x)).chunk(2, -1)
     torch.testing.assert_close(op(x), op.out_proj(dense(op.q_proj(x), k, v, True)))
-    op = JointAttention(8, 8, 4, 4, softcap=CAP).double()
+    op = JointAttention(8, 8, 4, head_dim=4, softcap=CAP).double()
     both = torch.cat((op.in_proj(x), op.in_proj_2(context)), 1).chunk(3, -1)
     y = dense(*both, True)
     torch.testing.assert_close(op(x, context), (op.out_proj(y[:, :9]), op.out_proj_2(y[:, 9:])))

@@ -134,18 +134,16 @@ def _cross_cost(arguments: Arguments, tokens: int) -> Cost:
 def _joint_cost(arguments: Arguments, tokens: int) -> Cost:
     """`context_tokens`, a fact of the site, is as many as the tokens where it is not known."""
     dim, context = integer(arguments, "dim"), integer(arguments, "context_dim")
-    inner = integer(arguments, "heads") * integer(arguments, "head_dim")
+    inner, rows = attention_sizes(arguments)[0], sum(attention_sizes(arguments))
     given, second = arguments.get("context_tokens"), arguments["second"]
     others = given if isinstance(given, int) else tokens
-    params = 3 * inner * (dim + 1) + dim * (inner + 1) + norm_params(arguments)
+    params = rows * (dim + 1) + dim * (inner + 1) + norm_params(arguments)
     if second != "shared":
-        params += 3 * inner * (context + 1) + norm_params(arguments)
+        params += rows * (context + 1) + norm_params(arguments)
     params += context * (inner + 1) if second == "own" else 0
-    outs = 3 if second == "hidden" else 4
-    both = tokens + others
-    scores = both * both
-    operator = 4 * scores * inner + 2 * integer(arguments, "heads") * scores
-    return Cost(params, operator, 2 * inner * (4 * tokens * dim + outs * others * context))
+    last = 0 if second == "hidden" else inner
+    featuriser = 2 * tokens * dim * (rows + inner) + 2 * others * context * (rows + last)
+    return Cost(params, dense_attention_flops(arguments, tokens + others), featuriser)
 
 
 def _latent_cost(arguments: Arguments, tokens: int) -> Cost:
@@ -208,7 +206,7 @@ _JOINT = OperatorSpec(
         Arg(
             "context_dim", "int", OfSite("context_dim"), minimum=1, doc="width of the second stream"
         ),
-        *(a for a in attention_args() if a.name in ("heads", "head_dim")),
+        *(a for a in attention_args() if a.name in ("heads", "kv_heads", "head_dim")),
         Arg(
             "second",
             "symbol",
@@ -223,8 +221,11 @@ _JOINT = OperatorSpec(
         SOFTCAP,
     ),
     slots=(
-        *(Slot(f"{n}_1", "in_proj", rows=(i, 3)) for i, n in enumerate(_NAMES)),
-        *(Slot(f"{n}_2", "in_proj_2", rows=(i, 3), when=_APART) for i, n in enumerate(_NAMES)),
+        *(Slot(f"{n}_1", "in_proj", rows=(i, 3), sizes=attention_sizes) for i, n in enumerate(_NAMES)),
+        *(
+            Slot(f"{n}_2", "in_proj_2", rows=(i, 3), sizes=attention_sizes, when=_APART)
+            for i, n in enumerate(_NAMES)
+        ),
         *QK_NORM_SLOTS,
         *norm_slots("q_norm_2", "k_norm_2", when=f"norm_affine and {_APART}"),
         Slot("out_1", "out_proj", last=True),
@@ -238,7 +239,7 @@ _JOINT = OperatorSpec(
         }
     },
     cost=_joint_cost,
-    keeps=("mask", "rotary", "context"),
+    keeps=("mask", "rotary", "groups", "context"),
     source="SD3, arXiv 2403.03206, section 4",
 )
 
