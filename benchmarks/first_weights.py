@@ -36,8 +36,8 @@ from graftc.compiler import site_parts  # noqa: E402
 from graftc.distillation.loss import Scale, regression  # noqa: E402
 from graftc.distillation.optim import Group, Kind, Optimiser, Schedule  # noqa: E402
 from graftc.distillation.targets import Loss  # noqa: E402
-from graftc.operators.build import build  # noqa: E402
-from graftc.operators.spec import SITE, Apply, Const, InitSource, OfSite, Part, Value, holds  # noqa: E402
+from graftc.operators.build import arguments_at, build  # noqa: E402
+from graftc.operators.spec import SITE, Apply, Const, InitSource, Part  # noqa: E402
 from graftc.operators.specs import SPECS  # noqa: E402
 from graftc.program.analysis import Analysis, analyse  # noqa: E402
 from graftc.program.capture import capture  # noqa: E402
@@ -280,12 +280,7 @@ def start(case: Case) -> dict[int, nn.Module]:
     for i in SITES:
         site = next(s for s in analysis().sites if s.path == f"blocks.{i}.{kind}")
         facts = own_facts(site, ())
-        arguments: dict[str, Value] = {}
-        for a in spec.args:
-            own = a.default
-            own = facts.get(own.fact, own.otherwise) if isinstance(own, OfSite) else own
-            own = own if holds(a.when, arguments) else None
-            arguments[a.name] = case.arguments.get(a.name, own)
+        arguments = arguments_at(spec, facts, case.arguments)
         torch.manual_seed(i)
         operator = build(spec, arguments).eval()
         sizes = [facts.get(n) for n in ("heads", "kv_heads", "head_dim")]

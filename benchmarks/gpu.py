@@ -2,17 +2,21 @@
 
     python benchmarks/gpu.py            # the operators
     python benchmarks/gpu.py --pixart   # and PixArt-Sigma's real config (about 20 GB)
+    python benchmarks/gpu.py --pixart --dry-run   # the same code at tiny sizes on the CPU, uncompiled: does it run?
 
 Prints Markdown for RESULTS.md: device, versions and ratios. D = 1152, 16 heads, bfloat16, forward and forward + backward, at
 256, 1,024, 4,096 and 16,384 tokens, every operator under torch.compile, beside `scaled_dot_product_attention` in the flash backend.
-Without a CUDA device it says NOT RUN and measures nothing.
+Without a CUDA device it says NOT RUN and measures nothing; a dry run prints no figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,44 +25,69 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from graftc.operators.build import build
-from graftc.operators.spec import OfSite
+from graftc.operators.build import arguments_at, build
 from graftc.operators.specs import SPECS
 
-DIM, HEADS = 1152, 16
-TOKENS = (256, 1024, 4096, 16384)
-SITE: dict[str, Any] = {
-    "dim": DIM, "heads": HEADS, "kv_heads": HEADS, "head_dim": DIM // HEADS, "causal": False, "rotary": "none",
-}  # fmt: skip
 OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "hyena_x, conv": ("hyena_x", {"form": "conv"}),
     "hyena_x, shifts": ("hyena_x", {"form": "shifts"}),
+    "hyena_y, shifts": ("hyena_y", {"form": "shifts"}),
     "hyena_se, shifts": ("hyena_se", {"form": "shifts"}),
     "sliding_window(64), blocks": ("sliding_window", {"window": 64, "form": "blocks"}),
+    "local_attention_2d(8), tiles": ("local_attention_2d", {"radius": 8}),
     "linear_attention": ("linear_attention", {}),
-    "mamba2": ("mamba2", {}),
+    "linear_window_attention(64)": ("linear_window_attention", {"window": 64}),
+    "mamba2": ("mamba2", {"head_dim": 16}),
 }
 
 
-def make(operator: str, given: dict[str, Any]) -> nn.Module:
-    """An operator at DiT-XL/2's width, bfloat16, on the device."""
-    spec = SPECS[operator]
-    arguments = {
-        a.name: given.get(a.name, SITE.get(a.name) if isinstance(a.default, OfSite) else a.default)
-        for a in spec.args
-    }
-    return build(spec, arguments).to("cuda", torch.bfloat16)
+@dataclass(frozen=True)
+class Setup:
+    """Where and how large. `backend` of torch.compile; `figures`: whether times mean anything here."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    dim: int = 1152
+    heads: int = 16
+    tokens: tuple[int, ...] = (256, 1024, 4096, 16384)
+    samples: int = 16384
+    blocks: int = 28
+    pixels: int = 256
+    caption: int = 4096
+    backend: str = "inductor"
+    figures: bool = True
+
+    def compiled(self, module: nn.Module) -> Any:
+        torch.compiler.reset()
+        return torch.compile(module, backend=self.backend)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+
+GPU = Setup()
+DRY = Setup("cpu", torch.float32, 32, 2, (16, 64), 64, 28, 8, 24, "eager", figures=False)
+
+
+def make(setup: Setup, operator: str, given: dict[str, Any], tokens: int = 0) -> nn.Module:
+    """An operator at the setup's width, on its device; the tokens as a square, where it wants a grid."""
+    spec, head_dim, side = SPECS[operator], setup.dim // setup.heads, math.isqrt(tokens)
+    site: dict[str, Any] = {
+        "dim": setup.dim, "heads": setup.heads, "kv_heads": setup.heads, "head_dim": head_dim, "causal": False,
+        "rotary": "none", "grid_height": side, "grid_width": side,
+    }  # fmt: skip
+    return build(spec, arguments_at(spec, site, given)).to(setup.device, setup.dtype)
 
 
 class FlexWindow(nn.Module):
-    """The weights of a `sliding_window`, through FlexAttention: what its form on a GPU would be."""
+    """The weights of a `sliding_window`, through FlexAttention."""
 
-    def __init__(self, operator: Any, tokens: int) -> None:
+    def __init__(self, operator: Any, tokens: int, device: str) -> None:
         super().__init__()
         self.operator = operator
         window = operator.window
         self.mask = create_block_mask(
-            lambda b, h, q, k: (q - k).abs() <= window, None, None, tokens, tokens, device="cuda"
+            lambda b, h, q, k: (q - k).abs() <= window, None, None, tokens, tokens, device=device
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,8 +100,12 @@ class FlexWindow(nn.Module):
         return o.out_proj(y.transpose(1, 2).flatten(2))
 
 
-def milliseconds(run: Callable[[], Any], rounds: int = 30) -> float:
-    """The median of CUDA events, after a warm-up."""
+def milliseconds(setup: Setup, run: Callable[[], Any], rounds: int = 30) -> float:
+    """The median of CUDA events, after a warm-up; once by the clock in a dry run."""
+    if not setup.figures:
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began)
     for _ in range(10):
         run()
     found: list[float] = []
@@ -86,57 +119,58 @@ def milliseconds(run: Callable[[], Any], rounds: int = 30) -> float:
     return statistics.median(found)
 
 
-def both_ways(module: Any, x: torch.Tensor) -> tuple[float, float]:
+def both_ways(setup: Setup, module: Any, x: torch.Tensor) -> tuple[float, float]:
     """(forward, forward + backward) in milliseconds."""
     with torch.no_grad():
-        forward = milliseconds(lambda: module(x))
+        forward = milliseconds(setup, lambda: module(x))
+    if x.device.type == "cpu" and isinstance(module, FlexWindow):
+        return forward, forward  # FlexAttention has no backward on a CPU
     trained = x.detach().requires_grad_()
 
     def step() -> None:
         module(trained).sum().backward()
 
-    return forward, milliseconds(step)
+    return forward, milliseconds(setup, step)
 
 
-def rows() -> Iterator[tuple[str, ...]]:
-    for tokens in TOKENS:
-        x = torch.randn(max(1, 16384 // tokens), tokens, DIM, device="cuda", dtype=torch.bfloat16)
+def rows(setup: Setup) -> Iterator[tuple[str, ...]]:
+    for tokens in setup.tokens:
+        x = setup.random(max(1, setup.samples // tokens), tokens, setup.dim)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            full = both_ways(torch.compile(make("attention", {})), x)
-        candidates: dict[str, nn.Module] = {n: make(*given) for n, given in OPERATORS.items()}
-        window = make("sliding_window", {"window": 64})
-        candidates["sliding_window(64), FlexAttention"] = FlexWindow(window, tokens)
+            full = both_ways(setup, setup.compiled(make(setup, "attention", {})), x)
+        candidates = {n: make(setup, *given, tokens) for n, given in OPERATORS.items()}
+        window = make(setup, "sliding_window", {"window": 64})
+        candidates["sliding_window(64), FlexAttention"] = FlexWindow(window, tokens, setup.device)
         for name, module in candidates.items():
-            torch.compiler.reset()
-            own = both_ways(torch.compile(module), x)
-            yield (
-                name, f"{tokens:,}", f"{full[0] / own[0]:.2f}x", f"{full[1] / own[1]:.2f}x",
-                f"{own[0]:.3g} ms", f"{full[0]:.3g} ms",
+            module = module if setup is DRY and isinstance(module, FlexWindow) else setup.compiled(module)
+            own = both_ways(setup, module, x)
+            figures = (
+                f"{full[0] / own[0]:.2f}x", f"{full[1] / own[1]:.2f}x", f"{own[0]:.3g} ms", f"{full[0]:.3g} ms",
             )  # fmt: skip
+            yield (name, f"{tokens:,}", *(figures if setup.figures else ["ran"] * 4))
 
 
-def pixart() -> Report:
+def pixart(setup: Setup) -> Report:
     """One forward pass at 2048 px, Hyena-X in the paper's 14 layers, compiled, against the compiled original."""
     from diffusers import PixArtTransformer2DModel
 
     layers = (8, 10, 12, 14, 16, 18, *range(20, 28))
     model: Any = PixArtTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28,
-        cross_attention_dim=1152, sample_size=256, patch_size=2, caption_channels=4096,
-        interpolation_scale=4, use_additional_conditions=False,
-    ).to("cuda", torch.bfloat16).eval()  # fmt: skip
+        num_attention_heads=setup.heads, attention_head_dim=setup.dim // setup.heads, in_channels=4, out_channels=8,
+        num_layers=setup.blocks, cross_attention_dim=setup.dim, sample_size=setup.pixels, patch_size=2,
+        caption_channels=setup.caption, interpolation_scale=4, use_additional_conditions=False,
+    ).to(setup.device, setup.dtype).eval()  # fmt: skip
     given = {
-        "hidden_states": torch.randn(1, 4, 256, 256, device="cuda", dtype=torch.bfloat16),
-        "timestep": torch.tensor([500], device="cuda"),
-        "encoder_hidden_states": torch.randn(1, 300, 4096, device="cuda", dtype=torch.bfloat16),
+        "hidden_states": setup.random(1, 4, setup.pixels, setup.pixels),
+        "timestep": torch.tensor([500], device=setup.device),
+        "encoder_hidden_states": setup.random(1, 300, setup.caption),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
 
     def run(module: Any) -> float:
-        torch.compiler.reset()
-        compiled: Any = torch.compile(module)
+        compiled = setup.compiled(module)
         with torch.no_grad():
-            return milliseconds(lambda: compiled(**given), rounds=10)
+            return milliseconds(setup, lambda: compiled(**given), rounds=10)
 
     class InPlace(nn.Module):
         def __init__(self, operator: nn.Module) -> None:
@@ -151,21 +185,21 @@ def pixart() -> Report:
             return torch.zeros_like(hidden_states)
 
     original = run(model)
-    kept = [block.attn1 for block in model.transformer_blocks]
     for i in layers:
         model.transformer_blocks[i].attn1 = Nothing()
     without = run(model)
     for i in layers:
-        model.transformer_blocks[i].attn1 = InPlace(make("hyena_x", {"form": "shifts"}))
+        model.transformer_blocks[i].attn1 = InPlace(make(setup, "hyena_x", {"form": "shifts"}))
     grafted = run(model)
-    for i in layers:
-        model.transformer_blocks[i].attn1 = kept[i]
     share = 1 - without / original
+    found = (
+        f"{original:.4g} ms", f"{grafted:.4g} ms", f"{original / grafted:.3f}x", f"{share:.0%}",
+        f"{original / without:.3f}x", f"{(original / grafted) / (original / without):.0%}",
+    )  # fmt: skip
     return Report(
         "PixArt-Sigma, 2048 px, Hyena-X in 14 of 28 layers, one forward pass, compiled",
         ("original", "grafted", "ratio", "those 14 attentions' share", "most that Amdahl allows", "of it"),
-        ((f"{original:.4g} ms", f"{grafted:.4g} ms", f"{original / grafted:.3f}x", f"{share:.0%}",
-          f"{original / without:.3f}x", f"{(original / grafted) / (original / without):.0%}"),),
+        (found if setup.figures else ("ran",) * 6,),
         ("Random weights: time does not depend on them. Goal: 90 % of what Amdahl allows, and above the paper's 1.43x (H100).",),
     )  # fmt: skip
 
@@ -175,16 +209,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pixart", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; no figures")
     words = parser.parse_args()
-    if not torch.cuda.is_available():
+    setup = DRY if words.dry_run else GPU
+    if setup.figures and not torch.cuda.is_available():
         print("NOT RUN: no CUDA device here")
         return
     columns = ("operator", "tokens", "forward", "forward + backward", "own", "flash attention")
-    about = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    report = Report("Operators on a GPU, bfloat16, D = 1152", columns, tuple(rows()), (about,))
-    print(report.markdown())
+    about = "Dry run on the CPU: no figures."
+    if setup.figures:
+        name = torch.cuda.get_device_name()
+        about = f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    title = f"Operators on a GPU, bfloat16, D = {setup.dim}"
+    print(Report(title, columns, tuple(rows(setup)), (about,)).markdown())
     if words.pixart:
-        print(pixart().markdown())
+        print(pixart(setup).markdown())
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ import torch
 from timing import Report, interleaved, median_ms, ratio
 from torch import nn
 
-from graftc.operators.build import build
-from graftc.operators.spec import OfSite
+from graftc.operators.build import arguments_at, build
 from graftc.operators.specs import SPECS
 
 RESULTS = Path(__file__).with_name("operators.json")
@@ -41,22 +40,18 @@ OPERATORS: dict[str, tuple[str, dict[str, Any], tuple[float, float] | None]] = {
     "linear_attention(elu1)": ("linear_attention", {}, (2.3, 7.0)),
     "linear_attention(elu1, causal)": ("linear_attention", {"causal": True}, None),
     "mamba2 (one direction)": ("mamba2", {}, (1.6, 4.4)),
+    "mamba2 (one direction, expand = 1)": ("mamba2", {"expand": 1}, (1.6, 4.4)),
 }
 SITE = {
-    "dim": DIM, "heads": HEADS, "kv_heads": HEADS, "head_dim": DIM // HEADS, "causal": False,
-    "rotary": "none", "bidirectional": False,
+    "dim": DIM, "heads": HEADS, "kv_heads": HEADS, "head_dim": DIM // HEADS, "causal": False, "rotary": "none",
 }  # fmt: skip
 
 
-def make(operator: str, given: dict[str, Any]) -> nn.Module:
+def make(operator: str, given: dict[str, Any], tokens: int) -> nn.Module:
     """The operator at the benchmark's width, with its default arguments."""
     spec = SPECS[operator]
-    arguments = {
-        a.name: given.get(a.name, SITE.get(a.name) if isinstance(a.default, OfSite) else a.default)
-        for a in spec.args
-    }
     torch.manual_seed(0)
-    return build(spec, arguments).eval()
+    return build(spec, arguments_at(spec, {**SITE, "tokens": tokens}, given)).eval()
 
 
 def onnx_session(module: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
@@ -87,12 +82,12 @@ def rows(rounds: int, only: str | None = None) -> Iterator[dict[str, Any]]:
     """One row for each operator and length: attention's time over the operator's, in both runtimes."""
     for tokens in TOKENS:
         x = torch.randn(1, tokens, DIM)
-        full = make("attention", {})
+        full = make("attention", {}, tokens)
         session = onnx_session(full, x)
         for name, (operator, given, goal) in OPERATORS.items():
-            if operator not in SPECS or (only and only not in name):
+            if only and only not in name:
                 continue
-            module = make(operator, given)
+            module = make(operator, given, tokens)
             with torch.inference_mode():
                 eager = interleaved(
                     {"full": partial(full, x), "own": partial(module, x)},

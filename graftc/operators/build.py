@@ -6,7 +6,7 @@ import importlib
 
 from torch import nn
 
-from graftc.operators.spec import Arguments, OperatorSpec
+from graftc.operators.spec import Arguments, OfSite, OperatorSpec, Value, holds
 
 
 def operator_class(spec: OperatorSpec) -> type[nn.Module]:
@@ -21,6 +21,39 @@ def operator_class(spec: OperatorSpec) -> type[nn.Module]:
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise TypeError(f"{spec.module} of operator {spec.name} is not an nn.Module class")
     return found
+
+
+def arguments_at(spec: OperatorSpec, facts: Arguments, given: Arguments) -> dict[str, Value]:
+    """All arguments of an operator at a site of these facts, `given` ones first; ValueError where one is missing.
+
+    What a rule does with a span for each error (`graftc.rewrite.arguments`), for programs that build an operator.
+
+    >>> from graftc.operators.specs import SPECS
+    >>> site = {"dim": 8, "tokens": 64}
+    >>> arguments_at(SPECS["hyena_x"], site, {"causal": False})
+    {'dim': 8, 'kernel': 4, 'causal': False, 'order': 2, 'dims': 1, 'height': None, 'width': None, 'form': 'conv'}
+    """
+    unknown = given.keys() - {a.name for a in spec.args}
+    if unknown:
+        raise ValueError(f"{spec.name}: no argument {', '.join(sorted(unknown))}")
+    made: dict[str, Value] = {}
+    for a in spec.args:
+        value = a.default
+        if not holds(a.when, made):
+            value = None
+        elif a.name in given:
+            value = given[a.name]
+        elif isinstance(value, OfSite):
+            value = facts.get(value.fact, value.otherwise)
+            if value is None and not (isinstance(a.default, OfSite) and a.default.optional):
+                raise ValueError(f"{spec.name}: the site has no {a.name}")
+        elif a.required:
+            raise ValueError(f"{spec.name}: {a.name} is not given")
+        made[a.name] = value  # type: ignore[assignment]
+    if spec.form is not None and made.get("form") == "auto":
+        tokens = facts.get("tokens")
+        made["form"] = spec.form(made, tokens if isinstance(tokens, int) else None)
+    return made
 
 
 def build(spec: OperatorSpec, arguments: Arguments) -> nn.Module:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftc.operators.conv import along_tokens
+from graftc.operators.chunks import cut, filled
 
 
 def ssd_scan(x: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -43,23 +44,23 @@ def ssd(x: Tensor, decay: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
         return x
     groups, size = b.shape[2], b.shape[3]
     each = heads // groups
-    # The last chunk is filled up with its last token, which nothing earlier sees: no shape then
-    # depends on a remainder. Two chunks at least, as torch.export takes a size of 1 for fixed.
+    # Two chunks at least, as torch.export takes a size of 1 for fixed.
     chunks: int = torch.sym_max(2, (tokens + chunk - 1) // chunk)  # type: ignore[assignment]
-    position = torch.arange(chunks * chunk, device=x.device).clamp(max=tokens - 1)
-    x = x[:, position].reshape(batch, chunks, chunk, groups, each, width).permute(0, 1, 3, 4, 2, 5)
-    b = b[:, position].reshape(batch, chunks, chunk, groups, size).permute(0, 1, 3, 2, 4)
-    c = c[:, position].reshape(batch, chunks, chunk, groups, size).permute(0, 1, 3, 2, 4)
-    decay = decay[:, position].reshape(batch, chunks, chunk, groups, each).permute(0, 1, 3, 4, 2)
-    # Now [batch, chunks, groups, heads of a group, chunk, …]; b and c have no heads.
-    total = decay.cumsum(dim=-1)
+    x, decay, b, c = (filled(t, tokens, chunks * chunk) for t in (x, decay, b, c))
+    x = x.reshape(batch, chunks, chunk, groups, each, width)
+    b = b.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)
+    c = c.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)
+    decay = decay.reshape(batch, chunks, chunk, groups, each).permute(0, 1, 3, 4, 2)
+    total = decay.cumsum(dim=-1)  # [batch, chunks, groups, heads of a group, chunk]
     step = torch.arange(chunk, device=x.device)
     between = total.unsqueeze(-1) - total.unsqueeze(-2)
     between = between.masked_fill(step > step.unsqueeze(1), -math.inf).exp()
-    y = ((c @ b.transpose(-1, -2)).unsqueeze(3) * between) @ x
+    inside = ((c @ b.transpose(-1, -2)).unsqueeze(3) * between) @ x.permute(0, 1, 3, 4, 2, 5)
 
-    to_end = (total[..., -1:] - total).exp().unsqueeze(-1)
-    state = (b.transpose(-1, -2).unsqueeze(3) @ (x * to_end)).movedim(1, 3)
+    # b and c are those of all heads of a group: one product a group, the heads side by side.
+    to_end = (total[..., -1:] - total).exp().permute(0, 1, 4, 2, 3).unsqueeze(-1)
+    state = b.transpose(-1, -2) @ (x * to_end).flatten(4).transpose(2, 3)
+    state = state.unflatten(-1, (each, width)).permute(0, 2, 4, 1, 3, 5)
     ends = total[..., -1].movedim(1, -1).reshape(batch * heads, chunks).cumsum(dim=-1)
     # One row for each chunk that carries in: as a table of three dimensions, the strides of which
     # torch.export compares, it would bound the length.
@@ -69,10 +70,10 @@ def ssd(x: Tensor, decay: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
     carried = F.pad(ends, (1, -1)).reshape(-1, 1) - ends[sequence]
     carried = carried.masked_fill(later, -math.inf).exp().reshape(batch * heads, chunks, chunks)
     state = carried.bmm(state.reshape(batch * heads, chunks, size * width))
-    state = state.reshape(batch, groups, each, chunks, size, width).movedim(3, 1)
-    y = y + (c.unsqueeze(3) @ state) * total.exp().unsqueeze(-1)
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, chunks * chunk, heads, width)
-    return y[:, torch.arange(tokens, device=x.device)]
+    state = state.reshape(batch, groups, each, chunks, size, width).permute(0, 3, 1, 4, 2, 5)
+    before = (c @ state.flatten(4)).unflatten(-1, (each, width)).transpose(2, 3)
+    y = before * total.exp().permute(0, 1, 4, 2, 3).unsqueeze(-1) + inside.permute(0, 1, 4, 2, 3, 5)
+    return cut(y.reshape(batch, chunks * chunk, heads, width), tokens)
 
 
 class GatedRMSNorm(nn.Module):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftc.operators.chunks import cut, filled
 from graftc.operators.heads import HeadMixer, broadcast_mask, capped, hide
 
 
@@ -64,8 +66,44 @@ class SlidingWindow(HeadMixer):
     ) -> Tensor:
         q, k, v = self.split(self.in_proj(x))
         q, k = self.turned(*self.normed(q, k), cos, sin)
-        form = self._dense if self.form == "dense" or x.shape[1] == 0 else self._blocks
+        if self.form == "dense" or x.shape[1] == 0:
+            form = self._dense
+        else:  # slices where the length is a number, by index where it is a symbol (torch.export)
+            form = self._sliced if type(x.shape[1]) is int and mask is None else self._blocks
         return self.out_proj(form(q * self.scale, k, v, mask).flatten(2))
+
+    def _sliced(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        """Block by block, as reshapes and slices; q (scaled), k, v: [batch, tokens, heads, head_dim]."""
+        tokens, block = q.shape[1], self.block
+        after = 0 if self.causal else self.window
+        blocks = -(-tokens // block)
+        q = filled(q, tokens, blocks * block).unflatten(1, (blocks, block)).transpose(2, 3)
+        k, v = (self._around(t, blocks, after) for t in (k, v))
+        at = torch.arange(blocks * block, device=q.device).reshape(blocks, 1, block, 1)
+        key = torch.arange(-self.window, block + after, device=q.device)
+        distance = key - torch.arange(block, device=q.device).unsqueeze(1)
+        seen = (distance >= -self.window) & (distance <= after)
+        key = at[:, :, :1] + key
+        seen = seen & (key >= 0) & (key < tokens)  # [blocks, 1, queries, keys]
+        scores = capped(q @ k.transpose(-1, -2), self.softcap)
+        y = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(dim=-1) @ v
+        return cut(y.transpose(2, 3).flatten(1, 2), tokens)
+
+    def _around(self, x: Tensor, blocks: int, after: int) -> Tensor:
+        """What each block of queries may see, `window` before it to `after` behind: [batch, blocks, heads, keys, d]."""
+        block, more = self.block, self.window + after
+        right = (blocks + 2) * block - self.window - x.shape[1]
+        x = F.pad(x, (0, 0, 0, 0, self.window, right))
+        pieces = [
+            x[:, i * block : (i + blocks) * block].unflatten(1, (blocks, block))[:, :, : more + block - i * block]
+            for i in range(3)
+            if more + block > i * block
+        ]
+        return (
+            torch.cat(pieces, dim=2)
+            .transpose(2, 3)
+            .repeat_interleave(self.heads // self.kv_heads, dim=2)
+        )
 
     def _blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Block by block; q (scaled), k, v: [batch, tokens, heads, head_dim]."""
