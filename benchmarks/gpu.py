@@ -142,7 +142,11 @@ def rows(setup: Setup) -> Iterator[tuple[str, ...]]:
         window = make(setup, "sliding_window", {"window": 64})
         candidates["sliding_window(64), FlexAttention"] = FlexWindow(window, tokens, setup.device)
         for name, module in candidates.items():
-            module = module if setup is DRY and isinstance(module, FlexWindow) else setup.compiled(module)
+            module = (
+                module
+                if setup is DRY and isinstance(module, FlexWindow)
+                else setup.compiled(module)
+            )
             own = both_ways(setup, module, x)
             figures = (
                 f"{full[0] / own[0]:.2f}x", f"{full[1] / own[1]:.2f}x", f"{own[0]:.3g} ms", f"{full[0]:.3g} ms",

@@ -42,9 +42,7 @@ class JointAttention(HeadMixer):
         softcap: float | None = None,
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
-        super().__init__(
-            "attention", dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap
-        )
+        super().__init__("attention", dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap)
         if second not in ("own", "hidden", "shared"):
             raise ValueError(f"attention: unknown second {second!r}, wanted own, hidden or shared")
         if second == "shared" and context_dim != dim:

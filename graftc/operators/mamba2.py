@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.conv import along_tokens
 from graftc.operators.chunks import cut, filled
+from graftc.operators.conv import along_tokens
 
 
 def ssd_scan(x: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:

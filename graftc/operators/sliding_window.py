@@ -95,7 +95,9 @@ class SlidingWindow(HeadMixer):
         right = (blocks + 2) * block - self.window - x.shape[1]
         x = F.pad(x, (0, 0, 0, 0, self.window, right))
         pieces = [
-            x[:, i * block : (i + blocks) * block].unflatten(1, (blocks, block))[:, :, : more + block - i * block]
+            x[:, i * block : (i + blocks) * block].unflatten(1, (blocks, block))[
+                :, :, : more + block - i * block
+            ]
             for i in range(3)
             if more + block > i * block
         ]

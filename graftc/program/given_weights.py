@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,9 +167,24 @@ def _readable(file: Path) -> Generator[None]:
     except GraftError:
         raise
     except Exception as error:  # each library has its own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        fail("G804", f"`{file.name}` cannot be read: {first}", site=SITE,
+        fail("G804", f"`{file.name}` {unreadable(file, error)}", site=SITE,
              wanted="safetensors, or a file of torch.save that holds tensors alone")  # fmt: skip
+
+
+def unreadable(file: Path, error: Exception) -> str:
+    """Why a library could not read a file of weights; what a pickle would have called, where that is why.
+
+    torch's own words for it end in the advice to unpickle the file all the same.
+    """
+    if isinstance(error, pickle.UnpicklingError):
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except Exception:  # not of this form of file, or broken
+            names = []
+        more = f": {', '.join(names[:_SHOWN])}" if names else ""
+        return f"is no file of tensors alone, and was not unpickled{more}"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return f"cannot be read: {first}"
 
 
 def _listed(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.diagnostics import fail, nearest
+from graftc.program.given_weights import unreadable
 
 AVERAGED = "ema"
 """The key under which a training checkpoint holds its averaged weights (facebookresearch/DiT, grafting)."""
@@ -28,10 +30,9 @@ def read_state(file: Path) -> dict[str, Tensor]:
     try:
         found = _read(file)
     except Exception as error:  # each library has its own errors for a file it cannot read
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fail(
             "G721",
-            f"`{file.name}` cannot be read: {first}",
+            f"`{file.name}` {unreadable(file, error)}",
             site="--student-weights",
             wanted="safetensors, or a file of torch.save that holds tensors alone",
         )
@@ -64,7 +65,9 @@ def _read(file: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    # Training scripts store their command line beside the weights; it is data, and nothing of it is called.
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_student(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,10 @@ def test_a_released_checkpoint_becomes_the_student(form, tmp_path):
     if form == "safetensors":
         save_file(state, file)
     else:
-        torch.save({"ema": state, "steps": 50000} if form == "ema" else state, file)
+        said = argparse.Namespace(
+            lr=1e-4, results="out"
+        )  # what facebookresearch/DiT stores beside the weights
+        torch.save({"ema": state, "steps": 50000, "args": said} if form == "ema" else state, file)
     made = verbs.compile(
         EXAMPLE / "hyena_x_50.graft", model, tmp_path / "build", student_weights=file
     )
@@ -97,7 +102,14 @@ class Anything:
     """What a pickle may hold besides tensors."""
 
 
-def test_wrong_files_are_refused_by_name(tmp_path):
+class Code:
+    """What would run a command as it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("ran-by-a-pickle",))
+
+
+def test_wrong_files_are_refused_by_name(tmp_path, monkeypatch):
     state = _released(_model())
     first = "blocks.1.attn.short_filter.weight"
     without = {n: t for n, t in state.items() if n != first}
@@ -114,6 +126,11 @@ def test_wrong_files_are_refused_by_name(tmp_path):
     assert "G726" in _refused(tmp_path, {**state, first: torch.full((96, 1, 4), float("nan"))})
     assert "G722" in _refused(tmp_path, {"ema": {"steps": 3}})
     assert "G721" in _refused(tmp_path, {"ema": state, "args": Anything()})
+    monkeypatch.chdir(tmp_path)
+    said = _refused(tmp_path, {"ema": state, "code": Code()})
+    assert "G721" in said
+    assert "was not unpickled: posix.mkdir" in said
+    assert not (tmp_path / "ran-by-a-pickle").exists()
     (tmp_path / "text.safetensors").write_text("no")
     with pytest.raises(GraftError, match="G721"):
         verbs.compile(EXAMPLE / "hyena_x_50.graft", _model(), tmp_path / "build",

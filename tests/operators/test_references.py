@@ -384,7 +384,8 @@ def masks(dtype: torch.dtype) -> dict[str, Tensor]:
     added = torch.randn(2, HEADS, count, count, generator=generator, dtype=dtype)
     return {
         "of keys": seen,
-        "of queries": (torch.rand(count, count, generator=generator) > 0.3) | torch.eye(count).bool(),
+        "of queries": (torch.rand(count, count, generator=generator) > 0.3)
+        | torch.eye(count).bool(),
         "added": added,
         "added, of three dimensions": added[:, 0],
     }
@@ -395,7 +396,9 @@ def of_masked_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     seen = torch.ones(OTHERS + LOCAL, OTHERS + LOCAL, dtype=torch.bool)
     seen[OTHERS:, OTHERS:] = disc(*GRID, 3)
     mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
-    weight = weight_of(q @ k.transpose(-1, -2) / HEAD_DIM**0.5, {} if mask is None else {"mask": mask})
+    weight = weight_of(
+        q @ k.transpose(-1, -2) / HEAD_DIM**0.5, {} if mask is None else {"mask": mask}
+    )
     weight = weight * seen
     y = (weight / weight.sum(-1, keepdim=True)) @ v
     return torch.cat(list(y.unbind(1)), -1)
@@ -478,7 +481,9 @@ def test_two_streams(local, text_first, qk_norm, rotary, kv_heads, kept):
     if local:
         y = of_masked_scores(q, k, v, mask)
     else:
-        weight = weight_of(q @ k.transpose(-1, -2) / HEAD_DIM**0.5, {} if mask is None else {"mask": mask})
+        weight = weight_of(
+            q @ k.transpose(-1, -2) / HEAD_DIM**0.5, {} if mask is None else {"mask": mask}
+        )
         y = torch.cat(list(((weight / weight.sum(-1, keepdim=True)) @ v).unbind(1)), -1)
     text, image = y.split([OTHERS, LOCAL], dim=1)
     first, second = (text, image) if text_first else (image, text)

@@ -218,7 +218,9 @@ def test_both_streams_of_a_joint_site_are_distilled() -> None:
     torch.testing.assert_close(extract(made.student.root, first.student)(*given), wanted)
 
 
-POOLED = "init\n" + "\n".join(f"  {n} = mean_pool(a.{n}, groups = 1)" for n in ("k_1", "k_2", "v_1", "v_2"))
+POOLED = "init\n" + "\n".join(
+    f"  {n} = mean_pool(a.{n}, groups = 1)" for n in ("k_1", "k_2", "v_1", "v_2")
+)
 
 
 def grouped() -> Model:
@@ -238,7 +240,10 @@ def grouped() -> Model:
     return Model(Grouped().eval(), inputs)
 
 
-@pytest.mark.parametrize(("kv_heads", "given", "init"), [(2, "", ""), (4, "kv_heads = 4", ""), (1, "kv_heads = 1", POOLED)])
+@pytest.mark.parametrize(
+    ("kv_heads", "given", "init"),
+    [(2, "", ""), (4, "kv_heads = 4", ""), (1, "kv_heads = 1", POOLED)],
+)
 def test_grouped_heads_of_a_joint_attention(kv_heads: int, given: str, init: str) -> None:
     """As many as the site's lose nothing, and so do more, each repeated; fewer are the means of groups."""
     model = grouped()

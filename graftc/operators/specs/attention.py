@@ -221,7 +221,10 @@ _JOINT = OperatorSpec(
         SOFTCAP,
     ),
     slots=(
-        *(Slot(f"{n}_1", "in_proj", rows=(i, 3), sizes=attention_sizes) for i, n in enumerate(_NAMES)),
+        *(
+            Slot(f"{n}_1", "in_proj", rows=(i, 3), sizes=attention_sizes)
+            for i, n in enumerate(_NAMES)
+        ),
         *(
             Slot(f"{n}_2", "in_proj_2", rows=(i, 3), sizes=attention_sizes, when=_APART)
             for i, n in enumerate(_NAMES)
