@@ -179,7 +179,7 @@ def arguments_of(
                 _no_argument(name, spec, takes)
             if name.text in found:
                 fail("G119", f"`{name.text}` is given twice", span=name.span, help="give it once")
-            found[name.text] = _value(scope, arg, argument.value)
+            found[name.text] = _value(scope, spec, arg, argument.value)
     missing = [
         a for a in takes.values() if a.required and a.name not in {n.name.text for n in node.named}
     ]
@@ -208,7 +208,7 @@ def _no_argument(name: s.Name, spec: OperatorSpec, takes: dict[str, Arg]) -> NoR
     )
 
 
-def _value(scope: Scope, arg: Arg, node: s.Expr) -> Expr:
+def _value(scope: Scope, spec: OperatorSpec, arg: Arg, node: s.Expr) -> Expr:
     if arg.kind == "groups":
         return _groups(arg, node)
     value = typed(scope, node, arg.kind)
@@ -217,7 +217,7 @@ def _value(scope: Scope, arg: Arg, node: s.Expr) -> Expr:
     if arg.choices and value.value not in arg.choices:
         fail(
             "G121",
-            f"`{arg.name}` cannot be `{value.value}`",
+            f"`{arg.name}` of `{spec.name}` cannot be `{value.value}`",
             span=node.span,
             wanted=listed(arg.choices),
             found=f"`{value.value}`",
@@ -225,9 +225,9 @@ def _value(scope: Scope, arg: Arg, node: s.Expr) -> Expr:
         )
     if isinstance(value.value, (int, float)) and not isinstance(value.value, bool):
         if arg.minimum is not None and value.value < arg.minimum:
-            _too_small(scope, arg, node, f"{arg.minimum:g} or more", f"{arg.minimum:g}")
+            _too_small(scope, spec, arg, node, f"{arg.minimum:g} or more", f"{arg.minimum:g}")
         if arg.above is not None and value.value <= arg.above:
-            _too_small(scope, arg, node, f"more than {arg.above:g}", None)
+            _too_small(scope, spec, arg, node, f"more than {arg.above:g}", None)
     return value
 
 
@@ -256,10 +256,12 @@ def _groups(arg: Arg, node: s.Expr) -> Expr:
     return Literal_(", ".join(f"{k}: {v}" for k, v in pairs), node.span)
 
 
-def _too_small(scope: Scope, arg: Arg, node: s.Expr, wanted: str, least: str | None) -> None:
+def _too_small(
+    scope: Scope, spec: OperatorSpec, arg: Arg, node: s.Expr, wanted: str, least: str | None
+) -> None:
     fail(
         "G122",
-        f"`{arg.name}` is too small",
+        f"`{arg.name}` of `{spec.name}` is too small",
         span=node.span,
         wanted=wanted,
         found=node.span.text,

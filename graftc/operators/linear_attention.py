@@ -121,7 +121,13 @@ class FeatureMixer(HeadMixer):
         """φ(x)."""
         if learned is not None:
             return learned(x)
-        return F.relu(x) if self.feature == "relu" else F.elu(x) + 1
+        if self.feature == "relu":
+            return F.relu(x)
+        if (
+            torch.compiler.is_exporting()
+        ):  # the same: ONNX Runtime takes longer for Elu than for all of these
+            return F.relu(x) + x.clamp(max=0).exp()
+        return F.elu(x) + 1
 
 
 class LinearAttention(FeatureMixer):

@@ -66,13 +66,16 @@ class SlidingWindow(HeadMixer):
     ) -> Tensor:
         q, k, v = self.split(self.in_proj(x))
         q, k = self.turned(*self.normed(q, k), cos, sin)
+        q = q * self.scale
         if self.form == "dense" or x.shape[1] == 0:
-            form = self._dense
-        else:  # slices where the length is a number, by index where it is a symbol (torch.export)
-            form = self._sliced if type(x.shape[1]) is int and mask is None else self._blocks
-        return self.out_proj(form(q * self.scale, k, v, mask).flatten(2))
+            y = self._dense(q, k, v, mask)
+        elif type(x.shape[1]) is int and mask is None:
+            y = self._sliced(q, k, v)
+        else:  # by index: of a length that is a symbol (torch.export), nothing may depend on a remainder
+            y = self._blocks(q, k, v, mask)
+        return self.out_proj(y.flatten(2))
 
-    def _sliced(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    def _sliced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Block by block, as reshapes and slices; q (scaled), k, v: [batch, tokens, heads, head_dim]."""
         tokens, block = q.shape[1], self.block
         after = 0 if self.causal else self.window

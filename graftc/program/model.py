@@ -80,6 +80,7 @@ class Model:
                     wanted=", ".join(self.inputs),
                     found=name,
                 )
+        self._check_sizes()
         self._check_dynamic()
         self._check_tokens()
         for name, meaning in self.meanings.items():
@@ -100,6 +101,18 @@ class Model:
                     wanted=", ".join(MEANINGS),
                     found=meaning,
                     help=f"write `{near}`" if near else "write `other`",
+                )
+
+    def _check_sizes(self) -> None:
+        """An example of no samples or no tokens shows nothing of what the model does."""
+        for name, value in self.inputs.items():
+            if isinstance(value, torch.Tensor) and value.numel() == 0:
+                fail(
+                    "G567",
+                    f"the example input `{name}` is empty",
+                    site="graftc.Model",
+                    wanted="at least one sample, and one token",
+                    found=str(list(value.shape)),
                 )
 
     def _check_tokens(self) -> None:

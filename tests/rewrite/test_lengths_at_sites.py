@@ -90,3 +90,72 @@ def test_a_disc_over_everything_beside_other_tokens_is_attention(groups: str) ->
             torch.testing.assert_close(
                 made.student.root(x)[0], given.module(x), rtol=1e-4, atol=1e-5
             )
+
+
+@pytest.mark.parametrize(
+    ("role", "edit", "code", "says"),
+    [
+        ("self_attention", "hyena_x(kernel = 0)", "G122", "`kernel` of `hyena_x` is too small"),
+        ("self_attention", "sliding_window(window = 0)", "G122", "`window` of `sliding_window` is too small"),
+        ("self_attention", "sliding_window(window = 12)", "G355", "window = 12 covers all 12 tokens of 0.self_attn"),
+        ("self_attention", "linear_window_attention(window = 20)", "G355", "covers all 12 tokens of 0.self_attn"),
+        ("self_attention", "attention(heads = 3)", "G352", "`heads` of `attention` is 3"),
+        ("self_attention", "mamba2(head_dim = 3)", "G358", "at 0.self_attn: mamba2: width 32 is not divisible by head_dim 3"),
+        ("mlp", "hyena_x()", "G124", "`hyena_x` cannot replace a"),
+    ],
+)  # fmt: skip
+def test_sizes_that_no_operator_has(role: str, edit: str, code: str, says: str) -> None:
+    found = refused(rule(role, edit), model(12))
+    assert (found.code, says in found.message) == (code, True), found.message
+    assert code in ("G122", "G124") or "0" in str(found.site)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    ["hyena_x(causal = false)", "mamba2(causal = false)", DISC, "depthwise_conv(kernel = 3)"],
+)
+def test_a_causal_site_takes_no_operator_of_both_sides(edit: str) -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Causal()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.attn(x.tanh())
+
+    given = Model(Whole().eval(), {"x": torch.randn(2, 12, 64)}, **GRID)
+    found = refused(rule("self_attention", edit), given)
+    assert found.code == "G353"
+    assert found.message.startswith(f"`{edit.partition('(')[0]}` at attn would see later tokens")
+
+
+@pytest.mark.parametrize("shape", [(0, 12, 16), (2, 0, 16)])
+def test_an_example_of_no_samples_or_no_tokens(shape: tuple[int, ...]) -> None:
+    with pytest.raises(GraftError) as caught:
+        Model(nn.Linear(16, 16), {"input": torch.zeros(shape)})
+    found = caught.value.diagnostics[0]
+    assert (found.code, found.found) == ("G567", str(list(shape)))
+
+
+def test_a_student_of_one_length_on_others_and_on_no_samples() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
+    mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    given = Model(Residual(mlp).eval(), {"x": torch.randn(2, 12, 16)})
+    student = compile_model(check(rule("mlp", "mlp_hyena_x()")), given).student.root
+    assert student(torch.zeros(0, 12, 16))[0].shape == (0, 12, 16)
+    for tokens in (0, 7):
+        with pytest.raises(ValueError, match=f"mlp_hyena_x: {tokens} tokens, built for 12"):
+            student(torch.zeros(2, tokens, 16))
