@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py
 
 Each mode runs in a process of its own. What Python and torch take before the run is measured there and taken off;
-the peak is the kernel's (VmHWM, reset before the run). Linux only.
+the peak is the kernel's (VmHWM, reset before the run). Linux only. `--only MODE …` measures some of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import graftc.verbs as verbs
 from graftc.distillation.planner import size_text
 from graftc.emit.build import Build
 
-SHAPE = {"dim": 256, "depth": 6, "num_heads": 4, "size": 16}
+SHAPE = {"dim": 256, "depth": 4, "num_heads": 4, "size": 16}
 RULE = """
 rule hyena {
     match   a = self_attention in blocks odd
@@ -34,7 +34,7 @@ rule hyena {
     distill l1
 }
 """
-BATCH, STEPS, SAMPLES = 32, 6, 160
+BATCH, STEPS, SAMPLES = 16, 4, 80
 OPTIONS: dict[str, Any] = {"batch": BATCH, "steps": STEPS, "stacked": "never", "threads": 1}
 MODES: dict[str, dict[str, Any]] = {
     "stream": {},
@@ -100,7 +100,8 @@ def _run(folder: Path, options: dict[str, Any], environment: dict[str, str]) -> 
     return found["peak"] - found["before"]
 
 
-def measure() -> Report:
+def measure(only: tuple[str, ...] = ()) -> Report:
+    """The table, or the rows of some modes."""
     from student import make_model
 
     rows: list[tuple[str, ...]] = []
@@ -113,6 +114,8 @@ def measure() -> Report:
         streamed = graftc.plan_distill(build, data(), task=task(), **OPTIONS)
         batch = streamed.groups[0][0].kept
         for mode, wanted in MODES.items():
+            if only and mode not in only:
+                continue
             options = dict(wanted)
             if options.get("memory") == "SPILL":
                 options["memory"] = streamed.peak + 2 * batch
@@ -140,7 +143,9 @@ def measure() -> Report:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] == ["--only"]:
+        print(measure(tuple(sys.argv[2:])).markdown())
+    elif len(sys.argv) > 1:
         child(sys.argv[1], json.loads(sys.argv[2]))
     else:
         print(measure().markdown())

@@ -42,6 +42,7 @@ def count(build: Path) -> int:
         (["--cache", "kept"], {"cache": Path("kept")}),
         (["--site-by-site"], {"site_by_site": True}),
         (["--device", "cuda:1", "--compile"], {"device": "cuda:1", "compile": True}),
+        (["--parallel", "data", "--shard-teacher"], {"parallel": "data", "shard_teacher": True}),
         (["--bank", "B", "--resume", "0001-distill"], {"bank": Path("B"), "resume": "0001-distill"}),
         (["--steps", "7", "--batch", "3", "--lr", "0.1", "--seed", "5", "--tensorboard"],
          {"steps": 7, "batch": 3, "lr": 0.1, "seed": 5, "tensorboard": True}),

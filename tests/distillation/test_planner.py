@@ -9,7 +9,7 @@ import torch
 
 from graftc.cli.render import show_training_plan
 from graftc.diagnostics import GraftError
-from graftc.distillation import distill, plan_distill
+from graftc.distillation import distill, plan_distill, to_dict
 from graftc.distillation.activations import Teacher
 from graftc.distillation.generation import Generation
 from graftc.distillation.planner import (
@@ -180,3 +180,32 @@ def test_sites_that_nothing_trains_are_planned_and_said(tmp_path, capsys):
     assert "2 sites" in said
     assert "first weights alone" in said
     assert plan.to_dict()["groups"][0]["others"] == []
+
+
+@pytest.mark.slow
+def test_16384_tokens_site_by_site_take_the_memory_of_one_site(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "TOKENS", 16_384)
+    tokens = (replace(tiny.INPUTS[0], shape=("batch", 16_384, tiny.DIM)), tiny.INPUTS[1])
+    monkeypatch.setattr(tiny, "INPUTS", tokens)
+    data = tiny.latents(4)
+
+    def streamed(self, x):  # a head axis: without one torch makes the N x N scores
+        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+        return self.proj(torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+    monkeypatch.setattr(tiny.Attention, "forward", streamed)
+
+    def peak(name, sites, **options):
+        made = build(tmp_path / name)
+        made.targets = to_dict(replace(tiny.targets(*sites), inputs=tokens))
+        given = {"batch": 1, "steps": 2, "threads": 1, "stacked": "never", **options}
+        with Live() as live:
+            found = distill(made, data, tiny.Denoise(), **given)
+        assert all(site.error_end < site.error_start for site in found.sites)
+        return live.peak
+
+    one = peak("one", SITES[-1:])
+    apart = peak("apart", SITES, site_by_site=True)
+    together = peak("together", SITES)
+    assert apart < 1.1 * one
+    assert together > 1.5 * one

@@ -15,9 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from graftc.diagnostics import GraftError
-from graftc.distillation import runs
+from graftc.distillation import distill, finetune, runs
+from graftc.distillation.checkpoint import save_tensors
+from graftc.distillation.checkpoint_pieces import Saved
+from graftc.distillation.pieces import Rows, in_pieces
 from graftc.distillation.ranks import ALONE, Ranks, joined
-from tests.distillation import rank_jobs
+from graftc.distillation.sharing import check_pieces
+from tests.distillation import rank_jobs, tiny
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks of one process")
@@ -206,6 +210,50 @@ def test_a_rank_is_killed_and_the_run_goes_on_with_others(
     assert measured < 1e-5
     left = sorted(p.name for p in (tmp_path / job / "runs" / run).glob("checkpoint*"))
     assert left == []
+
+
+@pytest.mark.parametrize("verb", ["distill", "finetune"])
+def test_a_way_that_a_stage_does_not_know_is_refused(tmp_path: Path, verb: str) -> None:
+    made = rank_jobs.build(tmp_path)
+    wrong, near = {"distill": ("site", "sites"), "finetune": ("peices", "pieces")}[verb]
+    run = {"distill": distill, "finetune": finetune}[verb]
+    with pytest.raises(GraftError, match=f"(?s)G578.*write `{near}`"):
+        run(made, rank_jobs.latents(), rank_jobs.Wide(), parallel=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"compile": True}, "--compile"), ({"reuse": 2}, "--reuse"), ({"cache": "c"}, "--cache"),
+     ({"memory": "1GB"}, "--memory"), ({"parallel": "sites"}, "--parallel sites")],
+)  # fmt: skip
+def test_what_a_teacher_in_pieces_cannot_do_is_told(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(GraftError, match=f"(?s)G831.*{word}"):
+        check_pieces(tiny.targets(*rank_jobs.SITES), options)
+
+
+def test_a_parameter_of_two_units_cannot_be_divided() -> None:
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second)
+    with pytest.raises(GraftError, match=r"(?s)G830.*`0` uses it too"):
+        in_pieces(model, Ranks(0, 2))
+    assert model[0].weight.device.type == "cpu"  # as it was
+
+
+def test_a_checkpoint_in_pieces_is_read_by_rows(tmp_path: Path) -> None:
+    whole = torch.arange(14.0).reshape(7, 2)
+    parts = [Rows(0, 4, 7), Rows(4, 7, 7)]
+    places: list[tuple[Path, Rows]] = []
+    for i, part in enumerate(parts):
+        path = tmp_path / f"{i}.safetensors"
+        save_tensors(path, {"w": whole[part.start : part.stop]}, {})
+        places.append((path, part))
+    saved = Saved({}, {"b": torch.ones(2)}, {"w": places})
+    assert torch.equal(saved.read("w"), whole)
+    assert torch.equal(saved.read("w", Rows(3, 6, 7)), whole[3:6])
+    assert torch.equal(saved.read("b"), torch.ones(2))
+    with pytest.raises(GraftError, match="G551"):
+        Saved({}, {}, {"w": places[:1]}).read("w")
 
 
 def test_shares_are_whole_and_even() -> None:
