@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from graftc import verbs
 from tests.cli.test_cli import run
@@ -115,3 +116,51 @@ def test_a_device_that_is_not_there(capsys, build, verb, device) -> None:
 def test_bad_values(capsys, build, flags, code, says) -> None:
     found, _, err = run(capsys, "distill", str(build), "-d", DATA, *flags)
     assert (found, says in err) == (code, True), err
+
+
+def test_a_run_is_named_to_start_from_and_a_finished_one_resumed_is_its_result(
+    capsys, build
+) -> None:
+    words = ["-d", DATA, "-t", TASK, "--run", "untrained", "--steps", "2", "--batch", "4"]
+    words += ["--lr", "0.001", "--seed", "3", "--device", "cpu", "--format", "json"]
+    code, out, err = run(capsys, "finetune", str(build), *words)
+    assert code == 0, err
+    first = json.loads(out)
+    facts = yaml.safe_load((Path(first["path"]) / "run.yaml").read_text())
+    asked = {"seed": 3, "steps": 2, "batch": 4, "lr": 0.001}
+    assert {name: facts["options"][name] for name in asked} == asked
+    assert facts["parent"] is None
+    code, out, _ = run(
+        capsys, "finetune", str(build), "-d", DATA, "--resume", first["id"], "--format", "json"
+    )
+    assert (code, json.loads(out)["weights"]) == (0, first["weights"])
+
+
+def test_check_distill_as_typed(capsys, build) -> None:
+    words = ["check-distill", str(build), "-d", DATA, "-t", TASK, "--samples", "2", "--seed", "1"]
+    code, out, _ = run(capsys, *words, "--steps", "2", "--format", "json")
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["blocks.1.attn", "blocks.2.attn"]
+    assert all(row["self_graft"] == 0 and row["steps"] <= 2 for row in rows)
+    assert code == int(not all(row["passed"] for row in rows))
+    code, out, err = run(capsys, *words, "--steps", "1")
+    assert (code, out.count("FAIL")) == (1, 2)
+    assert "give it more than 1 steps" in err or "too few" in err or "stands still" in err
+    assert run(capsys, *words, "--samples", "0")[0] == 2
+
+
+def test_a_bank_as_typed(capsys, build, tmp_path) -> None:
+    bank = str(tmp_path / "bank")
+    for seed in ("0", "1"):  # the same sites, trained twice
+        words = ["--steps", "2", "--seed", seed, "--bank", bank]
+        assert run(capsys, "distill", str(build), "-d", DATA, *words)[0] == 0
+
+    def removed(*flags: str) -> str:
+        return run(capsys, "bank", bank, "prune", *flags)[1].splitlines()[-1]
+
+    assert len(json.loads(run(capsys, "bank", bank, "list", "--format", "json")[1])) == 4
+    assert removed("--older-than", "1") == "removed 0 entries"
+    assert removed("--not-best", "--dry-run") == "would remove 2 entries"
+    assert removed("--not-best") == "removed 2 entries"
+    assert removed("--site", "blocks.1.*", "--operator", "hyena*") == "removed 1 entry"
+    assert run(capsys, "bank", bank)[1].count("blocks.2.attn") == 1

@@ -172,6 +172,21 @@ def test_a_data_set_of_torch_or_hugging_face_is_data_and_its_position_is_kept(da
     assert not {float(s["latent"][0]) for s in one.held_out} & set(seen)
 
 
+def test_a_data_set_on_disk_is_streamed_by_the_package_itself(tmp_path):
+    """`hf:FOLDER` of parquet files, with the real `datasets` where it is installed: no network."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"latent": [float(i), float(i)], "label": i % 3} for i in range(40)]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
+    data = verbs.load_data(f"hf:{tmp_path}")
+    one, other = open_data(data, samples=30, held_out=4), open_data(data, samples=30, held_out=4)
+    steps = [one.raw(step, 4)["latent"] for step in range(9)]  # into the second epoch
+    assert torch.equal(other.raw(8, 4)["latent"], steps[8])  # as a resumed run asks for it
+    assert steps[0].tolist() == [[4.0, 4.0], [5.0, 5.0], [6.0, 6.0], [7.0, 7.0]]
+    with pytest.raises(GraftError) as raised:
+        verbs.load_data(f"hf:{tmp_path}:test")
+    assert raised.value.diagnostics[0].code == "G599"
+
+
 def test_a_name_on_the_hub_is_streamed(monkeypatch):
     asked = []
     stand_in = types.ModuleType("datasets")
