@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,3 +82,43 @@ def test_a_missing_and_a_broken_file_are_told(tmp_path):
     (tmp_path / "targets.yaml").write_text("a: [")
     with pytest.raises(GraftError, match="not YAML"):
         load_targets(tmp_path)
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "targets.md"
+
+
+def blocks_of_yaml():
+    return [
+        yaml.safe_load(text)
+        for text in re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+
+
+def names_of(value):
+    """The keys of plain data, below one another; of a list, of its first row."""
+    if isinstance(value, dict):
+        return {key: names_of(inner) for key, inner in value.items()}
+    return names_of(value[0]) if isinstance(value, list) and value else None
+
+
+def test_the_example_of_the_docs_is_valid_and_has_every_field():
+    shown, candidates, *_ = blocks_of_yaml()
+    shown["sites"][0].update(candidates)
+    shown["sites"][0]["candidates"].sort(key=lambda row: -len(row))  # the one that says most first
+    full = to_dict(from_dict(shown))
+    written = names_of(full)
+    site, told = written["sites"], names_of(shown)["sites"]
+    for cut in ("teacher", "student"):  # said in the text below
+        site[cut].pop("gate")
+    for name in ("blocks", "sweeps"):  # of `alternating`, said in the text below
+        site["pending"].pop(name)
+    for row in (site, told):
+        row.pop("arguments")  # free: the operator's own
+    for name in ("arguments", "definition", "init", "sample", "pending"):  # "as of a site"
+        for row in (site, told):
+            row["candidates"].pop(name, None)
+    assert told == site
+    assert names_of(shown)["stage2"] == written["stage2"]
+    assert names_of(shown)["inputs"] == written["inputs"]
+    text = DOCS.read_text(encoding="utf-8")
+    assert all(f"`{name}" in text for name in ("gate: true", "blocks", "sweeps"))
