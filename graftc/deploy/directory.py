@@ -139,7 +139,12 @@ def export_module(
         lower(model, request.precision, list(choice.islands))
         free = [r for r in request.ranges if r.free]
         places = {p.asked.name: p.places for p in proofs}
-        dims = {r.name: torch.export.Dim(r.name, min=1) for r in free}
+        # The range that is proved: a model that is not free of a size cannot be traced again as if it were.
+        proved = {p.asked.name: p for p in proofs}
+        dims = {
+            r.name: torch.export.Dim(r.name, min=proved[r.name].low, max=proved[r.name].high)
+            for r in free
+        }
         graph = build_graph(
             model, config, regions, sample, places, dims, request.opset.version,
             traced if request.precision == "fp32" else None,

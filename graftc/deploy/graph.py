@@ -82,6 +82,8 @@ def build_graph(
     found = program.model
     for value, name in zip(found.graph.outputs, _names(names, exported, counts), strict=True):
         value.name = name
+    for value, name in zip(found.graph.inputs, inputs, strict=True):
+        value.name = name  # the exporter renames an input that is an output as well
     # References, not copies: each tensor is read from the model when it is written to the file.
     program.apply_weights({n: t for n, t in weights.items() if n in found.graph.initializers})
     values = _take_regions(found, counts)
