@@ -25,7 +25,7 @@ from graftc.operators.spec import Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.chains import Chain
 from graftc.program.flat import Op
-from graftc.rewrite.dataflow.matcher import Occurrence, SiteValue
+from graftc.rewrite.dataflow.occurrence import Occurrence, SiteValue
 from graftc.rewrite.dataflow.select import rule_patterns, select_occurrences
 from graftc.rewrite.dataflow.view import ProgramView, program_view
 from graftc.rewrite.facts import site_fact

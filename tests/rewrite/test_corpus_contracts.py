@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from tests.measures.test_measure import AsItIs
 from tests.rewrite.test_kept_inputs import llama
 
 CORPUS = Path(__file__).parents[1] / "corpus"
+Weights = Mapping[str, Tensor]
 
 
-def attention(name: str, model: Model, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def attention(name: str, model: Model, layer: int) -> tuple[Weights, Weights]:
     """The parameters of one layer's attention, before and after."""
     made = compile_model(check(CORPUS / f"{name}.graft"), model)
     at = f"model.layers.{layer}.self_attn."
@@ -67,6 +69,7 @@ def test_svd_linear_is_nearest_where_the_inputs_are(tmp_path: Path) -> None:
         num_attention_heads=4, use_cache=False,
     )  # fmt: skip
     module = LlamaForCausalLM(config).eval()
+    assert isinstance(module, LlamaForCausalLM)
     words = [{"input_ids": torch.randint(0, 300, (24,))} for _ in range(16)]
     ids = torch.stack([w["input_ids"] for w in words])
     model = Model(module, {"input_ids": ids[:2]})
@@ -74,13 +77,15 @@ def test_svd_linear_is_nearest_where_the_inputs_are(tmp_path: Path) -> None:
     assert len(made.targets["sites"]) == 6
     assert not any(s["pending"] for s in made.targets["sites"])
     read: list[Tensor] = []
-    linear = module.model.layers[0].mlp.up_proj
+    linear = module.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(linear, torch.nn.Linear)
     linear.register_forward_hook(lambda _, given, __: read.append(given[0].flatten(0, 1)))
     with torch.no_grad():
         module(ids)
     weight, x = linear.weight.detach(), read[0]
     student = made.student().get_submodule("model.layers.0.mlp.up_proj")
-    product = student.get_submodule("up").weight @ student.get_submodule("down").weight
+    up, down = (student.get_parameter(f"{n}.weight") for n in ("up", "down"))
+    product = up @ down
     assert torch.linalg.matrix_rank(product) == 128
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     plain = u[:, :128] * s[:128] @ v[:128]

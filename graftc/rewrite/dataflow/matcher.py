@@ -7,12 +7,11 @@ monomorphism); different names of values from outside may be the same value.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from graftc.language.dataflow_ops import OPS, Kind
+from graftc.rewrite.dataflow.occurrence import Occurrence, Sites
 from graftc.rewrite.dataflow.pattern import (
     GETITEM,
     Anything,
@@ -27,45 +26,14 @@ from graftc.rewrite.dataflow.pattern import (
     Without,
     refs,
 )
+from graftc.rewrite.dataflow.same import opened, same, same_constant
 from graftc.rewrite.dataflow.view import View
 
 _ONE_MORE = frozenset({"unsqueeze", "stack"})
+_WITH_DIMS = frozenset(
+    n for n, w in OPS.items() if any(p.kind in ("dim", "dims") for p in w.parameters)
+)
 _GETITEM_KINDS: tuple[Kind, ...] = ("value", "number")
-
-
-@dataclass(frozen=True)
-class SiteValue:
-    """The call of a bound site: what it is given, and the site itself."""
-
-    args: tuple[Any, ...]
-    site: Any
-
-
-Sites = Mapping[str, Mapping[Any, SiteValue]]
-"""Binding → the results of the sites that it may be, with their calls."""
-
-
-@dataclass(frozen=True, eq=False)
-class Occurrence:
-    """One way to lay a pattern onto a graph: a value for each node, and what the names outside stand for.
-
-    `sizes`: what the names in shape guards stand for.
-    """
-
-    pattern: Pattern
-    values: tuple[Any, ...]
-    names: Mapping[str, Any]
-    sites: Mapping[str, Any]
-    sizes: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    def value(self, name: str) -> Any:
-        """What a name of the pattern stands for."""
-        result = self.pattern.results.get(name)
-        if isinstance(result, NodeRef):
-            return self.values[result.index]
-        if isinstance(result, ValueRef):
-            return self.names[result.name]
-        return self.names[name]
 
 
 def occurrences(
@@ -84,8 +52,7 @@ def occurrences(
         yield from search.start(anchor, value)
 
 
-@dataclass(frozen=True)
-class _Goal:
+class _Goal(NamedTuple):
     """An operand that must stand for a value."""
 
     operand: Operand
@@ -98,8 +65,18 @@ class _Goal:
 _Goals = tuple[_Goal, Any] | None
 
 
+def _first(more: list[_Goal], goals: _Goals) -> _Goals:
+    for goal in reversed(more):
+        goals = (goal, goals)
+    return goals
+
+
 class _Search:
-    """The state of one search: what is assigned, undone from `trail` on the way back."""
+    """The state of one search: what is assigned and bound, undone from `trail` on the way back.
+
+    A node whose arguments stand in one order only is assigned where it is met; a generator is made only where
+    there is a choice: two orders, or several users of a value.
+    """
 
     def __init__(
         self, pattern: Pattern, view: View, sites: Sites, claimed: Collection[int] = ()
@@ -109,7 +86,7 @@ class _Search:
         self.assigned: list[Any] = [None] * len(pattern.nodes)
         self.taken: set[int] = set()
         self.names: dict[str, Any] = {}
-        self.trail: list[str] = []
+        self.trail: list[str | int] = []
         self.without: list[tuple[Without, Any]] = []
 
     def candidates(self, node: Node) -> Sequence[Any]:
@@ -119,7 +96,11 @@ class _Search:
         return found[0] if len(found) == 1 else [v for f in found for v in f]
 
     def start(self, node: Node, value: Any) -> Iterator[Occurrence]:
-        yield from self.assign(node, value, None)
+        """All occurrences in which `node` is `value`, beside what is assigned already."""
+        mark = len(self.trail)
+        for order in self.assign(node, value) or ():
+            yield from self.solve(_first(order, None))
+        self.undo(mark)
 
     # -- growing ---------------------------------------------------------------------------------
 
@@ -134,17 +115,22 @@ class _Search:
                 if known is not None:
                     if known is not actual:
                         break
-                elif not self.view.is_value(actual):
+                    continue
+                if not self.view.is_value(actual):
                     break
-                else:
-                    yield from self.assign(self.pattern.nodes[operand.index], actual, goals)
+                orders = self.assign(self.pattern.nodes[operand.index], actual)
+                if orders is None:
                     break
+                if len(orders) > 1:
+                    for order in orders:
+                        yield from self.solve(_first(order, goals))
+                    break
+                goals = _first(orders[0], goals)
             elif isinstance(operand, Items):
                 more = self.items(operand, goal)
                 if more is None:
                     break
-                for inner in reversed(more):
-                    goals = (inner, goals)
+                goals = _first(more, goals)
             elif not self.fits(operand, goal):
                 break
         else:
@@ -154,22 +140,18 @@ class _Search:
 
     def next_node(self) -> Iterator[Occurrence]:
         """Grow from what is assigned to a node that is not: its users, or those of a value they share."""
-        step = self.reachable()
-        if step is None:
+        if None not in self.assigned:
             yield from self.finish()
             return
-        node, values = step
+        node, values = self.reachable()
         for value in values:
-            yield from self.assign(node, value, None)
+            yield from self.start(node, value)
 
-    def reachable(self) -> tuple[Node, Sequence[Any]] | None:
+    def reachable(self) -> tuple[Node, Sequence[Any]]:
         """An unassigned node and its candidates, the fewest first."""
         best: tuple[Node, Sequence[Any]] | None = None
-        left = False
-        for node in self.pattern.nodes:
-            if self.assigned[node.index] is not None:
-                continue
-            left = True
+        left = [n for n in self.pattern.nodes if self.assigned[n.index] is None]
+        for node in left:
             for operand in refs(node.operands):
                 source: Any = None
                 if isinstance(operand, NodeRef):
@@ -181,77 +163,82 @@ class _Search:
                 users = self.view.users(source)
                 if best is None or len(users) < len(best[1]):
                     best = (node, users)
-        if best is None and left:  # joined by a number only, or through a list
-            node = next(n for n in self.pattern.nodes if self.assigned[n.index] is None)
-            return node, self.candidates(node)
-        return best
+        # Else joined by a number only, or through a list.
+        return best or (left[0], self.candidates(left[0]))
 
-    def assign(self, node: Node, value: Any, goals: _Goals) -> Iterator[Occurrence]:
-        """`node` is `value`, if its op is right: its arguments become goals, in either order if they commute."""
-        view, mark = self.view, len(self.trail)
+    def assign(self, node: Node, value: Any) -> list[list[_Goal]] | None:
+        """`node` is `value`, if its op is right: what its arguments must be, for each order that they may stand in."""
         if id(value) in self.taken:
-            return
+            return None
         if node.index in self.claims and id(value) in self.claimed:
-            return
-        if node.site:
-            call = self.sites.get(node.site, {}).get(value)
-            if call is None:
-                return
-            orders: list[list[_Goal]] = [[]]
-            if node.args is not None:
-                if len(node.args) > len(call.args):
-                    return
-                pairs = zip(node.args, call.args, strict=False)
-                orders = [[_Goal(o, a, "value", None) for o, a in pairs]]
-        else:
-            if view.op(value) not in node.ops and view.raw(value)[0] not in node.ops:
-                return
-            found = self.orders(node, value)
-            if found is None:
-                self.undo(mark)
-                return
-            orders = found
-        waiting = len(self.without)
-        self.assigned[node.index] = value
-        self.taken.add(id(value))
-        for order in orders:
-            rest = goals
-            for goal in reversed(order):
-                rest = (goal, rest)
-            yield from self.solve(rest)
-        self.assigned[node.index] = None
-        self.taken.discard(id(value))
-        self.undo(mark)
-        del self.without[waiting:]
+            return None
+        orders = self.site_orders(node, value) if node.site else self.orders(node, value)
+        if orders:
+            self.assigned[node.index] = value
+            self.taken.add(id(value))
+            self.trail.append(node.index)
+        return orders or None
+
+    def site_orders(self, node: Node, value: Any) -> list[list[_Goal]] | None:
+        """The goals of what a site is given, None where the value is not the site's."""
+        call = self.sites.get(node.site, {}).get(value)
+        if call is None:
+            return None
+        if node.args is None:
+            return [[]]
+        if len(node.args) > len(call.args):
+            return None
+        pairs = zip(node.args, call.args, strict=False)
+        return [[_Goal(o, a, "value", None) for o, a in pairs]]
 
     def orders(self, node: Node, value: Any) -> list[list[_Goal]] | None:
-        """The goals of a node's arguments, for each order that they may stand in."""
+        """The goals of a node's arguments, for each order that they may stand in; None where its op is another.
+
+        Numbers are compared here, so that one that does not fit ends an order before its operands are followed.
+        """
         view = self.view
+        op = view.op(value)
+        if op not in node.ops and view.raw(value)[0] not in node.ops:
+            return None
         actual = view.args(value)
         if actual is None or node.args is None:
             return None
-        op = view.op(value)
         word = OPS.get(op)
         if word is None or op not in node.ops:
             plain = view.raw(value)[1] if word is not None else actual
             return self.plain_orders(node, value, plain)
-        rank = self.rank_of(op, actual)
+        rank = self.rank_of(op, actual) if op in _WITH_DIMS else None
+        either = word.commutes if word.commutes and word.commutes[1] < len(node.args) else ()
         goals: list[_Goal] = []
+        places: list[int] = []
         for at, operand in enumerate(node.args):
             if isinstance(operand, Rest):
                 if not self.bind(operand.name, actual[at:]):
                     return None
                 break
-            kind = word.parameters[at].kind
-            goals.append(_Goal(operand, actual[at], kind, rank))
-        if word.commutes is None or word.commutes[1] >= len(goals):
+            goal = _Goal(operand, actual[at], word.parameters[at].kind, rank)
+            if not isinstance(operand, Fixed) or at in either:
+                goals.append(goal)
+                places.append(at)
+            elif not self.is_constant(operand, goal):
+                return None
+        if not either:
             return [goals]
-        i, j = word.commutes
-        first, second = goals[i], goals[j]
+        i, j = (places.index(e) for e in either)
         other = list(goals)
-        other[i] = _Goal(first.operand, second.actual, first.kind, rank)
-        other[j] = _Goal(second.operand, first.actual, second.kind, rank)
-        return [goals, other]
+        other[i] = goals[i]._replace(actual=goals[j].actual)
+        other[j] = goals[j]._replace(actual=goals[i].actual)
+        return [left for way in (goals, other) if (left := self.unmet(way)) is not None]
+
+    def unmet(self, goals: list[_Goal]) -> list[_Goal] | None:
+        """The goals without those of numbers that are met; None where one is not."""
+        left: list[_Goal] = []
+        for goal in goals:
+            if not isinstance(goal.operand, Fixed):
+                left.append(goal)
+            elif not self.is_constant(goal.operand, goal):
+                return None
+        return left
 
     def plain_orders(
         self, node: Node, value: Any, actual: tuple[Any, ...]
@@ -296,13 +283,17 @@ class _Search:
         if isinstance(operand, ValueRef):
             return self.bind(operand.name, actual)
         if isinstance(operand, Fixed):
-            if self.view.is_value(actual):
-                return False
-            return same_constant(operand.value, actual, goal.kind, goal.rank)
+            return self.is_constant(operand, goal)
         if isinstance(operand, Without):
             self.without.append((operand, actual))
             return True
         return isinstance(operand, Anything)
+
+    def is_constant(self, operand: Fixed, goal: _Goal) -> bool:
+        _, actual, kind, rank = goal
+        if operand.value is actual:
+            return True
+        return not self.view.is_value(actual) and same_constant(operand.value, actual, kind, rank)
 
     def items(self, operand: Items, goal: _Goal) -> list[_Goal] | None:
         actual = goal.actual
@@ -342,12 +333,20 @@ class _Search:
 
     def undo(self, mark: int) -> None:
         while len(self.trail) > mark:
-            del self.names[self.trail.pop()]
+            last = self.trail.pop()
+            if isinstance(last, str):
+                del self.names[last]
+            else:
+                self.taken.discard(id(self.assigned[last]))
+                self.assigned[last] = None
 
     def finish(self) -> Iterator[Occurrence]:
         """All is assigned: what comes from outside is not made inside, and what must not be is not."""
         for name in self.pattern.inputs:
-            if any(id(v) in self.taken for v in opened(self.names.get(name))):
+            known = self.names.get(name)
+            if id(known) in self.taken:
+                return
+            if isinstance(known, tuple) and any(id(v) in self.taken for v in opened(known)):
                 return
         if any(self.is_made_by(w.pattern, actual) for w, actual in self.without):
             return
@@ -368,75 +367,3 @@ class _Search:
             for name in node.names:
                 inner.names[name] = self.assigned[node.index]
         return next(inner.start(pattern.nodes[-1], actual), None) is not None
-
-
-def opened(value: Any) -> Iterator[Any]:
-    """The values in a list, or the value."""
-    if isinstance(value, tuple):
-        for item in value:  # pyright: ignore[reportUnknownVariableType]
-            yield from opened(item)
-    else:
-        yield value
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same value, number or list."""
-    if one is other:
-        return True
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        pairs = zip(one, other, strict=False)  # pyright: ignore[reportUnknownVariableType]
-        return len(one) == len(other) and all(same(a, b) for a, b in pairs)  # pyright: ignore[reportUnknownArgumentType]
-    plain = (int, float, bool, str)
-    return isinstance(one, plain) and isinstance(other, plain) and equal(one, other)
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Numbers to single precision (a written 0.7071068 is the root of a half); words exactly."""
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
-        return math.isclose(one, other, rel_tol=1e-6, abs_tol=0.0)
-    return type(one) is type(other) and one == other
-
-
-def same_constant(wanted: Any, actual: Any, kind: Kind, rank: int | None) -> bool:
-    """Whether a written constant is what stands there, as its parameter's kind compares."""
-    if wanted is None or actual is None:
-        return wanted is actual
-    if kind in ("dim", "dims"):
-        one, other = _dims(wanted, rank), _dims(actual, rank)
-        if one is None or other is None:
-            return False
-        return one == other
-    if isinstance(actual, tuple):
-        return all(same_constant(wanted, a, kind, rank) for a in actual)  # pyright: ignore[reportUnknownVariableType]
-    if kind == "flag":
-        return bool(wanted) == bool(actual)
-    return equal(wanted, actual)
-
-
-def _dims(value: Any, rank: int | None) -> tuple[int, ...] | None:
-    items: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(i, int) for i in items):
-        return None
-    return tuple(i % rank if rank else i for i in items)
-
-
-def leak(occurrence: Occurrence, view: View, returned: frozenset[int] = frozenset()) -> Leak | None:
-    """The first inner value that something outside the match uses, or that the model returns."""
-    inside = {id(v) for v in occurrence.values}
-    for index in sorted(occurrence.pattern.inner):
-        value = occurrence.values[index]
-        for user in view.users(value):
-            if id(user) not in inside:
-                return Leak(occurrence.pattern.nodes[index], value, user)
-        if getattr(value, "index", None) in returned:
-            return Leak(occurrence.pattern.nodes[index], value, None)
-    return None
-
-
-@dataclass(frozen=True, eq=False)
-class Leak:
-    """An inner value that is used outside: by `user`, or by the model's caller (None)."""
-
-    node: Node
-    value: Any
-    user: Any

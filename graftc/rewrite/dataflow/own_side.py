@@ -18,7 +18,8 @@ from graftc.language.rules import DataflowMatch, Fact, KindGuard, Literal_, Oper
 from graftc.program.flat import Op
 from graftc.program.normalise import normalise
 from graftc.rewrite.dataflow.example import SPAN, Example, example_of
-from graftc.rewrite.dataflow.matcher import SiteValue, occurrences
+from graftc.rewrite.dataflow.matcher import occurrences
+from graftc.rewrite.dataflow.occurrence import SiteValue
 from graftc.rewrite.dataflow.pattern import Node, Pattern
 from graftc.rewrite.dataflow.select import rule_patterns
 from graftc.rewrite.dataflow.view import graph_ops, program_view

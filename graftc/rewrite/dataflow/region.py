@@ -14,7 +14,7 @@ from graftc.diagnostics import Note, fail
 from graftc.language.rules import Rewrite, Rule
 from graftc.program.analysis import Analysis
 from graftc.program.flat import Call, Op
-from graftc.rewrite.dataflow.matcher import Occurrence
+from graftc.rewrite.dataflow.occurrence import Occurrence
 from graftc.rewrite.dataflow.pattern import NodeRef
 from graftc.rewrite.dataflow.select import claimed_nodes
 

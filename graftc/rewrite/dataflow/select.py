@@ -21,7 +21,8 @@ from graftc.language.rules import (
 from graftc.operators.spec import Value
 from graftc.program.flat import Op, common_path
 from graftc.program.program import size_hint
-from graftc.rewrite.dataflow.matcher import Leak, Occurrence, SiteValue, leak, occurrences
+from graftc.rewrite.dataflow.matcher import occurrences
+from graftc.rewrite.dataflow.occurrence import Leak, Occurrence, SiteValue, leak
 from graftc.rewrite.dataflow.pattern import Pattern, patterns_of
 from graftc.rewrite.dataflow.view import ProgramView
 from graftc.rewrite.facts import site_fact

@@ -104,6 +104,7 @@ class ProgramView:
     flat: Flat
     by_name: Mapping[str, list[Op]]
     returned: frozenset[int]
+    names: Mapping[int, str]
     ordered: dict[int, tuple[Any, ...] | None] = field(
         default_factory=dict[int, "tuple[Any, ...] | None"]
     )
@@ -118,12 +119,10 @@ class ProgramView:
         return isinstance(what, Op)
 
     def op(self, value: Op) -> str:
-        if value.kind != "op":
-            return ""
-        if value.target is operator.getitem:
-            return GETITEM
-        form = forms().get(value.target)
-        return form.name if form is not None else str(value.target)
+        name = self.names.get(value.index)
+        if name is not None:
+            return name
+        return str(value.target) if value.kind == "op" else ""
 
     def args(self, value: Op) -> tuple[Any, ...] | None:
         found = self.ordered.get(value.index, False)
@@ -211,12 +210,14 @@ def program_view(flat: Flat) -> ProgramView:
     names = {target: form.name for target, form in forms().items()}
     names[operator.getitem] = GETITEM
     by_name: dict[str, list[Op]] = {}
+    by_index: dict[int, str] = {}
     for op in flat.ops:
         if op.kind == "op":
             name = names.get(op.target)
             if name is not None:
                 by_name.setdefault(name, []).append(op)
-    return ProgramView(flat, by_name, frozenset(o.index for o in flat.outputs))
+                by_index[op.index] = name
+    return ProgramView(flat, by_name, frozenset(o.index for o in flat.outputs), by_index)
 
 
 def ops_of(nodes: Sequence[fx.Node]) -> list[Op]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from graftc.language.dataflow_ops import OPS
 from graftc.program.flat import Op
-from graftc.rewrite.dataflow.matcher import Sites, same_constant
+from graftc.rewrite.dataflow.occurrence import Sites
 from graftc.rewrite.dataflow.pattern import (
     GETITEM,
     Fixed,
@@ -25,6 +25,7 @@ from graftc.rewrite.dataflow.pattern import (
     ValueRef,
     refs,
 )
+from graftc.rewrite.dataflow.same import same_constant
 from graftc.rewrite.dataflow.view import ProgramView
 
 MOST = 3.5

@@ -9,7 +9,7 @@ from functools import partial
 from graftc.diagnostics import Span
 from graftc.language.rules import DataflowMatch, Rewrite, Rule
 from graftc.program.flat import Op, common_path
-from graftc.rewrite.dataflow.matcher import Occurrence, Sites, opened, same
+from graftc.rewrite.dataflow.occurrence import Occurrence, Sites
 from graftc.rewrite.dataflow.pattern import (
     Fixed,
     Items,
@@ -18,6 +18,7 @@ from graftc.rewrite.dataflow.pattern import (
     Pattern,
     ValueRef,
 )
+from graftc.rewrite.dataflow.same import opened, same
 from graftc.rewrite.dataflow.select import (
     Turned,
     claimed_nodes,

@@ -26,7 +26,7 @@ from graftc.language.rules import (
 )
 from graftc.program.analysis import Analysis
 from graftc.program.flat import Op
-from graftc.rewrite.dataflow.matcher import Sites, SiteValue
+from graftc.rewrite.dataflow.occurrence import Sites, SiteValue
 from graftc.rewrite.dataflow.own_side import own_side
 from graftc.rewrite.whynot.change import Change, Miss, ranked
 from graftc.rewrite.whynot.dataflow import dataflow_misses

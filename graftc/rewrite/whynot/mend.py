@@ -13,7 +13,6 @@ from typing import Any
 from graftc.diagnostics import Source, Span, TextEdit
 from graftc.language.dataflow_ops import OPS, OpParameter, OpWord
 from graftc.program.flat import Op
-from graftc.rewrite.dataflow.matcher import same, same_constant
 from graftc.rewrite.dataflow.pattern import (
     GETITEM,
     Anything,
@@ -28,6 +27,7 @@ from graftc.rewrite.dataflow.pattern import (
     Without,
     refs,
 )
+from graftc.rewrite.dataflow.same import same, same_constant
 from graftc.rewrite.dataflow.view import ProgramView
 from graftc.rewrite.whynot.align import Step
 
