@@ -148,6 +148,10 @@ def holds(expr: Expr, facts: Facts) -> Verdict:
         if expr.op in ("==", "!=") or expr.op in _COMPARE:
             return _compared(expr, facts)
     ok = bool(evaluate(expr, facts))
+    if isinstance(expr, Fact) and expr.name == "is":
+        kind = str(expr.options["kind"])
+        what = kind if kind == "none" else f"a {kind}"
+        return Verdict(ok, f"{expr.binding} is {what if ok else f'not {what}'}")
     return Verdict(ok, f"{shown(expr)} is {_show(ok)}" + ("" if ok else ", wanted true"))
 
 
@@ -219,6 +223,8 @@ def shown(expr: Expr) -> str:
     if isinstance(expr, Fact):
         if expr.name == "value":
             return expr.binding
+        if expr.name == "is":
+            return f"{expr.binding} is {expr.options['kind']}"
         options = "".join(f", {k} = {_show(v)}" for k, v in expr.options.items())
         return f"{expr.name}({expr.binding}{options})"
     if expr.op in ("min", "max"):

@@ -8,8 +8,9 @@ from typing import Literal, NoReturn
 from graftc.diagnostics import Instead, Note, fail, nearest
 from graftc.language import syntax as s
 from graftc.language.evaluate import evaluate, shown
+from graftc.language.resolve_guards import kind_fact, shape_alone
 from graftc.language.rules import Expr, Fact, Literal_, Operation
-from graftc.language.scope import NotYet, Scope, Setting, listed, suggest
+from graftc.language.scope import Scope, Setting, listed, suggest
 from graftc.language.vocabulary import BLOCK_PARTS, FACTS, FUNCTIONS, KINDS, FactWord, Type, may_be
 from graftc.operators.spec import Value
 
@@ -52,8 +53,10 @@ def expression(scope: Scope, node: s.Expr) -> tuple[Expr, Type]:
             return _binary(scope, node)
         case s.Call():
             return _call(scope, node)
-        case s.IsKind() | s.HasShape():
-            raise NotYet("a guard on a value of a dataflow pattern", node.span)
+        case s.IsKind():
+            return kind_fact(scope, node), "bool"
+        case s.HasShape():
+            shape_alone(scope, node)
         case s.Maybe() | s.Alternatives():
             fail(
                 "G120",
@@ -262,7 +265,13 @@ def _call(scope: Scope, node: s.Call) -> tuple[Expr, Type]:
     word = FACTS.get(name)
     if word is None:
         if name == "shape":
-            raise NotYet("a guard on the shape of a value", node.span)
+            fail(
+                "G379",
+                "a shape is no number",
+                span=node.span,
+                wanted="shape(x) ~ [b, n, d]",
+                help="name its sizes, and compare these",
+            )
         known = (*FACTS, *FUNCTIONS)
         fail(
             "G104",
@@ -430,15 +439,7 @@ def origin(scope: Scope, node: s.Expr) -> tuple[Note, ...]:
 
 def constant(scope: Scope, node: s.Expr, wanted: Wanted) -> Value:
     """The value of an expression that no model is needed for. Raises GraftError."""
-    try:
-        resolved = typed(scope, node, wanted)
-    except NotYet as not_yet:  # `steps = x is number`
-        fail(
-            "G120",
-            f"{not_yet.unapplied.what} cannot stand here",
-            span=not_yet.unapplied.span,
-            wanted="a number or a word",
-        )
+    resolved = typed(scope, node, wanted)
     if not isinstance(resolved, Literal_):
         fail(
             "G120",

@@ -18,7 +18,7 @@ from graftc.language.resolve_rule import rule_of
 from graftc.language.resolve_tests import check_test_names, test_of
 from graftc.language.resolve_training import finetune_of
 from graftc.language.rule_names import check_after, check_rule_names, check_used_names, unknown_rule
-from graftc.language.rules import Finetune, GraphTest, Rule, Rules, Unapplied
+from graftc.language.rules import Finetune, GraphTest, Rule, Rules
 from graftc.language.scope import DefinedOperator, Log, Scope, Setting, already
 from graftc.language.written_spec import spec_of
 from graftc.operators.spec import OperatorSpec
@@ -95,7 +95,7 @@ def resolve(
         digest=hashlib.sha256(
             "\0".join(x.text for x in sources).encode("utf-8", "replace")
         ).hexdigest(),
-        notes=(*(d for d in log.diagnostics if d.severity != "error"), *said, *_notes(resolved)),
+        notes=(*(d for d in log.diagnostics if d.severity != "error"), *said),
         tests=tests,
     )
 
@@ -124,19 +124,6 @@ def _first(*diagnostics: Diagnostic) -> tuple[Diagnostic, ...]:
         return shown
     last = replace(shown[-1], notes=(*shown[-1].notes, Note(f"and {more} more mistakes")))
     return (*shown[:-1], last)
-
-
-def _notes(rules: Sequence[Rule]) -> list[Diagnostic]:
-    waiting = [x for r in rules for x in (*r.matches, r.edit) if isinstance(x, Unapplied)]
-    return [
-        Diagnostic(
-            "G160",
-            f"this version of graftc cannot apply {x.what} yet",
-            span=x.span,
-            severity="note",
-        )
-        for x in dict.fromkeys(waiting)
-    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from graftc.language import syntax as s
 from graftc.language.expressions import constant, origin, typed
 from graftc.language.resolve_init import source_of
 from graftc.language.rules import CopyOf, Expr, Literal_, OperatorCall
-from graftc.language.scope import NotYet, Scope, listed, suggest
+from graftc.language.scope import Scope, ToldElsewhereError, listed, suggest
 from graftc.language.vocabulary import may_be
 from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec, Part, UserClass
 
@@ -18,8 +18,8 @@ from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec, Part, User
 def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
     """`op(name = value, …)` on a site of `role` (None: not known).
 
-    Raises GraftError with every mistake in its arguments, and NotYet where the operator is known
-    and this version has no spec of it.
+    Raises GraftError with every mistake in its arguments, and ToldElsewhereError where the
+    operator itself has mistakes.
     """
     if isinstance(node, s.Path):
         name = node.text
@@ -73,7 +73,7 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
         spec = scope.defined[name].spec
         if spec is not None:
             return spec
-        raise NotYet(f"the operator `{name}`, which has mistakes", head.span)
+        raise ToldElsewhereError
     known = (*scope.operators, *scope.defined, "parallel")
     qualified = next((n for n in scope.defined if n.partition(".")[2] == name), None)
     near = qualified or nearest(name, known)

@@ -23,9 +23,8 @@ from graftc.language.rules import (
     Remove,
     Replace,
     Skip,
-    Unapplied,
 )
-from graftc.language.scope import NotYet, Scope, already, listed, suggest
+from graftc.language.scope import Scope, already, listed, suggest
 from graftc.language.vocabulary import BLOCK_PARTS
 from graftc.operators.spec import OperatorSpec, Value
 
@@ -43,21 +42,18 @@ class Edited:
 
 def edit_of(scope: Scope, clause: s.EditClause, inits: Sequence[s.InitItem] = ()) -> Edited:
     """The edit of a rule; a rewrite's `init` gives parameters that it reads. Raises GraftError."""
-    try:
-        match clause:
-            case s.ReplaceClause():
-                return _replace(scope, clause)
-            case s.RewriteClause():
-                return Edited(dataflow_rewrite(scope, clause, inits))
-            case s.InsertClause():
-                return _insert(scope, clause)
-            case s.SiteClause(keyword="skip"):
-                return _skip(scope, clause)
-            case s.SiteClause():
-                scope.binding(clause.name)
-                return Edited(Remove(clause.name.text, clause.span))
-    except NotYet as not_yet:
-        return Edited(not_yet.unapplied)
+    match clause:
+        case s.ReplaceClause():
+            return _replace(scope, clause)
+        case s.RewriteClause():
+            return Edited(dataflow_rewrite(scope, clause, inits))
+        case s.InsertClause():
+            return _insert(scope, clause)
+        case s.SiteClause(keyword="skip"):
+            return _skip(scope, clause)
+        case s.SiteClause():
+            scope.binding(clause.name)
+            return Edited(Remove(clause.name.text, clause.span))
 
 
 def _skip(scope: Scope, clause: s.SiteClause) -> Edited:
@@ -145,7 +141,6 @@ def _one_of_candidates(
             wanted="one of {op(…), op(…), keep}",
         )
     found: list[OperatorCall | None] = []
-    waits: Unapplied | None = None
     for item in items:
         with scope.log.attempt():
             if isinstance(item, (s.RangeItem, s.Pair)):
@@ -160,12 +155,7 @@ def _one_of_candidates(
             if isinstance(item, s.Path) and item.text == "keep":
                 found.append(None)
                 continue
-            try:
-                found.append(operator_call(scope, item, role))
-            except NotYet as not_yet:
-                waits = waits or not_yet.unapplied
-    if waits is not None:
-        return Edited(waits)
+            found.append(operator_call(scope, item, role))
     first_spec = next((_known(c) for c in found if c is not None), None)
     return Edited(OneOf(name, tuple(found), clause.span), first_spec)
 
@@ -176,13 +166,9 @@ def _is_call(node: s.Expr, name: str) -> bool:
 
 def _parallel(scope: Scope, node: s.Call, clause: s.ReplaceClause) -> Edited:
     branches: list[Branch] = []
-    waits: Unapplied | None = None
     for value in node.positional:
         with scope.log.attempt():
-            try:
-                branches.append(_branch(scope, value, branches))
-            except NotYet as not_yet:
-                waits = waits or not_yet.unapplied
+            branches.append(_branch(scope, value, branches))
     merge, options, spec = _merge(scope, node)
     if len(node.positional) < 2:
         fail(
@@ -201,8 +187,6 @@ def _parallel(scope: Scope, node: s.Call, clause: s.ReplaceClause) -> Edited:
             found=f"{len(node.positional)}",
             help="write `merge = linear`",
         )
-    if waits is not None:
-        return Edited(waits)
     return Edited(Parallel(tuple(branches), merge, options, clause.span), spec)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from graftc.diagnostics import fail
 from graftc.language import syntax as s
-from graftc.language.rules import KindGuard, ShapeDim, ShapeGuard, ValueGuard
+from graftc.language.rules import Fact, KindGuard, ShapeDim, ShapeGuard, ValueGuard
 from graftc.language.scope import Binding, Scope, listed, suggest
 
 KINDS = ("number", "parameter", "tensor", "none")
@@ -34,6 +35,23 @@ def split_guards(
         else:
             others.append(node)
     return tuple(found), tuple(others)
+
+
+def kind_fact(scope: Scope, node: s.IsKind) -> Fact:
+    """`x is number` beside `or` or under `not`: a fact of the value. Raises GraftError."""
+    guard = _kind(scope, node, False)
+    return Fact("is", guard.name, {"kind": guard.kind}, node.span)
+
+
+def shape_alone(scope: Scope, node: s.HasShape) -> NoReturn:
+    """`shape(x) ~ […]` where it may fail and the guard still hold: its sizes would have no value."""
+    _shape(scope, node)
+    fail(
+        "G379",
+        "a shape is joined to other guards by `and` alone: it gives names to sizes",
+        span=node.span,
+        help="write a rule for each, or compare `dim(x)`",
+    )
 
 
 def _conjuncts(node: s.Expr) -> Iterator[s.Expr]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
-from graftc.diagnostics import Diagnostic, fail
+from graftc.diagnostics import Diagnostic, Note, fail
 from graftc.language import syntax as s
 from graftc.language.expressions import condition, folded, whole
 from graftc.language.resolve_edit import Edited, edit_of
@@ -18,6 +18,7 @@ from graftc.language.rules import (
     DataflowMatch,
     Distill,
     Expr,
+    GroupMatch,
     Literal_,
     Match,
     Operation,
@@ -25,11 +26,11 @@ from graftc.language.rules import (
     Remove,
     Rewrite,
     Rule,
+    SequenceMatch,
     Skip,
-    Unapplied,
     ValueGuard,
 )
-from graftc.language.scope import NotYet, Scope, already
+from graftc.language.scope import Scope, already
 
 _EDITS = (s.ReplaceClause, s.RewriteClause, s.SiteClause, s.InsertClause)
 Contract = Literal["exact", "approx", "learned"]
@@ -46,14 +47,14 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         scope,
         _all(clauses, s.MatchSites) + _all(clauses, s.MatchDataflow) + _all(clauses, s.MatchPython),
     )
-    unapplied = next((m for m in matches.matches if isinstance(m, Unapplied)), None)
     if not matches.matches and len(scope.log.errors) == before:
         _missing(scope, item, "match", "match   a = self_attention in blocks all")
     read = len(scope.log.diagnostics)
     patterns = _all(clauses, s.MatchDataflow)
     unread = len(patterns) > sum(isinstance(m, DataflowMatch) for m in matches.matches)
     dataflow = any(isinstance(m, (DataflowMatch, PythonMatch)) for m in matches.matches)
-    guards, where, waiting = _where(scope, clauses, dataflow)
+    _one_pattern(scope, matches.matches, dataflow)
+    guards, where = _where(scope, clauses, dataflow)
     inits = tuple(i for c in _all(clauses, s.InitClause) for i in c.items)
     edited = _edit(scope, item, inits)
     rewrites = any(isinstance(c, s.RewriteClause) for c in clauses)
@@ -100,10 +101,6 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
             check_repeated_sites(repeat, distill, contract, edit, inserted)
         if len(scope.log.errors) > before:
             return None
-    if waiting is not None:
-        edit = waiting
-    elif unapplied is not None:
-        edit = unapplied
     return Rule(
         name=item.name.text,
         span=item.name.span,
@@ -122,6 +119,21 @@ def rule_of(outer: Scope, item: s.RuleItem) -> Rule | None:
         guards=guards,
         repeat=measure,
     )
+
+
+def _one_pattern(scope: Scope, matches: Sequence[Match], dataflow: bool) -> None:
+    """A rule has one pattern: sites that belong together, or ops, which may name single sites."""
+    if dataflow:
+        wrong = next((m for m in matches if isinstance(m, (GroupMatch, SequenceMatch))), None)
+        message = "a dataflow pattern names single sites"
+        help = "say in ops how they follow each other: `y = b(a(x))`"
+    else:
+        wrong = next(iter(matches[1:]), None)
+        message = "a rule matches one site, or sites that follow each other"
+        help = "write `a, m = self_attention then mlp`, or a rule for each"
+    if wrong is not None:
+        notes = (Note("the pattern begins here", matches[0].span),)
+        scope.log.add(Diagnostic("G448", message, span=wrong.span, notes=notes, help=help))
 
 
 def _check_patterns(matches: Sequence[Match], edited: Edited) -> None:
@@ -204,9 +216,8 @@ def _edit(scope: Scope, item: s.RuleItem, inits: Sequence[s.InitItem]) -> Edited
 
 def _where(
     scope: Scope, clauses: Sequence[s.Clause], dataflow: bool
-) -> tuple[tuple[ValueGuard, ...], Expr | None, Unapplied | None]:
-    """Guards on values, the other guards joined, and one that this version cannot judge."""
-    waiting: Unapplied | None = None
+) -> tuple[tuple[ValueGuard, ...], Expr | None]:
+    """Guards on values that bind or choose, and the other guards joined."""
     found: list[Expr] = []
     guards: tuple[ValueGuard, ...] = ()
     conditions = tuple(n for c in _all(clauses, s.Where) for n in c.conditions)
@@ -214,11 +225,7 @@ def _where(
         guards, conditions = split_guards(scope, conditions)
     for node in conditions:
         with scope.log.attempt():
-            try:
-                guard = folded(condition(scope, node))
-            except NotYet as not_yet:
-                waiting = not_yet.unapplied
-                continue
+            guard = folded(condition(scope, node))
             if isinstance(guard, Literal_):
                 always = "always" if guard.value else "never"
                 fail(
@@ -231,8 +238,8 @@ def _where(
                 )
             found.append(guard)
     if len(found) < 2:
-        return guards, next(iter(found), None), waiting
-    return guards, Operation("and", tuple(found), found[0].span.to(found[-1].span)), waiting
+        return guards, next(iter(found), None)
+    return guards, Operation("and", tuple(found), found[0].span.to(found[-1].span))
 
 
 def _nothing_new(scope: Scope, clause: s.InitClause) -> None:

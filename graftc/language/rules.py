@@ -295,14 +295,6 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Unapplied:
-    """A construct that the grammar knows and this version cannot yet apply; `what` names it."""
-
-    what: str
-    span: Span
-
-
-@dataclass(frozen=True)
 class SequenceMatch:
     """`a, m = self_attention then mlp [in ROLE] [in blocks …]`: sites that feed each other, in the data flow.
 
@@ -316,7 +308,7 @@ class SequenceMatch:
     blocks: Blocks | None = None
 
 
-Match = Union[SiteMatch, GroupMatch, SequenceMatch, DataflowMatch, PythonMatch, Unapplied]
+Match = Union[SiteMatch, GroupMatch, SequenceMatch, DataflowMatch, PythonMatch]
 
 # -- what it becomes -------------------------------------------------------------------------
 
@@ -412,7 +404,7 @@ class Skip:
     span: Span
 
 
-Edit = Union[Replace, OneOf, Parallel, Insert, Remove, Skip, Rewrite, Unapplied]
+Edit = Union[Replace, OneOf, Parallel, Insert, Remove, Skip, Rewrite]
 
 # -- training words --------------------------------------------------------------------------
 

@@ -8,16 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from graftc.diagnostics import Diagnostic, GraftError, Instead, Note, Span, fail, nearest
 from graftc.language import syntax as s
-from graftc.language.rules import Unapplied
 from graftc.operators.spec import OperatorSpec
 
 
-class NotYet(Exception):
-    """Raised where a construct is understood and cannot be applied by this version."""
-
-    def __init__(self, what: str, span: Span) -> None:
-        super().__init__(what)
-        self.unapplied = Unapplied(what, span)
+class ToldElsewhereError(GraftError):
+    """What is named here has mistakes, which are told where it is defined; there is nothing to add."""
 
 
 @dataclass

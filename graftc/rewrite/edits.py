@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 from graftc.diagnostics import Span, fail
-from graftc.language.rules import Init, OperatorCall, Remove, Replace, Rule, Skip, Unapplied
+from graftc.language.rules import Init, OperatorCall, Remove, Replace, Rule, Skip
 from graftc.operators.spec import Apply, OperatorSpec, Part, Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import PartRef
@@ -159,8 +159,6 @@ def edits_of(
     from graftc.rewrite.edit_kinds import EDITS
 
     edit = rule.edit
-    if isinstance(edit, Unapplied):
-        fail("G300", f"this version of graftc cannot apply {edit.what} yet", span=edit.span)
     make: Callable[[Place, Any], Edit] = EDITS[type(edit)]
     edits = [make(Place(rule, m, i, analysis, taken), edit) for i, m in enumerate(matches)]
     if any(e.stream for e in edits):

@@ -19,7 +19,6 @@ from graftc.language.rules import (
     Rule,
     SequenceMatch,
     SiteMatch,
-    Unapplied,
 )
 from graftc.operators.spec import Value
 from graftc.program.analysis import Analysis, Site
@@ -114,11 +113,6 @@ def find_matches(rule: Rule, analysis: Analysis, view: ProgramView) -> Matches:
     for pattern in rule.matches:
         if isinstance(pattern, PythonMatch):
             unread(pattern, pattern.span)
-        if isinstance(pattern, (Unapplied, GroupMatch)):
-            what = (
-                pattern.what if isinstance(pattern, Unapplied) else "this beside a dataflow pattern"
-            )
-            fail("G300", f"this version of graftc cannot apply {what} yet", span=pattern.span)
     patterns = rule_patterns(rule)
     clauses = [m for m in rule.matches if isinstance(m, SiteMatch)]
     sites = {c.binding: site_calls(c, analysis) for c in clauses}
@@ -197,20 +191,7 @@ def _check_every_site(
 
 
 def _candidates(rule: Rule, analysis: Analysis) -> list[Match]:
-    patterns = list(rule.matches)
-    for pattern in patterns:
-        if isinstance(pattern, Unapplied):
-            fail(
-                "G300", f"this version of graftc cannot apply {pattern.what} yet", span=pattern.span
-            )
-    if len(patterns) != 1:
-        fail(
-            "G300",
-            "this version of graftc applies rules with one `match` clause of sites",
-            span=rule.span,
-            found=f"{len(patterns)} `match` clauses",
-        )
-    pattern = patterns[0]
+    (pattern,) = rule.matches
     if isinstance(pattern, GroupMatch):
         chain, indices = selected_blocks(pattern.blocks, analysis)
         return [

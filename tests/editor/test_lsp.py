@@ -91,13 +91,6 @@ def test_a_mistake_in_a_used_file_stands_at_its_use(editor: Editor) -> None:
     assert place.range.start.line == 3
 
 
-def test_what_this_version_cannot_apply_is_a_note(editor: Editor) -> None:
-    text = RULE.replace("sliding_window(window = width)", "mamba2()").replace("set width = 4", "")
-    found = editor.diagnostics(editor.open(text, "note.graft"))
-    assert [d.code for d in found] in ([], ["G160"])  # none once it has a spec
-    assert all(d.severity == 3 for d in found)
-
-
 def test_closing_takes_the_diagnostics_back(editor: Editor) -> None:
     uri = editor.open("rule {", "closed.graft")
     assert editor.diagnostics(uri)

@@ -147,19 +147,22 @@ def leak_text(leaked: Leak) -> str:
 
 
 def _kind_objection(guard: KindGuard, occurrence: Occurrence) -> str | None:
-    value = occurrence.value(guard.name)
-    kinds = {
-        "number": isinstance(value, (int, float)) and not isinstance(value, bool),
-        "none": value is None,
-        "tensor": isinstance(value, Op) and value.tensor is not None,
-        "parameter": isinstance(value, Op) and value.kind == "param",
-    }
-    if kinds[guard.kind] is guard.negated:
+    if _is_kind(occurrence.value(guard.name), guard.kind) is guard.negated:
         what = "a" if guard.kind != "none" else ""
         return f"{guard.name} is {'' if guard.negated else 'not '}{what} {guard.kind}".replace(
             "  ", " "
         )
     return None
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind == "number":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "none":
+        return value is None
+    if not isinstance(value, Op):
+        return False
+    return value.kind == "param" if kind == "parameter" else value.tensor is not None
 
 
 def _shape_objection(
@@ -227,6 +230,8 @@ def value_fact(fact: Fact, occurrence: Occurrence, sizes: Mapping[str, Any]) -> 
     if fact.name == "value" and name in sizes:
         return size_hint(sizes[name])
     value = occurrence.value(name)
+    if fact.name == "is":
+        return _is_kind(value, str(fact.options["kind"]))
     if fact.name == "value" and isinstance(value, (int, float, bool, str)):
         return value
     tensor = value.tensor if isinstance(value, Op) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftc.diagnostics import (
     Diagnostic,
@@ -28,10 +28,14 @@ from graftc.program.analysis import Analysis
 from graftc.program.flat import Op
 from graftc.rewrite.dataflow.occurrence import Sites, SiteValue
 from graftc.rewrite.dataflow.own_side import own_side
+from graftc.rewrite.dataflow.select import place
 from graftc.rewrite.whynot.change import Change, Miss, ranked
 from graftc.rewrite.whynot.dataflow import dataflow_misses
 from graftc.rewrite.whynot.places import Places
 from graftc.rewrite.whynot.sites import group_misses, pattern_sets, site_miss, site_misses
+
+if TYPE_CHECKING:
+    from graftc.rewrite.match import Match
 
 _MOST_NOTES = 6
 _NOT_MET = ("G310", "G331", "G332", "G381")
@@ -106,7 +110,7 @@ def _explained(rule: Rule, places: Places, at: str | None) -> Explanation:
     problems: tuple[Diagnostic, ...] = ()
     try:
         found = selection(rule, places.analysis)
-        selected = tuple(" + ".join(s.path for s in m.sites) for m in found.found)
+        selected = tuple(_place(m) for m in found.found)
     except GraftError as error:
         problems = tuple(
             replace(d, notes=(), help=None, edits=()) if d.code in _NOT_MET else d
@@ -114,10 +118,22 @@ def _explained(rule: Rule, places: Places, at: str | None) -> Explanation:
         )
     if at is None:
         return Explanation(rule, selected, near_misses(rule, places), (*problems, *own))
-    here = tuple(s for s in selected if at in s.split(" + "))
+    here = tuple(s for s in selected if at in s.split(" + ") or _is_in(s, at))
     return Explanation(
         rule, here, () if here else tuple(_misses_at(rule, places, at)), (*problems, *own)
     )
+
+
+def _place(match: Match) -> str:
+    """A match's place, as its user knows it: the paths of sites, or where a pattern's ops are."""
+    if match.occurrence is not None:
+        return place(match.occurrence)
+    return " + ".join(s.path for s in match.sites)
+
+
+def _is_in(place: str, at: str) -> bool:
+    """Whether ops at `blocks.0.attn: o` are in a module."""
+    return f"{place}.".startswith((f"{at}.", f"{at}:"))
 
 
 def near_misses(rule: Rule, places: Places) -> tuple[Miss, ...]:
@@ -168,7 +184,7 @@ def _misses_at(rule: Rule, places: Places, at: str) -> Iterator[Miss]:
     site = places.analysis.by_path[at]
     if any(isinstance(p, DataflowMatch) for p in rule.matches):
         found = dataflow_misses(rule, places.view, _bound_sites(rule, places)[0])
-        yield from (m for m in found if f"{m.place}.".startswith((f"{at}.", f"{at}:")))
+        yield from (m for m in found if _is_in(m.place, at))
         return
     for pattern in rule.matches:
         if isinstance(pattern, GroupMatch):

@@ -204,6 +204,24 @@ def test_a_site_may_be_one_of_the_ops() -> None:
     assert [s.edit.graph for s in made.plan.steps] == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("where", "places"),
+    [
+        ("s is number or s is parameter", 1),
+        ("not (s is number or s is tensor)", 0),
+        ("s is number or dtype(x) == float64", 0),
+    ],
+)
+def test_what_a_value_is_may_stand_beside_or(where: str, places: int) -> None:
+    text = f"rule r {{\n match {{ y = linear(x, w, b) * s }}\n where {where}\n rewrite {{ y = linear(x, w, b) }}\n expect {places}\n}}"
+    model = nets.model(nets.Scaled(nn.Linear(16, 8), 8))
+    if places:
+        assert len(make_plan(check(text), analyse(capture(model))).steps) == places
+        return
+    with pytest.raises(GraftError, match="s is not a number|s is a tensor"):
+        make_plan(check(text.replace("expect 0", "expect 1")), analyse(capture(model)))
+
+
 def test_the_student_is_printed_as_source_and_computes_the_same(tmp_path: Path) -> None:
     import graftc
 
