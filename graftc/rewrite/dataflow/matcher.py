@@ -7,10 +7,10 @@ monomorphism); different names of values from outside may be the same value.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from graftc.language.dataflow_ops import OPS, Kind
+from graftc.language.dataflow_ops import OPS, Kind, OpWord
 from graftc.rewrite.dataflow.occurrence import Occurrence, Sites
 from graftc.rewrite.dataflow.pattern import (
     GETITEM,
@@ -33,6 +33,7 @@ _ONE_MORE = frozenset({"unsqueeze", "stack"})
 _WITH_DIMS = frozenset(
     n for n, w in OPS.items() if any(p.kind in ("dim", "dims") for p in w.parameters)
 )
+_OF_ITEMS: Mapping[Kind, Kind] = {"dims": "dim", "list": "number", "values": "value"}
 _GETITEM_KINDS: tuple[Kind, ...] = ("value", "number")
 
 
@@ -209,6 +210,9 @@ class _Search:
             return self.plain_orders(node, value, plain)
         rank = self.rank_of(op, actual) if op in _WITH_DIMS else None
         either = word.commutes if word.commutes and word.commutes[1] < len(node.args) else ()
+        numbers = bool(either) and all(isinstance(node.args[e], Fixed) for e in either)
+        if numbers and not self.either_way(node.args, actual, word, rank):
+            return None
         goals: list[_Goal] = []
         places: list[int] = []
         for at, operand in enumerate(node.args):
@@ -216,13 +220,16 @@ class _Search:
                 if not self.bind(operand.name, actual[at:]):
                     return None
                 break
-            goal = _Goal(operand, actual[at], word.parameters[at].kind, rank)
-            if not isinstance(operand, Fixed) or at in either:
-                goals.append(goal)
+            if numbers and at in either:
+                continue
+            kind = word.parameters[at].kind
+            met = None if at in either else self.met(operand, actual[at], kind, rank)
+            if met is None:
+                goals.append(_Goal(operand, actual[at], kind, rank))
                 places.append(at)
-            elif not self.is_constant(operand, goal):
+            elif not met:
                 return None
-        if not either:
+        if not either or numbers:
             return [goals]
         i, j = (places.index(e) for e in either)
         other = list(goals)
@@ -230,13 +237,35 @@ class _Search:
         other[j] = goals[j]._replace(actual=goals[i].actual)
         return [left for way in (goals, other) if (left := self.unmet(way)) is not None]
 
+    def either_way(
+        self, operands: Sequence[Operand], actual: tuple[Any, ...], word: OpWord, rank: int | None
+    ) -> bool:
+        """Whether two numbers that may change places stand there: the dimensions of a transpose."""
+        assert word.commutes is not None
+        i, j = word.commutes
+        kind = word.parameters[i].kind
+
+        def fit(one: int, other: int) -> bool:
+            first = self.met(operands[i], actual[one], kind, rank)
+            return bool(first and self.met(operands[j], actual[other], kind, rank))
+
+        return fit(i, j) or fit(j, i)
+
+    def met(self, operand: Operand, actual: Any, kind: Kind, rank: int | None) -> bool | None:
+        """Whether a name or a number fits; None for an operand that has to be followed."""
+        if isinstance(operand, ValueRef):
+            return self.bind(operand.name, actual)
+        if isinstance(operand, Fixed):
+            return self.is_constant(operand, actual, kind, rank)
+        return None
+
     def unmet(self, goals: list[_Goal]) -> list[_Goal] | None:
         """The goals without those of numbers that are met; None where one is not."""
         left: list[_Goal] = []
         for goal in goals:
             if not isinstance(goal.operand, Fixed):
                 left.append(goal)
-            elif not self.is_constant(goal.operand, goal):
+            elif not self.is_constant(goal.operand, goal.actual, goal.kind, goal.rank):
                 return None
         return left
 
@@ -283,14 +312,13 @@ class _Search:
         if isinstance(operand, ValueRef):
             return self.bind(operand.name, actual)
         if isinstance(operand, Fixed):
-            return self.is_constant(operand, goal)
+            return self.is_constant(operand, actual, goal.kind, goal.rank)
         if isinstance(operand, Without):
             self.without.append((operand, actual))
             return True
         return isinstance(operand, Anything)
 
-    def is_constant(self, operand: Fixed, goal: _Goal) -> bool:
-        _, actual, kind, rank = goal
+    def is_constant(self, operand: Fixed, actual: Any, kind: Kind, rank: int | None) -> bool:
         if operand.value is actual:
             return True
         return not self.view.is_value(actual) and same_constant(operand.value, actual, kind, rank)
@@ -301,12 +329,19 @@ class _Search:
             return None
         given: tuple[Any, ...] = actual
         wanted = operand.items
-        spread = next((i for i, o in enumerate(wanted) if isinstance(o, Rest)), None)
-        kind: Kind = {"dims": "dim", "list": "number", "values": "value"}.get(goal.kind, "value")  # type: ignore[assignment]
-        if spread is None:
+        kind = _OF_ITEMS.get(goal.kind, "value")
+        if not any(isinstance(o, Rest) for o in wanted):
             if len(given) != len(wanted):
                 return None
-            return [_Goal(o, a, kind, goal.rank) for o, a in zip(wanted, given, strict=True)]
+            left: list[_Goal] = []
+            for item, value in zip(wanted, given, strict=True):
+                met = self.met(item, value, kind, goal.rank)
+                if met is None:
+                    left.append(_Goal(item, value, kind, goal.rank))
+                elif not met:
+                    return None
+            return left
+        spread = next(i for i, o in enumerate(wanted) if isinstance(o, Rest))
         after = len(wanted) - spread - 1
         if len(given) < spread + after:
             return None

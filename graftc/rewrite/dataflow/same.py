@@ -41,6 +41,8 @@ def same_constant(wanted: Any, actual: Any, kind: Kind, rank: int | None) -> boo
     if wanted is None or actual is None:
         return wanted is actual
     if kind in ("dim", "dims"):
+        if isinstance(wanted, int) and isinstance(actual, int):
+            return wanted % rank == actual % rank if rank else wanted == actual
         one, other = _dims(wanted, rank), _dims(actual, rank)
         if one is None or other is None:
             return False
