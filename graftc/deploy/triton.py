@@ -37,11 +37,13 @@ def write_triton(
         first = tensor[:1] if _batched(config) else tensor
         first.contiguous().numpy().tofile(warm / name)
     name = "trt/model.engine" if engine else "model.onnx"
+    how = ": build it with trt/build.sh, on the GPU that it is for" if engine else ""
     script = folder / "triton" / "install.sh"
     script.write_text(
         "#!/usr/bin/env bash\n"
         "# Put the model in its place in this repository; then: tritonserver --model-repository=triton\n"
         'set -euo pipefail\ncd "$(dirname "$0")"\n'
+        f'[ -f ../{name} ] || {{ echo "{name} is missing{how}" >&2; exit 1; }}\n'
         f"cp ../{name} student/1/model.{'plan' if engine else 'onnx'}\n"
         + (
             ""

@@ -301,6 +301,18 @@ def test_the_server_is_told_the_shapes(exported):
     assert "--stronglyTyped" in script
 
 
+def test_the_server_gets_the_engine_once_there_is_one(copy):
+    def install() -> subprocess.CompletedProcess[str]:
+        command = [str(copy / "triton/install.sh")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert install().returncode == 1
+    assert "trt/build.sh" in install().stderr
+    (copy / "trt/model.engine").write_text("engine")
+    assert install().returncode == 0
+    assert (copy / "triton/student/1/model.plan").read_text() == "engine"
+
+
 def test_time_is_attributed_to_regions_and_rules(exported):
     found = verbs.bench(exported("fp32").path, against=exported("fp16").path, regions=True)
     for side in (
