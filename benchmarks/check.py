@@ -37,12 +37,12 @@ rule hyena_{i} "attention of block {i}" {{
 """
 FLOW = """rule scaled_{i} exact {{
     match {{
-        s = matmul(q, transpose(k, -2, -1)) * {n}.{i}
+        s = matmul(q, transpose(k, -2, -1)) * {i}.5
         p = softmax(s, -1)
         o = (matmul | bmm)(maybe dropout(p), v)
     }}
     where   shape(q) ~ [b, h, n, d]
-    rewrite {{ o = scaled_dot_product_attention(q, k, v, scale = {n}.{i}) }}
+    rewrite {{ o = scaled_dot_product_attention(q, k, v, scale = {i}.5) }}
 }}
 """
 OPERATOR = """operator gated_{i}(dim, kernel = {k}) : (x: tokens[n, dim]) -> tokens[n, dim] {{

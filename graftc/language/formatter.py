@@ -2,12 +2,14 @@
 
 The formatter moves white space only: it prints the same tokens in the same lines, with one
 indentation for each open bracket, clauses aligned, and one space where the language has one.
+A body of several lines begins and ends on lines of its own.
 What it gives back is read again and compared, so that a file's meaning cannot change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from graftc.diagnostics import GraftError, Source
 from graftc.language.parser import grammar, parse
@@ -50,8 +52,10 @@ def format_text(text: str, name: str = "text") -> str:
     """The text in the one layout. Raises GraftError where it does not parse.
 
     >>> print(format_text("rule r{match a=mlp in blocks {1,2}\\nremove a}"), end="")
-    rule r { match a = mlp in blocks {1, 2}
-        remove  a }
+    rule r {
+        match   a = mlp in blocks {1, 2}
+        remove  a
+    }
     >>> print(format_text("set x=8 .. 20   # which\\n\\n\\n\\nset y = - 1"), end="")
     set x = 8..20  # which
     <BLANKLINE>
@@ -68,7 +72,8 @@ def format_text(text: str, name: str = "text") -> str:
 def laid_out(source: Source) -> str:
     """The text of a source that parses, in the one layout."""
     tokens, _ = scan(source, grammar().terminals)
-    formatted = "\n".join(_lines(tokens)).strip("\n")
+    bodies = _bodies(tokens)
+    formatted = "\n".join(_lines(_opened(tokens, bodies), bodies)).strip("\n")
     return formatted + "\n" if formatted else ""
 
 
@@ -102,9 +107,31 @@ def meaning(source: Source) -> list[tuple[str, str]]:
     return [(t.type, t.value.strip()) for t in lay_out(tokens)] + comments
 
 
-def _lines(tokens: Sequence[Token]) -> list[str]:
+def _opened(tokens: Sequence[Token], bodies: frozenset[int]) -> list[Token]:
+    """The tokens with a line end after `{` and before `}` of each body that has several lines."""
+    found: list[Token] = []
+    stack: list[
+        tuple[int, int]
+    ] = []  # where the brace stands in `found`, and how many line ends came before
+    ends = 0
+    for token in tokens:
+        ends += token.type == "NL"
+        if token.type == "LBRACE" and token.start in bodies:
+            stack.append((len(found), ends))
+        elif token.type == "RBRACE" and token.start in bodies and stack:
+            at, before = stack.pop()
+            if ends > before:
+                end = replace(token, type="NL", value="\n", keyword=None)
+                if found[-1].type != "NL":
+                    found.append(end)
+                if found[at + 1].type not in ("NL", "COMMENT"):
+                    found.insert(at + 1, end)
+        found.append(token)
+    return found
+
+
+def _lines(tokens: Sequence[Token], bodies: frozenset[int]) -> list[str]:
     """The lines, with at most one empty line between two."""
-    bodies = _bodies(tokens)
     result: list[str] = []
     line: list[Token] = []
     stack: list[Token] = []

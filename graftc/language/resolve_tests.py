@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, Span, fail
 from graftc.language import syntax as s
-from graftc.language.resolve_dataflow import graph_term
+from graftc.language.resolve_terms import graph_term
 from graftc.language.rules import (
     Binds,
     Constant,
