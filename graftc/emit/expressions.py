@@ -17,10 +17,9 @@ from torch import fx
 
 from graftc.diagnostics import fail
 from graftc.emit.literals import Operand, index, literal, parse, plain_call, schema_arguments
+from graftc.emit.opaque import NAMESPACES, library_of
 from graftc.emit.special_forms import SPECIAL
 from graftc.emit.table import IGNORED_ARGUMENTS, PYTHON_FUNCTIONS, TEMPLATES
-
-_NAMESPACES = {"aten", "prims", "prim", "higher_order"}
 
 
 def expression(node: fx.Node, operand: Operand, site: str) -> ast.expr:
@@ -62,12 +61,8 @@ def _operator_call(
     node: fx.Node, target: torch._ops.OpOverload, operand: Operand, site: str
 ) -> ast.expr:
     namespace = target.namespace
-    if namespace not in _NAMESPACES:
-        fail(
-            "G601", f"`{target}` is an operator of the library `{namespace}`, not of torch",
-            site=site, wanted="operators that a file of torch alone can call",
-            help=f"replace what calls `torch.ops.{namespace}` by plain PyTorch",
-        )  # fmt: skip
+    if namespace not in NAMESPACES:
+        library_of(target, site)
     name = str(target).removeprefix("aten.")
     special = SPECIAL.get(name)
     if special is not None:

@@ -14,6 +14,7 @@ from graftc.emit.containers import constructor_of_list, list_members
 from graftc.emit.describe import docstring
 from graftc.emit.forward import Access, Forward, Hints, forward
 from graftc.emit.names import Style, clean, stream_name
+from graftc.emit.opaque import libraries
 from graftc.emit.standalone import CALL, CHECK, LOAD
 from graftc.emit.wrap import quoted, wrap
 from graftc.program.program import Program, join, value
@@ -71,13 +72,15 @@ def _head(program: Program, tree: Tree, root: Class, made_by: str, body: str) ->
     if original.startswith(("_graftc_user", "__main__")):
         original = original.rpartition(".")[2]
     dynamic = ", ".join(facts.dynamic) or "nothing"
+    others = libraries(program)
     lines = [
         f'"""{root.name}.', "",
         *([f"From {original}."] if "." in original else []),
         *([f"{made_by}."] if made_by else []),
         f"Captured in {facts.mode} mode at {facts.dtype}; {dynamic} may vary from call to call.",
         *[f"Note: {note}" for note in facts.notes],
-        "It needs torch, and safetensors to load its weights: `model = load()`.", '"""', "",
+        "It needs torch, and safetensors to load its weights: `model = load()`.",
+        *[f"And {m}, which registers the operators of {n}." for m, n in others.items()], '"""', "",
         "from __future__ import annotations", "",
     ]  # fmt: skip
     imports = sorted(tree.foreign.imports - {"import torch", "import math"})
@@ -90,6 +93,7 @@ def _head(program: Program, tree: Tree, root: Class, made_by: str, body: str) ->
     lines += sorted(standard, key=lambda s: (s.startswith("from"), s))
     lines += ["", "import torch"]
     lines += [i for i in imports if "torch" in i]
+    lines += [f"import {m}  # registers torch.ops.{n}" for m, n in others.items()]
     if "F." in body:
         lines.append("import torch.nn.functional as F")
     lines.append("from torch import Tensor, nn")

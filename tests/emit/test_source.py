@@ -236,6 +236,19 @@ def test_an_operator_of_another_library_is_refused():
     assert "graftc_test" in str(error.value)
 
 
+def test_an_operator_that_a_module_registers_is_called_and_imported(tmp_path):
+    """flash-attn and xFormers: what is left of them in a student, and in its teacher."""
+    from tests.models.plain_models import flash
+
+    model = flash()
+    program = capture(model)
+    write_package(program, tmp_path / "flash")
+    text = (tmp_path / "flash" / "model.py").read_text()
+    assert "import tests.models.plain_models  # registers torch.ops.graftc_tests" in text
+    found = load_package(tmp_path / "flash")(model.inputs["x"])
+    assert torch.equal(found, model.module(model.inputs["x"]))
+
+
 def test_an_operator_whose_arguments_are_lost_is_refused():
     program = with_module(capture(models.tiny_dit()), "blocks.2.attn", models.TokenMixer(32))
     with pytest.raises(GraftError, match="argument `dim`") as error:

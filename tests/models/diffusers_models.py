@@ -10,6 +10,7 @@ from torch import Tensor
 from graftc.program.model import Model
 from tests.models.case import Case, unlike
 
+STREAMS = {"image": "hidden_states", "text": "encoder_hidden_states"}
 TIME = torch.tensor([3.0, 500.0])
 
 
@@ -82,6 +83,8 @@ def sd3() -> Model:
             "pooled_projections": torch.randn(2, 20),
             "timestep": TIME,
         },
+        grid=(4, 4),
+        streams=STREAMS,
     )
 
 
@@ -261,6 +264,8 @@ def cogvideox() -> Model:
             "encoder_hidden_states": torch.randn(2, 6, 24),
             "timestep": torch.tensor([3, 500]),
         },
+        grid=(8, 4),  # two frames of 4 x 4, one below the other
+        streams=STREAMS,
     )
 
 

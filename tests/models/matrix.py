@@ -36,6 +36,7 @@ from tests.models.case import Case
 from tests.models.zoo import CASES, found, wanted
 
 EXACT = 1e-5
+GROUPS = ", groups = {text: full, image: local}"
 COLUMNS = (
     "captured", "found", "attention self-graft", "MLP self-graft", "operator swap", "MLP edit",
     "structural edit", "other sizes", "outputs kept", "ONNX",
@@ -242,7 +243,8 @@ def _edits(
         if not roles:
             raise Nothing("no attention")
         causal = any("causal" in s.has for s in analysis.of_role("self_attention"))
-        edits = [f"hyena_x(kernel = 3{', causal = true' if causal else ''})", "token_linear()"]
+        edits = [f"hyena_x(kernel = 3{', causal = true' if causal else ''})"]
+        edits += [f"local_attention_2d(radius = 1{GROUPS})"] if model.streams else []
         drop = dropped(analysis)
         texts = [rule(f"a = {roles[0]}", f"replace a with {e}", *drop) for e in edits]
         text, compiled = first_that_applies(model, texts)

@@ -298,6 +298,6 @@ CASES = (
     Case("xFormers (opaque op)", xformers, (3,), 3, mlp=3),
     Case("U-ViT", uvit, (3, 2), 5, mlp=5),
     Case("ConvNeXt-like", convnet, (3,), mlp=3),
-    Case("one block three times", shared_block, (3,), 1, mlp=1, has={"causal"}),
-    Case("two blocks twice", shared_pair, (4,), 2, mlp=2, has={"causal"}),
+    Case("one block three times", shared_block, (1,), 1, mlp=1, has={"causal"}),
+    Case("two blocks twice", shared_pair, (2,), 2, mlp=2, has={"causal"}),
 )  # fmt: skip
