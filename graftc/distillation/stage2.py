@@ -73,6 +73,8 @@ def finetune_module(
     `ranks` share each batch, with the whole model in each (DDP), or in `pieces` (FSDP2); of a model that was in pieces
     rank 0 alone has the weights at the end.
 
+    >>> import torch
+    >>> from dataclasses import dataclass
     >>> class Half:
     ...     def prepare(self, sample, generator):
     ...         return Ready({"input": sample["x"]})

@@ -76,6 +76,13 @@ def along_tokens(
         raise ValueError(
             f"{operator}: {x.shape[1]} tokens, built for a grid of {grid[0]} x {grid[1]}"
         )
+    if filter._forward_hooks:  # pyright: ignore[reportPrivateUsage]
+        # A solve of first weights reads what the module takes and gives, so it is called.
+        u = x.transpose(1, 2)
+        if grid is None:
+            return filter(F.pad(u, (left, right))).transpose(1, 2)
+        u = F.pad(u.unflatten(2, grid), (left, right, left, right))
+        return filter(u).flatten(2).transpose(1, 2)
     # Always an image, of one row if there is no grid: its channels lie side by side in memory, as the tokens'
     # features do, and a convolution that takes them so is three times as fast as one over a transposed copy.
     if grid is None:
