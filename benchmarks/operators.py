@@ -1,6 +1,7 @@
 """Every token mixer against full attention, in torch eager and in ONNX Runtime on one CPU thread, as ratios.
 
     python benchmarks/operators.py
+    python benchmarks/operators.py --forms   # the forms of one function against each other
 
 Each operator is the module that a student carries, in the form that `form = auto` takes on that path.
 Goals (attention's time / operator's, at 1,024 and 4,096 tokens): sliding window 1.5 and 4.6, Hyena 2.5
@@ -110,6 +111,29 @@ def rows(rounds: int, only: str | None = None) -> Iterator[dict[str, Any]]:
             }
 
 
+FORMS = (
+    *(("hyena_x", {}, ("conv", "shifts"), n) for n in TOKENS),
+    *(("sliding_window", {"window": w}, ("blocks", "dense"), n) for w in (4, 64) for n in (64, 128, 256, 512)),
+)  # fmt: skip
+
+
+def forms(rounds: int) -> Iterator[tuple[str, ...]]:
+    """How many times as long the second form takes as the first, in both runtimes."""
+    for operator, given, names, tokens in FORMS:
+        x = torch.randn(1, tokens, DIM)
+        made = {n: make(operator, {**given, "form": n}, tokens) for n in names}
+        runs: list[dict[str, Callable[[], Any]]] = [
+            {n: partial(m, x) for n, m in made.items()},
+            {n: onnx_session(m, x) for n, m in made.items()},
+        ]
+        with torch.inference_mode():
+            times = [interleaved(r, rounds=rounds, clock=time.process_time) for r in runs]
+        first, second = names
+        ratios = [f"{ratio(t[second], t[first]):.2f}x" for t in times]
+        shown = "".join(f", {k} = {v}" for k, v in given.items())
+        yield f"{operator}{shown}", f"{second} / {first}", f"{tokens:,}", *ratios
+
+
 def report(found: list[dict[str, Any]]) -> Report:
     """The table: rows of operators, ratios at each length."""
     lines: list[tuple[str, ...]] = []
@@ -153,8 +177,14 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", help="operators whose name holds this")
+    parser.add_argument("--forms", action="store_true")
     words = parser.parse_args()
     torch.set_num_threads(THREADS)
+    if words.forms:
+        columns = ("operator", "forms", "tokens", "torch eager", "ONNX Runtime")
+        note = f"`python benchmarks/operators.py --forms`, time of the one over the other's, medians of {words.rounds} rounds, likewise."
+        print(Report("Forms", columns, tuple(forms(words.rounds)), (note,)).markdown())
+        return
     found: list[dict[str, Any]] = []
     for row in rows(words.rounds, words.only):
         found.append(row)

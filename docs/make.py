@@ -15,6 +15,10 @@ from graftc.editor.textmate import grammar as textmate
 from graftc.language.resources import grammar_text
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from operators_page import operators_page  # noqa: E402
+
 _HEAD = """# The grammar
 
 Made from [`grammar/graft.lark`](../grammar/graft.lark) by `python docs/make.py`; that file is the specification. What each construct
@@ -113,6 +117,7 @@ def outputs() -> dict[Path, str]:
     """Every made file and its text."""
     return {
         HERE / "grammar.md": grammar_page(grammar_text()),
+        HERE / "operators.md": operators_page(),
         HERE / "editors/vscode/syntaxes/graft.tmLanguage.json": json.dumps(
             textmate(), indent=4, ensure_ascii=False
         )

@@ -10,6 +10,7 @@ import pytest
 
 from graftc.editor.keywords import keywords
 from graftc.language.parser import grammar
+from graftc.operators.specs import SPECS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -37,3 +38,13 @@ def test_the_grammar_page_has_every_rule_and_every_word() -> None:
     for word in keywords():
         assert f"'{word}'" in page
         assert f"`{word}`" in page
+
+
+def test_the_page_of_operators_has_each_with_its_definition_and_its_source() -> None:
+    page = (DOCS / "operators.md").read_text(encoding="utf-8")
+    for spec in SPECS.values():
+        own = page.partition(f"\n## {spec.name}\n")[2].partition("\n## ")[0]
+        assert own, spec.name
+        assert all(f"| `{a.name}` |" in own for a in spec.args)
+        assert spec.source in own
+        assert all(f"At a {role}" in own for role in spec.variants)

@@ -35,7 +35,7 @@ _ARGS = (
 
 
 def _form(arguments: Arguments, tokens: int | None) -> str:
-    """A convolution: on a CPU shifted multiplies take 1.3 to 1.5 times as long in eager mode.
+    """A convolution: on a CPU shifted multiplies take 1.7 times as long in eager mode.
 
     They are there for compilers that fuse them into one kernel (`benchmarks/gpu.py`).
     """

@@ -31,17 +31,16 @@ def _cost(arguments: Arguments, tokens: int) -> Cost:
 
 
 def _form(arguments: Arguments, tokens: int | None) -> str:
-    """Dense where a block of queries sees a quarter of all keys: cutting costs more than it spares.
+    """Dense where there are hardly more tokens than a block of queries sees: cutting costs more than it spares.
 
-    Measured on a CPU, in eager mode and in ONNX Runtime (benchmarks/operators.py): at 64 tokens dense
-    is 1.2 to 1.6 times as fast, at 256 with a window of 64 1.3 to 1.4 times, with 4 not.
+    Measured on a CPU, in eager mode and in ONNX Runtime (`benchmarks/operators.py --forms`).
 
     >>> _form({"window": 4, "causal": False}, 64), _form({"window": 4, "causal": False}, 256)
     ('dense', 'blocks')
     """
     window = integer(arguments, "window")
     seen = max(window, 16) + (1 if arguments["causal"] else 2) * window
-    return "dense" if tokens is not None and tokens < 4 * seen else "blocks"
+    return "dense" if tokens is not None and tokens < seen + 112 else "blocks"
 
 
 SPECS = (
