@@ -129,8 +129,9 @@ def _features(
     """What `last` reads with the block's rows at 0, then with each of their columns at 1, then the bias."""
     owner = module.get_submodule(block.module)
     rows = slice(block.start, block.stop)
-    given, made = _run(module, last, block.module, None, inputs)
     if isinstance(owner, nn.Linear):
+        given, made = _run(module, last, block.module, None, inputs)
+
         # The map's output is put in place: no product is computed that is known beforehand.
         def output(column: Tensor | float) -> Tensor:
             value = made.clone()
