@@ -11,7 +11,7 @@ from graftc.diagnostics import Diagnostic, GraftError, NotRunError, fail
 from graftc.environment import doctor
 from graftc.language.check import check
 from graftc.loading import as_build, as_model, load_data, recorded_sources, task_inputs, task_of
-from graftc.verification import keep, keep_in_build, keep_in_export, with_trajectory
+from graftc.verification import keep, keep_export, keep_in_build, keep_in_export, with_trajectory
 
 if TYPE_CHECKING:
     from graftc.deploy.profile import Comparison
@@ -372,13 +372,14 @@ def export(
     target: str | None = None,
     opset: str = "auto",
     data: str | Any = None,
+    command: str = "",
 ) -> Path:
     """Write the student for a runtime: a directory with model, manifest and golden files; returns its path.
 
     `output`: the directory; a name that ends in `.onnx` is one plain file (opset 20, float32), as is
     `DIR/student.onnx` where nothing but `run` is given. `run`: whose weights, by default the latest finished
     run's; "none" for the untrained student. `dynamic`: `batch=1:2:8,…`. `data`: what golden inputs are drawn
-    from, by default the DATA that the build was compiled with. Raises GraftError.
+    from, by default the DATA that the build was compiled with. `command` is noted in the build, for `report`. Raises GraftError.
     """
     from graftc.deploy.directory import write_export
     from graftc.deploy.request import read_request
@@ -397,7 +398,9 @@ def export(
         fail("G669", "one file holds float32 at opset 20 alone", site="-o", found=str(output),
              wanted="a directory", help=f"-o {Path(output).with_suffix('')}")  # fmt: skip
     if plain and (output is None or Path(output).suffix == ".onnx"):
-        return export_onnx(opened, Path(output) if output else None, run=run)
+        file = export_onnx(opened, Path(output) if output else None, run=run)
+        keep_export(opened, file, command)
+        return file
     request = read_request(
         opened.config(), to=to, precision=precision, dynamic=dynamic, target=target, opset=opset
     )
@@ -405,6 +408,7 @@ def export(
     made = write_export(
         opened, into, request, run=chosen_run(opened, run), inputs=task_inputs(opened, data)
     )
+    keep_export(opened, made.path, command)
     return made.path
 
 
@@ -471,7 +475,9 @@ def report(build: str | Path | Build, output: str | Path) -> Path:
 
     opened = as_build(build)
     kept = opened.path / "verification.yaml"
-    facts = gather(opened, read_yaml(kept) if kept.is_file() else None)
+    said = read_yaml(kept) if kept.is_file() else None
+    exports = opened.path / "exports.yaml"
+    facts = gather(opened, said, read_yaml(exports) if exports.is_file() else None)
     write_text(Path(output), page(facts))
     return Path(output)
 

@@ -55,6 +55,17 @@ def keep(build: Build, result: Verification, command: str) -> None:
     write_yaml(build.path / "verification.yaml", said)
 
 
+def keep_export(build: Build, written: Path, command: str) -> None:
+    """Note in the build's `exports.yaml` by which command a file or directory was exported, for `report`."""
+    from graftc.emit.files import read_yaml, write_yaml
+
+    if not os.access(build.path, os.W_OK):
+        return
+    kept = build.path / "exports.yaml"
+    known = read_yaml(kept) if kept.is_file() else {}
+    write_yaml(kept, {**known, str(written): {"command": command}})
+
+
 def with_trajectory(export: Export, result: Verification, steps: int) -> Verification:
     from graftc.deploy.trajectory import check_trajectory
     from graftc.emit.build import Build

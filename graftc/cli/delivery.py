@@ -61,6 +61,7 @@ def export(
         target=target,
         opset=opset,
         data=data,
+        command=typed(),
     )
     show_export(written)
 

@@ -88,10 +88,15 @@ class Facts:
     images: tuple[Image, ...]
     images_left_out: int
     verification: Mapping[str, Any] | None
+    exports: Mapping[str, Any]
 
 
-def gather(build: BuildLike, verification: Mapping[str, Any] | None = None) -> Facts:
-    """The facts of a build; `verification` is what `verification.yaml` holds."""
+def gather(
+    build: BuildLike,
+    verification: Mapping[str, Any] | None = None,
+    exports: Mapping[str, Any] | None = None,
+) -> Facts:
+    """The facts of a build; `verification` and `exports` are what `verification.yaml` and `exports.yaml` hold."""
     images, left_out = _images(build.path)
     return Facts(
         name=build.path.name,
@@ -103,6 +108,7 @@ def gather(build: BuildLike, verification: Mapping[str, Any] | None = None) -> F
         images=images,
         images_left_out=left_out,
         verification=verification,
+        exports=exports or {},
     )
 
 

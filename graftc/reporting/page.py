@@ -21,7 +21,7 @@ th { border-bottom: 1px solid #8c959f; } td.n, th.n { text-align: right; }
 pre { background: #f6f8fa; padding: .8em; overflow-x: auto; } code, pre { font-family: "DejaVu Sans Mono", Consolas, monospace; font-size: .88em; }
 .wide { overflow-x: auto; } .faint { color: #57606a; } svg { max-width: none; }
 .PASS::before { content: "✓ "; } .FAIL { font-weight: bold; } .FAIL::before { content: "✗ "; } .NOT::before { content: "– "; }
-#record + table td:first-child { white-space: nowrap; } figure { display: inline-block; margin: 0 1em 1em 0; } figure pre { max-width: 34em; max-height: 24em; overflow: auto; white-space: pre-wrap; margin: 0; } figure img { max-width: 480px; image-rendering: pixelated; border: 1px solid #d0d7de; }
+td:first-child, .PASS, .FAIL, .NOT { white-space: nowrap; } figure { display: inline-block; margin: 0 1em 1em 0; } figure pre { max-width: 34em; max-height: 24em; overflow: auto; white-space: pre-wrap; margin: 0; } figure img { max-width: 480px; image-rendering: pixelated; border: 1px solid #d0d7de; }
 nav a { margin-right: 1em; }
 .pair { display: flex; flex-wrap: wrap; } .heat { display: inline-block; padding: 0 .4em; min-width: 3.5em; }
 """
@@ -284,6 +284,8 @@ def _record(facts: Facts) -> str:
     for run in facts.runs:
         sources = run.info.get("sources") or {}
         commands.append((f"run {run.id}", sources.get("command") or "from Python"))
+    for found in facts.exports.values():
+        commands.append(("export", found.get("command") or "from Python"))
     if facts.verification is not None:
         commands.append(("verify", facts.verification.get("command") or "from Python"))
     out = _table(

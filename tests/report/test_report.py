@@ -165,7 +165,8 @@ class Read(HTMLParser):
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Read:
-    return Read(page(gather(make(tmp_path), VERIFIED)))
+    exports = {"out/student.onnx": {"command": "graftc export out --to onnx"}}
+    return Read(page(gather(make(tmp_path), VERIFIED, exports)))
 
 
 def test_it_needs_nothing_from_outside(whole: Read, tmp_path: Path) -> None:
@@ -202,6 +203,7 @@ def test_each_section_says_its_part(whole: Read) -> None:
     for words in (
         "graftc compile r.graft",
         "graftc distill out -d d.py:f",
+        "graftc export out --to onnx",
         "graftc verify out",
         "from Python",
     ):
