@@ -43,7 +43,10 @@ def measure() -> Report:
     for title in dict.fromkeys(r["operator"] for r in rows.values()):
         default = DEFAULTS.get(title.partition("(")[0])
         own, base = rows.get(f"{title} | {default}"), rows.get(f"{title} | {BASE}")
+        if own is None and default is None:
+            continue
         if own is None:
+            table.append((title, "", "NOT RUN", ""))
             continue
         start = f"{statistics.mean(own['site_error']['0']):.4f}"
         reached = (base or {}).get("site_error", {}).get(str(STEPS))
@@ -58,8 +61,8 @@ def measure() -> Report:
         tuple(table),
         (
             f"`python benchmarks/steps_to_error.py`, from `first_weights.json`. Goal: at most {GOAL} steps. Mean relative error of the four sites on "
-            "held-out samples, the digits teacher. 0: least squares alone, with no gradient step, is below it. NOT RUN: AdamW from random weights "
-            "was not measured for this operator (`python benchmarks/first_weights.py run` goes on where it was).",
+            "held-out samples, the digits teacher. 0: least squares alone, with no gradient step, is below it. NOT RUN: AdamW from random weights, or "
+            "the defaults, are to be measured for this operator (`python benchmarks/first_weights.py run` goes on where it was).",
         ),
     )  # fmt: skip
 
