@@ -164,3 +164,21 @@ def test_a_bank_as_typed(capsys, build, tmp_path) -> None:
     assert removed("--not-best") == "removed 2 entries"
     assert removed("--site", "blocks.1.*", "--operator", "hyena*") == "removed 1 entry"
     assert run(capsys, "bank", bank)[1].count("blocks.2.attn") == 1
+
+
+@pytest.mark.parametrize("verb", ["distill", "finetune", "check-distill"])
+def test_a_build_compiled_from_other_weights(capsys, build, monkeypatch, verb) -> None:
+    """The build links the teacher's weights: what MODEL gives now is not what it was compiled from."""
+    from tests.rewrite import models
+
+    def retrained():
+        model = made()
+        model.module.get_parameter("blocks.3.attn.qkv.weight").data.mul_(1.01)
+        return model
+
+    made, before = models.tiny, count(build)
+    monkeypatch.setattr(models, "tiny", retrained)
+    flags = ["--teacher-weight", "1"] if verb == "finetune" else []
+    code, _, err = run(capsys, verb, str(build), "-d", DATA, "--steps", "1", *flags)
+    assert (code, "G624" in err) == (1, True), err
+    assert count(build) == before
