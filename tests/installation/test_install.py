@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 import graftc
@@ -98,6 +99,11 @@ def test_a_pipeline_samples_saves_and_loads(pipeline, tmp_path: Path):
     student = draw(pipeline)
     assert student.shape == teacher.shape
     assert not torch.equal(student, teacher)
+    scheduler = pipeline.scheduler
+    other = diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
+    pipeline.scheduler = other
+    assert draw(pipeline).shape == teacher.shape
+    pipeline.scheduler = scheduler
     pipeline.save_pretrained(tmp_path / "saved")
     loaded = graftc.from_pretrained(tmp_path / "saved", subfolder="transformer")
     for parts in ({}, {"transformer": loaded}):
@@ -125,6 +131,37 @@ def test_another_resolution_dtype_and_an_adapter_beside_the_graft(tmp_path: Path
     grads = [n for n, p in model.named_parameters() if p.grad is not None]
     assert len(grads) == 2 * 3  # a and b in each of the three attentions that are left
     assert all("lora" in n for n in grads)
+
+
+def test_a_saved_lora_loads_on_what_the_graft_left(tmp_path: Path):
+    """As `pipe.load_lora_weights` does it: by names of modules, which the in-place form keeps."""
+    from peft import LoraConfig
+
+    from tests.models.diffusers_models import sana
+
+    given = sana()
+    tuned = copy.deepcopy(given.module)
+    tuned.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_q"], init_lora_weights=False))  # type: ignore[operator]
+    tuned.save_lora_adapter(tmp_path / "lora")  # type: ignore[operator]
+    (weights,) = (tmp_path / "lora").glob("*.safetensors")
+    lora = load_file(weights)
+    made = build(tmp_path, HYENA.replace(", mask", ""), given.module, dict(given.inputs))
+    model = given.module
+    assert graftc.install(model, made).form == "modules"
+    with torch.no_grad():
+        before = model(**given.inputs)[0]
+        model.load_lora_adapter(lora, prefix=None)  # type: ignore[operator]
+        after = model(**given.inputs)[0]
+        model.disable_lora()  # type: ignore[operator]
+        without = model(**given.inputs)[0]
+    saved = {n: p for n, p in tuned.named_parameters() if "lora_" in n}
+    loaded = {
+        n.replace("default_0", "default"): p for n, p in model.named_parameters() if "lora_" in n
+    }
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(loaded[n], saved[n]) for n in saved)
+    assert not torch.allclose(after, before, atol=1e-4)
+    assert torch.equal(without, before)
 
 
 def test_pairs_take_the_generated_form(pipeline, tmp_path: Path):
