@@ -48,6 +48,8 @@ def _draw(
         return mask.to(dtype)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
+    if dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=torch.complex128).to(dtype)
     if dtype.is_floating_point:
         if meaning == "timestep":
             return 1000 * torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -25,6 +25,7 @@ def check_pure(exported: torch.export.ExportedProgram, sites: Mapping[str, str])
 
     `exported`: as it was traced, or decomposed. `sites`: edited site → rule and line.
     """
+    _check_real(exported)
     inputs = {s.arg.name: s for s in exported.graph_signature.input_specs if hasattr(s.arg, "name")}
     for node, name in _changed(exported, inputs):
         spec = inputs[name]
@@ -37,6 +38,27 @@ def check_pure(exported: torch.export.ExportedProgram, sites: Mapping[str, str])
         if _random(node):
             _refuse("G675", f"the model draws random numbers ({_name(node)}): a runtime would draw others", node, sites,
                     "take the numbers as an input; dropout: put the model in eval mode before it is compiled")  # fmt: skip
+
+
+def _check_real(exported: torch.export.ExportedProgram) -> None:
+    """ONNX Runtime takes and gives no complex numbers; inside the model they are pairs of real ones."""
+    names = {*exported.graph_signature.user_inputs, *exported.graph_signature.user_outputs}
+    for node in exported.graph.nodes:
+        made = node.meta.get("val")
+        if node.name in names and isinstance(made, torch.Tensor) and made.is_complex():
+            what = "input" if node.op == "placeholder" else "output"
+            raise GraftError(
+                Diagnostic(
+                    "G818",
+                    f"{what} `{node.name}` holds complex numbers, which a runtime does not take or give",
+                    site=node.name,
+                    wanted="real numbers",
+                    found=str(made.dtype).removeprefix("torch."),
+                    help="hand them over as real ones: `torch.view_as_real` outside, `torch.view_as_complex` in forward"
+                    if what == "input"
+                    else "return `torch.view_as_real(…)` of it",
+                )
+            )
 
 
 def _changed(

@@ -109,3 +109,20 @@ def test_dropout_that_is_off_and_work_on_a_tensor_of_its_own_are_no_fault() -> N
     exported = torch.export.export(Fine().eval(), (torch.randn(2, 4, 8),), strict=False)
     check_pure(exported, {})
     check_pure(exported.run_decompositions(), {})
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_complex_numbers_stay_inside(out: bool) -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if out else torch.view_as_real(x)
+
+    exported = torch.export.export(Turned(), (torch.randn(2, 4, dtype=torch.complex64),))
+    with pytest.raises(GraftError, match=r"G818(.|\n)*view_as_real"):
+        check_pure(exported, {})
+
+    class Real(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(torch.view_as_complex(x) * 2)
+
+    check_pure(torch.export.export(Real(), (torch.randn(2, 4, 2),)), {})
