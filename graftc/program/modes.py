@@ -12,6 +12,7 @@ from graftc.program.export import traced
 from graftc.program.model import Model
 from graftc.program.saved import Saved
 from graftc.program.traces import own_lines
+from graftc.program.unsupported import check_supported
 
 _SHOWN = 4
 
@@ -28,6 +29,7 @@ def check_mode(model: Model) -> tuple[Diagnostic, ...]:
     >>> check_mode(model)[0].code
     'G814'
     """
+    check_supported(model)
     if isinstance(model.module, Saved):
         return ()
     training = model.module.training

@@ -124,6 +124,8 @@ def test_data_parallel_is_refused_with_what_to_do() -> None:
     text = refused(nn.DataParallel(nn.Linear(6, 6)), input=X)
     assert "G251" in text
     assert "give `module` of it" in text
+    with pytest.raises(GraftError, match="G251"):  # before its modes are looked at
+        check_mode(Model(nn.DataParallel(nn.Dropout(0.1)), {"input": X}))
 
 
 def test_quantised_weights_are_refused() -> None:
