@@ -148,7 +148,7 @@ inputs; stage 1 on 3,000 stored noised inputs, batch 64, L1, Muon unless a row s
 - **Output error:** the same of the noise that the whole model predicts, all four sites replaced, the same images and noise for every row, at eight
   timesteps. Defaults are chosen by it, never by site error.
 - **Gap recovered:** 1 − output error / that of the token-wise linear control ({control}); the teacher's is 0. Goals: 60 % at 0 steps, 90 % after stage 1.
-- Default: 2 sweeps over 8,192 rows (`graftc/weights/alternating.py`), as in every row here.
+- Default: 2 sweeps over 8,192 rows (`graftc/weights/alternating.py`), as in every row that does not give another number.
 - NOT RUN: not measured. One training seed a row.
 
 What it says. The goals are met where the operator can hold what the teacher does, and not where it cannot: latent attention of half the width recovers 95 %

@@ -20,7 +20,7 @@ DEFAULTS = {"hyena_x": "all fitted in turn", "hyena_y": "all fitted in turn", "h
             "sliding_window": "reused, v and out fitted", "linear_attention": "reused, v and out fitted",
             "local_attention_2d": "reused, v and out fitted", "latent_attention": "SVD of k and v, then v and out fitted",
             "linear_window_attention": "q, k, v, out reused", "mamba2": "random, out fitted",
-            "mlp": "resized, down fitted", "mlp_hyena_x": "random, out fitted"}  # fmt: skip
+            "mlp": "resized, down fitted", "low_rank": "whitened SVD", "depthwise_conv": "identity", "mlp_hyena_x": "random, out fitted"}  # fmt: skip
 """The policy of each operator that a rule without `init` gets; its optimiser is the engine's."""
 
 
