@@ -175,8 +175,9 @@ def _export(model: nn.Module, config: Mapping[str, Any], opset: int) -> Any:
     try:
         with torch.no_grad(), quiet():
             exported = torch.export.export(
-                model, (), dict(inputs), dynamic_shapes=shapes, strict=False
-            )
+                model, (), dict(inputs), dynamic_shapes=shapes, strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx does: a table of positions bounds a length
+            )  # fmt: skip
             check_pure(exported, sites)  # first: the exporter's own words for it name no place
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=opset, verbose=False, dynamic_shapes=shapes,
