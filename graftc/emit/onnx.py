@@ -174,14 +174,11 @@ def _export(model: nn.Module, config: Mapping[str, Any], opset: int) -> Any:
     sites: Mapping[str, str] = config.get("provenance", {})
     try:
         with torch.no_grad(), quiet():
-            exported = torch.export.export(
-                model, (), dict(inputs), dynamic_shapes=shapes, strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx does: a table of positions bounds a length
-            )  # fmt: skip
-            check_pure(exported, sites)  # first: the exporter's own words for it name no place
+            given = _traced(model, inputs, shapes, sites)
             program = torch.onnx.export(
-                exported, dynamo=True, opset_version=opset, verbose=False, dynamic_shapes=shapes,
-                input_names=list(inputs), output_names=output_names(config),
+                *given, kwargs=None if len(given) == 1 else inputs, dynamo=True, opset_version=opset,
+                verbose=False, dynamic_shapes=shapes, input_names=list(inputs),
+                output_names=output_names(config),
             )  # fmt: skip
     except GraftError:
         raise
@@ -191,6 +188,29 @@ def _export(model: nn.Module, config: Mapping[str, Any], opset: int) -> Any:
     assert program.exported_program is not None
     check_pure(program.exported_program, sites)
     return program
+
+
+def _traced(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, Any],
+    sites: Mapping[str, str],
+) -> tuple[Any, ...]:
+    """What the exporter is given: the traced model, checked first, since the exporter's own words for it name no place.
+
+    Where a size has a bound (a table of positions), tracing refuses the plain `Dim`, and the exporter, which has other
+    ways, is given the model itself; what it traced is checked after it.
+    """
+    from torch._dynamo.exc import UserError
+
+    try:
+        exported = torch.export.export(
+            model, (), dict(inputs), dynamic_shapes=dict(shapes), strict=False
+        )
+    except UserError:
+        return (model, ())
+    check_pure(exported, sites)
+    return (exported,)
 
 
 def _in_dtype_of(
