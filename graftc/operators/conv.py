@@ -40,16 +40,36 @@ def conv_form(operator: str, form: str, dims: int) -> str:
     return "conv" if form == "auto" else form
 
 
-def depthwise(channels: int, kernel: int, dims: int) -> nn.Conv1d | nn.Conv2d:
+class TokenFilter(nn.Conv1d):
+    """One filter a channel, of tokens as they lie in memory: [batch, tokens, channels] in and out, no padding.
+
+    Parameters as of `nn.Conv1d`. Computed over an image of one row: a convolution whose channels lie side by
+    side is three times as fast as one over a transposed copy.
+
+    >>> import torch
+    >>> TokenFilter(8, 3)(torch.randn(1, 5, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__(channels, channels, kernel, groups=channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        u = input.unsqueeze(1).permute(0, 3, 1, 2)
+        y = F.conv2d(u, self.weight.unsqueeze(2), self.bias, groups=self.groups)
+        return y.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def depthwise(channels: int, kernel: int, dims: int) -> TokenFilter | nn.Conv2d:
     """One filter a channel, of `kernel` taps, or `kernel` by `kernel`."""
     if dims == 2:
         return nn.Conv2d(channels, channels, kernel, groups=channels)
-    return nn.Conv1d(channels, channels, kernel, groups=channels)
+    return TokenFilter(channels, kernel)
 
 
 def along_tokens(
     x: Tensor,
-    filter: nn.Conv1d | nn.Conv2d,
+    filter: TokenFilter | nn.Conv2d,
     causal: bool,
     grid: tuple[int, int] | None,
     form: str = "conv",
@@ -76,23 +96,10 @@ def along_tokens(
         raise ValueError(
             f"{operator}: {x.shape[1]} tokens, built for a grid of {grid[0]} x {grid[1]}"
         )
-    if filter._forward_hooks:  # pyright: ignore[reportPrivateUsage]
-        # A solve of first weights reads what the module takes and gives, so it is called.
-        u = x.transpose(1, 2)
-        if grid is None:
-            return filter(F.pad(u, (left, right))).transpose(1, 2)
-        u = F.pad(u.unflatten(2, grid), (left, right, left, right))
-        return filter(u).flatten(2).transpose(1, 2)
-    # Always an image, of one row if there is no grid: its channels lie side by side in memory, as the tokens'
-    # features do, and a convolution that takes them so is three times as fast as one over a transposed copy.
     if grid is None:
-        u = F.pad(x, (0, 0, left, right)).unsqueeze(1)
-        weight = filter.weight.unsqueeze(2)
-    else:
-        u = F.pad(x.unflatten(1, grid), (0, 0, left, right, left, right))
-        weight = filter.weight
-    y = F.conv2d(u.permute(0, 3, 1, 2), weight, filter.bias, groups=weight.shape[0])
-    return y.permute(0, 2, 3, 1).flatten(1, 2)
+        return filter(F.pad(x, (0, 0, left, right)))
+    u = F.pad(x.unflatten(1, grid), (0, 0, left, right, left, right))
+    return filter(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class DepthwiseConv(nn.Module):

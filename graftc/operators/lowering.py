@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graftc.operators.conv import TokenFilter
 from graftc.operators.linear_attention import causal_sum
 from graftc.operators.spec import Arguments, Value
 from graftc.operators.written import Dim, Given, Number, Setting, Step, Written, chosen_inputs
@@ -175,10 +176,8 @@ def _depthwise_conv(low: _Lowering, step: Step, inputs: list[Any]) -> fx.Node:
     channels, taps = low.width(step), low.setting(step.settings["kernel"])
     assert isinstance(taps, int)
     left = taps - 1 if low.setting(step.settings["causal"]) else (taps - 1) // 2
-    module = nn.Conv1d(channels, channels, taps, groups=channels)
-    turned = low.call(ATEN.transpose.int, inputs[0], 1, 2)
-    padded = low.call(ATEN.pad.default, turned, [left, taps - 1 - left])
-    return low.call(ATEN.transpose.int, low.submodule(str(step.name), module, padded), 1, 2)
+    padded = low.call(ATEN.pad.default, inputs[0], [0, 0, left, taps - 1 - left])
+    return low.submodule(str(step.name), TokenFilter(channels, taps), padded)
 
 
 def _layer_norm(low: _Lowering, step: Step, inputs: list[Any]) -> fx.Node:

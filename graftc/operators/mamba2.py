@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftc.operators.chunks import cut, filled
-from graftc.operators.conv import along_tokens
+from graftc.operators.conv import TokenFilter, along_tokens
 
 
 def ssd_scan(x: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -145,12 +145,12 @@ class Mamba2(nn.Module):
         self.chunk = 64
         mixed = inner + 2 * groups * state
         self.in_proj = nn.Linear(dim, inner + mixed + self.heads, bias=False)
-        self.conv1d = nn.Conv1d(mixed, mixed, kernel, groups=mixed)
+        self.conv1d = TokenFilter(mixed, kernel)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
         if not causal:
-            self.conv1d_back = nn.Conv1d(mixed, mixed, kernel, groups=mixed)
+            self.conv1d_back = TokenFilter(mixed, kernel)
             self.dt_bias_back = nn.Parameter(torch.empty(self.heads))
             self.A_log_back = nn.Parameter(torch.empty(self.heads))
             self.D_back = nn.Parameter(torch.empty(self.heads))
@@ -175,7 +175,7 @@ class Mamba2(nn.Module):
         self,
         mixed: Tensor,
         dt: Tensor,
-        filter: nn.Conv1d,
+        filter: TokenFilter,
         dt_bias: Tensor,
         a_log: Tensor,
         d: Tensor,

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -71,6 +71,8 @@ class Model:
     fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Mapping):
+            _no_dict(self.inputs, "graftc.Model")
         for name in self.fixed:
             if not isinstance(self.inputs.get(name), torch.Tensor):
                 fail(
@@ -341,6 +343,16 @@ def _made(reference: str, on_meta: bool, bare: bool) -> Any:
         raise user_error(error, "MODEL", reference) from error
 
 
+def _no_dict(inputs: Any, site: str) -> NoReturn:
+    fail(
+        "G204",
+        "example inputs are not a dict by name",
+        site=site,
+        wanted="a dict from forward's parameter names to example values",
+        found=type(inputs).__name__ if inputs else f"an empty {type(inputs).__name__}",
+    )
+
+
 def as_model(made: Any, site: str = "MODEL") -> Model:
     """`(module, inputs)`, or a `Model`, as a checked `Model` in eval mode as given."""
     if isinstance(made, tuple) and len(made) == 2:  # pyright: ignore[reportUnknownArgumentType]
@@ -354,14 +366,8 @@ def as_model(made: Any, site: str = "MODEL") -> Model:
             found=type(made).__name__,  # pyright: ignore[reportUnknownArgumentType]
             help='return `(module, {"x": example})`',
         )
-    if not isinstance(made.inputs, Mapping) or not made.inputs:
-        fail(
-            "G204",
-            "example inputs are not a dict by name",
-            site=site,
-            wanted="a dict from forward's parameter names to example values",
-            found=type(made.inputs).__name__,
-        )
+    if not made.inputs:
+        _no_dict(made.inputs, site)
     parameters = inspect.signature(made.module.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in made.inputs:

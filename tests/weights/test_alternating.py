@@ -101,5 +101,5 @@ def test_rows_that_feed_other_channels_are_refused():
     teacher = _operator("hyena_x", 0, kernel=4, causal=True)
     with pytest.raises(ValueError, match="the block of in_proj has 4 rows"):
         solve_alternating(teacher, "out_proj", [Block("in_proj", 0, 4)], _batches(teacher))
-    with pytest.raises(ValueError, match="is a Conv1d"):
+    with pytest.raises(ValueError, match="is a TokenFilter"):
         solve_alternating(teacher, "short_filter", [], _batches(teacher))
