@@ -138,7 +138,7 @@ def test_a_map_that_is_not_the_last_is_refused():
     linear = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="0 ran 2 times"):
         solve_least_squares(nn.Sequential(linear, linear), "0", [((x,), x)])
-    with pytest.raises(ValueError, match="is a Conv1d, not a Linear"):
+    with pytest.raises(ValueError, match="is a TokenFilter, not a Linear"):
         solve_least_squares(HyenaX(4), "short_filter", [((x,), x)])
     with pytest.raises(ValueError, match=r"the target is \[1, 5, 3\]"):
         solve_least_squares(TokenLinear(4), "proj", [((x,), x[..., :3])])
