@@ -21,6 +21,7 @@ def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
     Raises GraftError with every mistake in its arguments, and ToldElsewhereError where the
     operator itself has mistakes.
     """
+    _no_part(scope, node)
     if isinstance(node, s.Path):
         name = node.text
         fail(
@@ -57,6 +58,27 @@ def operator_call(scope: Scope, node: s.Expr, role: str | None) -> OperatorCall:
     return OperatorCall(spec, arguments_of(scope, node, spec), node.span)
 
 
+def _no_part(scope: Scope, node: s.Expr) -> None:
+    """Raise GraftError for `b.copy()`: what is bound has no operators of its own."""
+    head = node.head if isinstance(node, s.Call) else node
+    if not isinstance(head, s.Path) or len(head.names) < 2:
+        return
+    bound, last = head.names[0].text, head.names[-1].text
+    if bound in scope.bindings:
+        fail(
+            "G102",
+            f"`{head.text}` is no operator: `{bound}` is what `match` binds",
+            span=node.span,
+            wanted="an operator's own name, or copy(BLOCK)",
+            found=f"`{head.text}`",
+            help=Instead(f"copy({bound})") if last in _COPIES else None,
+        )
+
+
+_COPIES = ("copy", "clone", "duplicate")
+"""What people call a block's copy, which is `copy`."""
+
+
 def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
     name = head.text
     if name in scope.operators:
@@ -76,7 +98,7 @@ def _lookup(scope: Scope, node: s.Call, head: s.Path) -> OperatorSpec:
         raise ToldElsewhereError
     known = (*scope.operators, *scope.defined, "parallel")
     qualified = next((n for n in scope.defined if n.partition(".")[2] == name), None)
-    near = qualified or nearest(name, known)
+    near = "copy" if name in _COPIES else qualified or nearest(name, known)
     fail(
         "G102",
         f"unknown operator `{name}`",

@@ -10,6 +10,7 @@ from torch import fx
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail
 from graftc.program.export import traced
 from graftc.program.model import Model
+from graftc.program.repeats import is_capture_op
 from graftc.program.saved import Saved
 from graftc.program.traces import own_lines
 from graftc.program.unsupported import check_supported
@@ -91,7 +92,7 @@ def _ops(model: Model) -> Counter[tuple[str, str]]:
     for module in exported.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
-                if node.op == "call_function":
+                if node.op == "call_function" and not is_capture_op(node.target):
                     ops[_said(node)] += 1
     return ops
 

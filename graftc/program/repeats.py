@@ -33,6 +33,15 @@ _KINDS: dict[int, Kind] = {}
 _NUMBERS = itertools.count()
 
 
+def is_capture_op(target: Any) -> bool:
+    """Whether a node's target only says where a repeated block stands in a trace, and is none of the model's.
+
+    >>> is_capture_op(torch.ops.graftc_capture.mark.default), is_capture_op(torch.ops.aten.relu.default)
+    (True, False)
+    """
+    return getattr(target, "namespace", None) == "graftc_capture"
+
+
 class NotShared(Exception):
     """A block has to be traced for itself; the message says which and why."""
 

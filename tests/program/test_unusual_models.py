@@ -327,6 +327,11 @@ def test_train_mode_that_differs_is_refused_and_told(
     assert check_mode(Model(MLP().train(), {"x": X[None]})) == ()
 
 
+def test_repeated_blocks_are_no_difference_of_modes() -> None:
+    chain = nn.Sequential(*(MLP() for _ in range(4)))
+    assert check_mode(Model(chain.eval(), {"input": X[None]})) == ()
+
+
 def test_a_backward_that_is_lost_is_told() -> None:
     (warning,) = capture(Model(Custom(), {"x": X})).facts.warnings
     assert warning.code == "G812"
