@@ -43,4 +43,6 @@ def test_compiling_dit_xl2_peaks_under_1_3_times_its_weights(tmp_path: Path):
         [sys.executable, "-c", COMPILE, *given], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 1.3 * size
+    peak = int(done.stdout.split()[-1])
+    print(f"{size:,} bytes of weights, compiled at a peak of {peak / size:.2f} times that")
+    assert peak < 1.3 * size
