@@ -15,9 +15,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 
 from graftc.diagnostics import Diagnostic, GraftError, Note
-
-_OFF = {"train": False, "training": False, "p": 0.0, "dropout_p": 0.0}
-"""Arguments of an operator that may draw numbers, and the value with which it draws none."""
+from graftc.program.impure import draws
 
 
 def check_pure(exported: torch.export.ExportedProgram, sites: Mapping[str, str]) -> None:
@@ -35,7 +33,7 @@ def check_pure(exported: torch.export.ExportedProgram, sites: Mapping[str, str])
         _refuse("G673", f"the model changes `{spec.target or name}` when it is called: an exported file keeps no state",
                 node, sites, "take the state as an input and return it as an output, or drop it for inference")  # fmt: skip
     for node in exported.graph.nodes:
-        if _random(node):
+        if draws(node):
             _refuse("G675", f"the model draws random numbers ({_name(node)}): a runtime would draw others", node, sites,
                     "take the numbers as an input; dropout: put the model in eval mode before it is compiled")  # fmt: skip
 
@@ -91,19 +89,6 @@ def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
     for i, argument in enumerate(node.target._schema.arguments):
         if i < len(node.args) or argument.name in node.kwargs:
             yield argument, node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)  # fmt: skip
-
-
-def _random(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    given = {argument.name: value for argument, value in _arguments(node)}
-    defaults = {a.name: a.default_value for a in target._schema.arguments}
-    return not any(
-        name in defaults and given.get(name, defaults[name]) == off for name, off in _OFF.items()
-    )
 
 
 def _name(node: fx.Node) -> str:

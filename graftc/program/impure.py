@@ -13,6 +13,9 @@ from graftc.diagnostics import Diagnostic, Note, fail
 from graftc.program.program import ATEN
 from graftc.program.traces import calling_line, own_lines
 
+_OFF = {"train": False, "training": False, "p": 0.0, "dropout_p": 0.0}
+"""Arguments of an operator that may draw numbers, and the value with which it draws none."""
+
 _DROPOUTS: frozenset[Any] = frozenset({
     ATEN.dropout.default, ATEN.feature_dropout.default, ATEN.native_dropout.default,
     ATEN.alpha_dropout.default, ATEN.scaled_dot_product_attention.default,
@@ -20,12 +23,31 @@ _DROPOUTS: frozenset[Any] = frozenset({
 """Random in train mode only, and written so that the student's own mode decides."""
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a call of the node's operator, with the arguments it has, draws random numbers.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> [draws(graph.call_function(ATEN.dropout.default, (x, 0.1, train))) for train in (True, False)]
+    [True, False]
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for at, argument in enumerate(target._schema.arguments):
+        given = node.args[at] if at < len(node.args) else argument.default_value
+        if argument.name in _OFF and node.kwargs.get(argument.name, given) == _OFF[argument.name]:
+            return False
+    return True
+
+
 def check_random(module: fx.GraphModule, training: bool) -> None:
     """Raise GraftError (G810), with the user's line, for a draw of random numbers that is no dropout of train mode."""
     for _, inner in _graphs(module):
         for node in inner.graph.nodes:
-            tags: Any = getattr(node.target, "tags", ())
-            if torch.Tag.nondeterministic_seeded not in tags or _is_dropout(node, training):
+            if not draws(node) or (training and node.target in _DROPOUTS):
                 continue
             lines = own_lines(node.meta.get("stack_trace"))
             mode = "train" if training else "eval"
@@ -42,15 +64,6 @@ def check_random(module: fx.GraphModule, training: bool) -> None:
                 if training
                 else "draw the numbers outside and give them to the model as an input",
             )
-
-
-def _is_dropout(node: fx.Node, training: bool) -> bool:
-    if node.target is ATEN.scaled_dot_product_attention.default:
-        p = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return training or bool(p == 0)
-    if node.target not in _DROPOUTS:
-        return False
-    return training or bool(node.args[1] == 0) or node.args[2] is False
 
 
 def _graphs(root: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
