@@ -66,7 +66,8 @@ class Export:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise NoExport(
-                        f"{name} is not the file that was exported: truncated, changed, or of another export"
+                        f"{name} is not the file that golden/golden.json was written with: "
+                        "one of the two is truncated, changed, or of another export"
                     )
 
     def load(self, case: dict[str, Any], kind: str) -> dict[str, Any]:
