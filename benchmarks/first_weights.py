@@ -321,8 +321,10 @@ def site_errors(kind: str, operators: Mapping[int, nn.Module]) -> list[float]:
     return found
 
 
-def train(case: Case, operators: Mapping[int, nn.Module], steps: int) -> dict[int, list[float]]:
-    """Stage 1 as the engine does it (L1, its rates and schedule); held-out site errors by step."""
+def train(
+    case: Case, operators: Mapping[int, nn.Module], steps: int, every: int = 20
+) -> dict[int, list[float]]:
+    """Stage 1 as the engine does it (L1, its rates and schedule); held-out site errors each `every` steps."""
     kind = _kind(case)
     data = activations(kind)["train"]
     schedule = Schedule(steps, warmup=max(1, steps // 20))
@@ -343,7 +345,7 @@ def train(case: Case, operators: Mapping[int, nn.Module], steps: int) -> dict[in
             regression(operator(x[chosen]), y[chosen], Loss("l1"), scales[i]).backward()
             nn.utils.clip_grad_norm_(operator.parameters(), 1.0)
         optimiser.step(step)
-        if (step + 1) % 20 == 0:
+        if (step + 1) % every == 0:
             trace[step + 1] = site_errors(kind, operators)
     return trace
 

@@ -262,6 +262,7 @@ def show_build(build: Build, *, say_next: bool = True) -> None:
 
 def show_training_plan(plan: TrainingPlan, *, to_stderr: bool = False) -> None:
     """What a run of stage 1 is predicted to take, and what the other ways would."""
+    from graftc.diagnostics import render
     from graftc.distillation.planner import others, size_text
 
     print_ = wide_console(to_stderr=to_stderr).print
@@ -291,6 +292,8 @@ def show_training_plan(plan: TrainingPlan, *, to_stderr: bool = False) -> None:
     took = "not measured" if plan.seconds is None else _duration(plan.seconds)
     if plan.ranks:
         print_(plan.ranks)
+    for told in plan.warnings:
+        print_(render(told))
     disk = f", disk {size_text(plan.disk)}" if plan.disk else ", no disk"
     print_(f"predicted: {took}, peak {size_text(plan.peak)}{disk}; {free}")
 
@@ -334,6 +337,8 @@ def show_run(result: RunResult) -> None:
                 console.print(f"  {site.key} was not trained again: {site.reused}")
     for name, value in result.metrics.items():
         console.print(f"  {name}: {value:.5g}")
+    for told in result.warnings:
+        console.print(f"warning {told}")
 
 
 def run_dict(result: RunResult) -> dict[str, Any]:

@@ -96,12 +96,18 @@ def check_distill(
     directory: Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")],
     data: Annotated[str, typer.Option("-d", "--data", help="DATA: a function that yields samples")],
     task: Annotated[str | None, typer.Option("-t", "--task", help="TASK, as for distill")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="how many to learn by heart")] = 8,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="how many to learn by heart; default: 8, or as many as a site has parameters for",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="at most so many for a site")] = 1000,
     seed: Annotated[int, typer.Option(help="of the data's order and the noise")] = 0,
     format: FormatOption = "text",
 ) -> None:
-    """Before a long run: can each site learn 8 samples by heart? Exit code 1 where one cannot."""
+    """Before a long run: can each site learn a few samples by heart? Exit code 1 where one cannot."""
     from dataclasses import asdict
 
     from graftc import verbs
@@ -122,14 +128,15 @@ def check_distill(
                 c.name,
                 "PASS" if c.passed else "FAIL",
                 *(f"{x:.2g}" for x in figures),
-                str(c.samples),
+                f"{c.rows} rows" if c.rows else str(c.samples),
                 str(c.steps),
             )
         wide_console().print(rows)
         print("losses are the site's own, as a share of what a prediction of zero costs")
         for c in found:
             if c.note or not c.passed:
-                print(f"{c.name} ({c.operator}): {c.reason or c.note}", file=sys.stderr)
+                said = "; ".join(x for x in (c.reason, c.note) if x)
+                print(f"{c.name} ({c.operator}): {said}", file=sys.stderr)
     if not all(c.passed for c in found):
         raise typer.Exit(1)
 

@@ -63,12 +63,14 @@ class Data:
     """Training samples in order, and the held-out ones.
 
     `size` is the number of distinct training samples (None: unknown); `held_out` is kept in memory.
+    `shared`: the held-out samples are trained on too, since there are no others.
     """
 
     source: Source
     held_out: tuple[Sample, ...]
     first: Sample
     seed: int
+    shared: bool = False
 
     @property
     def size(self) -> int | None:
@@ -135,10 +137,11 @@ def open_data(
     if size == 0:
         fail("G520", "DATA is empty", site="DATA", wanted="at least one sample", found="0")
     indices = list(range(size))
+    shared = given is None and size == 1  # a single sample is both
     if given is None:
         order = permutation(size, "split", _SPLIT_SEED)
         chosen = order[: min(_held_count(held_out, size), max(1, size - 1))]
-        indices = sorted(order[len(chosen) :]) or chosen  # a single sample is both
+        indices = sorted(order[len(chosen) :]) or chosen
         given = tuple(
             sample for _, sample in Dataset(data, chosen, _SPLIT_SEED).take(0, len(chosen))
         )
@@ -147,7 +150,7 @@ def open_data(
     if wanted < len(indices):
         order = permutation(len(indices), "subset", seed)
         indices = [indices[i] for i in sorted(order[:wanted])]
-    return Data(Dataset(data, indices, seed), given, given[0], seed)
+    return Data(Dataset(data, indices, seed), given, given[0], seed, shared)
 
 
 def _held_count(held_out: float | int, size: int) -> int:

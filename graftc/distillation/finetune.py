@@ -157,7 +157,7 @@ def finetune(
         metrics = {"loss_start": result.loss_start, "loss_raw": result.loss_raw,
                    "loss_end": result.loss_end, "skipped_steps": result.skipped_steps}  # fmt: skip
         weights = opened.path / f"{model}.safetensors"
-        made = RunResult(opened.id, opened.path, stage, weights, result.steps, result.seconds, metrics=metrics)  # fmt: skip
+        made = RunResult(opened.id, opened.path, stage, weights, result.steps, result.seconds, metrics=metrics, warnings=result.warnings)  # fmt: skip
         return opened.finish(module.state_dict(), made)
 
 

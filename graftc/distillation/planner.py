@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftc.diagnostics import Note, fail
+from graftc.diagnostics import Diagnostic, Note, fail, to_json
 from graftc.distillation.replay import Window
 from graftc.distillation.sizes import Layout, PassCost, StudentCost
 
@@ -287,6 +287,8 @@ class TrainingPlan:
     machine: Machine
     ranks: str = ""
     """How the processes of the job share the work; the figures are of one of them."""
+    warnings: tuple[Diagnostic, ...] = ()
+    """What to know of DATA before it starts."""
 
     @property
     def peak(self) -> int:
@@ -309,6 +311,7 @@ class TrainingPlan:
             "disk": self.disk,
             "machine": asdict(self.machine),
             "groups": [_group(costs, made, self.machine) for costs, made in self.groups],
+            "warnings": [to_json(d) for d in self.warnings],
         }
 
 

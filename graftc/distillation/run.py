@@ -74,7 +74,7 @@ class SiteResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run made: `weights` holds the model's full state."""
+    """What a finished run made: `weights` holds the model's full state; `warnings` is what to know of its figures."""
 
     id: str
     path: Path
@@ -84,6 +84,7 @@ class RunResult:
     seconds: float
     sites: tuple[SiteResult, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    warnings: tuple[str, ...] = ()
 
 
 class Run:
@@ -135,6 +136,7 @@ class Run:
         save_tensors(result.weights, weights, {"run": self.id, "stage": result.stage})
         plain = {**asdict(result), "path": None, "weights": result.weights.name}
         plain["sites"] = [asdict(site) for site in result.sites]
+        plain["warnings"] = list(result.warnings)
         self.facts.update(status="finished", result=plain)
         save_yaml(self.path / "run.yaml", self.facts)
         for file in (
@@ -198,6 +200,7 @@ def _result(path: Path, facts: Mapping[str, Any]) -> RunResult | None:
     plain: dict[str, Any] = dict(facts["result"])
     plain["path"], plain["weights"] = path, path / plain["weights"]
     plain["sites"] = tuple(SiteResult(**site) for site in plain["sites"])
+    plain["warnings"] = tuple(plain.get("warnings", ()))
     return RunResult(**plain)
 
 

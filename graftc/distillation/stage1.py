@@ -220,7 +220,7 @@ def plan_of(work: Work, wanted: Wanted) -> TrainingPlan:
         costs = costs_of(work, generation, measured=True)
         generation.release()
         groups.append((costs, choose(costs, wanted, machine)))
-    return TrainingPlan(tuple(groups), machine)
+    return TrainingPlan(tuple(groups), machine, warnings=work.warnings())
 
 
 def _banked(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graftc.distillation.advice import stage1_advice
 from graftc.distillation.candidates import save_candidates
+from graftc.distillation.few import lines
 from graftc.distillation.generation import Generation, State
 from graftc.distillation.loss import chosen
 from graftc.distillation.optim import Optimiser
@@ -84,6 +85,7 @@ class Stage1Run:
                 seconds=round(self._elapsed(), 2),
                 sites=tuple(self.results[name] for name in names),
                 metrics=_summary([r for r in self.results.values() if r.candidate == 0]),
+                warnings=lines(self.work.warnings()),
             ),
         )
 
@@ -226,6 +228,8 @@ class Stage1Run:
     # -- log and checkpoint -----------------------------------------------------------------
 
     def _log_start(self, generation: Generation) -> None:
+        for told in self.work.warnings():
+            self.run.log(event="warning", site=told.site, code=told.code, message=told.message)
         data = self.setting.data
         sites = [student.site for student in generation.students]
         for site in sites:

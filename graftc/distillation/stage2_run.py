@@ -17,6 +17,7 @@ from graftc.distillation import checkpoint_pieces
 from graftc.distillation.advice import stage2_advice
 from graftc.distillation.budget import Plan
 from graftc.distillation.data import Data
+from graftc.distillation.few import few_samples, lines
 from graftc.distillation.held_out import shares
 from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop
@@ -47,6 +48,7 @@ class Finetuned:
     loss_end: float
     seconds: float
     curve: tuple[tuple[int, float], ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -93,7 +95,10 @@ class Stage2Run:
 
     def run_all(self, saver: Saver, progress: Progress, sheet: Sheets) -> Finetuned:
         self._load()
+        warned = few_samples(self.data, self.plan.batch)
         if self.state.step == 0:
+            for one in warned:
+                self._log(event="warning", site=one.site, code=one.code, message=one.message)
             self.state.loss_start = self.validate()
             self._log(event="start", steps=self.plan.steps, batch=self.plan.batch,
                       lr=self.plan.lr, samples=self.data.size, parameters=self.count,
@@ -130,7 +135,7 @@ class Stage2Run:
         curve = ((0, self.state.loss_start), *self.state.curve, (total, raw))
         return Finetuned(
             total, self.state.skipped, self.state.loss_start, raw, end,
-            round(self._elapsed(), 2), curve,
+            round(self._elapsed(), 2), curve, lines(warned),
         )  # fmt: skip
 
     def smaller(self) -> tuple[str, str]:

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from graftc.distillation.budget import samples_of, site_plans
+from graftc.diagnostics import Diagnostic
+from graftc.distillation.budget import Plan, samples_of, site_plans
 from graftc.distillation.candidates import Loaded, candidate_students, load_candidates
 from graftc.distillation.data import Data, Task, open_data
+from graftc.distillation.few import few_samples
 from graftc.distillation.generation import Generation, Setting, State
 from graftc.distillation.optim import align
 from graftc.distillation.pieces import in_pieces
@@ -59,19 +61,23 @@ class Work:
         """The names of what trains in a part."""
         return [name for site in self.parts[part][1] for name in self.names(site)]
 
+    def _plans(self, sites: Sequence[Site]) -> dict[str, Plan]:
+        given = {name: self.options[name] for name in ("steps", "batch", "lr")}
+        return site_plans(sites, self.setting.data.size, **given)
+
+    def warnings(self) -> tuple[Diagnostic, ...]:
+        """What to know of DATA before anything is trained."""
+        plans = [p for sites in self.generations for p in self._plans(sites).values() if p.steps]
+        batch = max((p.batch for p in plans), default=1)
+        return few_samples(self.setting.data, batch) if plans else ()
+
     def generation(
         self, part: int, state: State | None = None, without: Collection[str] = ()
     ) -> Generation:
         """A part, ready to be trained; `without` what is trained already."""
         number, chosen = self.parts[part]
         sites = self.generations[number]
-        plans = site_plans(
-            sites,
-            self.setting.data.size,
-            steps=self.options["steps"],
-            batch=self.options["batch"],
-            lr=self.options["lr"],
-        )
+        plans = self._plans(sites)
         for name, one in self.candidates.items():
             if one.of.name in plans:
                 plans[name] = plans[one.of.name]

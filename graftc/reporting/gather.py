@@ -125,7 +125,10 @@ def _rules(said: Mapping[str, Any]) -> tuple[tuple[str, str], ...] | None:
 
 
 def _run(run: RunLike) -> RunFacts:
-    """A log's `step` events become curves; `bins` events ({site, edges, errors}) error by timestep."""
+    """A log's `step` events become curves; `bins` events ({site, edges, errors}) error by timestep.
+
+    Of a site that came from a bank the log has no such event, and the run's result has what the bank keeps.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     bins: dict[str, tuple[tuple[str, float], ...]] = {}
     for event in _events(run.path / "log.jsonl"):
@@ -135,10 +138,18 @@ def _run(run: RunLike) -> RunFacts:
                 if isinstance(value, (int, float)):
                     curves.setdefault(str(name), []).append((event["step"], float(value)))
         elif event.get("event") == "bins":
-            edges, errors = event["edges"], event["errors"]
-            names = [f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges)]
-            bins[str(event["site"])] = tuple(zip(names, map(float, errors), strict=True))
+            bins[str(event["site"])] = _named(event)
+    for site in (run.info.get("result") or {}).get("sites") or ():
+        if kept := site.get("bins"):
+            number = site.get("candidate", 0)
+            bins.setdefault(f"{site['name']}/{number}" if number else site["name"], _named(kept))
     return RunFacts(run.id, run.info, {k: tuple(v) for k, v in curves.items()}, bins)
+
+
+def _named(bins: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """The error of each bin: "0 to 250", 0.03."""
+    names = [f"{a:g} to {b:g}" for a, b in itertools.pairwise(bins["edges"])]
+    return tuple(zip(names, map(float, bins["errors"]), strict=True))
 
 
 _NO_CURVE = ("event", "step", "generation", "values")

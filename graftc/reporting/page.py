@@ -36,7 +36,7 @@ def page(facts: Facts) -> str:
         ("plan", "The plan", _plan(facts.plan)),
         ("drawing", "Before and after", _drawing(facts)),
         ("cost", "Cost", _cost(facts.plan)),
-        ("errors", "Errors by site", _errors(facts.runs)),
+        ("errors", "Errors by site", _errors(facts.runs, _timed(facts.targets))),
         ("curves", "Curves", _curves(facts.runs)),
         ("samples", "Samples", _samples(facts)),
         ("verification", "Verification", _verification(facts)),
@@ -160,7 +160,7 @@ def _site(result: Mapping[str, Any]) -> str:
     return f"{result['name']}/{candidate}" if candidate else str(result["name"])
 
 
-def _errors(runs: Sequence[RunFacts]) -> str:
+def _errors(runs: Sequence[RunFacts], timed: bool) -> str:
     out = ""
     for run in runs:
         if not run.sites:
@@ -173,7 +173,7 @@ def _errors(runs: Sequence[RunFacts]) -> str:
             [(_site(s), s["operator"], *(f"{s[k]:.4g}" for k in ("error_start", "error_end", "loss_start", "loss_end")), s["steps"], s.get("skipped_steps", 0)) for s in run.sites],
             range(2, 8),
         )  # fmt: skip
-        out += _bins(run)
+        out += _bins(run, timed)
     if not out:
         return _note(
             f"{NOT_RECORDED}: no run of stage 1 is finished (`graftc distill DIR -d DATA`)."
@@ -183,9 +183,22 @@ def _errors(runs: Sequence[RunFacts]) -> str:
     )
 
 
-def _bins(run: RunFacts) -> str:
+def _timed(targets: Mapping[str, Any]) -> bool:
+    """Whether an input of the model is known to be a timestep."""
+    return any(i.get("meaning") == "timestep" for i in targets.get("inputs") or ())
+
+
+def _bins(run: RunFacts, timed: bool) -> str:
+    if not run.bins and not timed:
+        return _note(
+            'By timestep: none, since no input of the model is known as one. If one is, say so in MODEL (meanings = {"t": "timestep"}),'
+            " or let the task's prepare give the times as its target t; then compile and distil again."
+        )
     if not run.bins:
-        return _note(f"By timestep bin: {NOT_RECORDED} by this run.")
+        return _note(
+            f"By timestep bin: {NOT_RECORDED} by this run: its version of graftc measured none, or the batches had not one time a sample."
+            " A new run records it (`graftc distill DIR -d DATA`)."
+        )
     out = "<h3>by timestep</h3>"
     groups: dict[tuple[str, ...], list[tuple[str, list[float]]]] = {}
     for site, found in run.bins.items():  # sites measured on the same samples share a table

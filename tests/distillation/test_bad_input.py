@@ -6,6 +6,7 @@ disk, two processes on one run, other options (`test_resume.py`), stale caches (
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 
@@ -19,7 +20,7 @@ from graftc.distillation.advice import stage2_advice
 from graftc.distillation.checkpoint import load_tensors, save_tensors
 from graftc.distillation.generation import Generation
 from graftc.distillation.out_of_memory import is_out_of_memory
-from graftc.distillation.run import runs
+from graftc.distillation.run import finished, runs
 from graftc.distillation.targets import Budget, Lora, Stage2
 from tests.distillation import tiny
 
@@ -66,6 +67,22 @@ def test_weights_can_be_read_by_whom_other_files_can_be(tmp_path):
 
 
 # -- DATA ------------------------------------------------------------------------------------
+
+
+def test_a_single_sample_is_trained_on_and_said_to_be(tmp_path):
+    """In the plan, in both runs' results, and in the log before the first step."""
+    made, data = build(tmp_path), tiny.latents()[:1]
+    plan = plan_distill(made, data, tiny.Denoise())
+    assert [d.code for d in plan.warnings] == ["G826", "G827"]
+    assert [d["code"] for d in plan.to_dict()["warnings"]] == ["G826", "G827"]
+    for stage in (distill, finetune):
+        done = stage(made, data, tiny.Denoise())
+        assert [line[:4] for line in done.warnings] == ["G826", "G827"]
+        assert finished(tmp_path, done.id).warnings == done.warnings
+        events = [json.loads(x) for x in (done.path / "log.jsonl").read_text().splitlines()]
+        at = {e["event"]: i for i, e in reversed(list(enumerate(events)))}
+        assert at["warning"] < at["step"]
+    assert plan_distill(made, tiny.latents(), tiny.Denoise()).warnings == ()
 
 
 class KeepsItsIterator:

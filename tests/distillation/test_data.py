@@ -7,6 +7,7 @@ import torch
 
 from graftc.diagnostics import Diagnostic, GraftError
 from graftc.distillation import call_data, open_data
+from graftc.distillation.few import few_samples
 from graftc.distillation.inputs import check_inputs
 from graftc.distillation.sources import seeded
 from tests.distillation import tiny
@@ -52,6 +53,22 @@ def test_a_share_is_a_seeded_subset():
     seen = [{i for step in range(20) for i in drawn(d, step)} for d in shares]
     assert seen[0] == seen[1] != seen[2]
     assert len(seen[0]) == 9
+
+
+def test_one_sample_is_both_and_says_so():
+    data = open_data([{"i": torch.tensor(7)}])
+    assert [int(s["i"]) for s in data.held_out] == drawn(data, 0, 1) == [7]
+    assert [d.code for d in few_samples(data, 1)] == ["G826"]
+    apart = open_data([{"i": torch.tensor(7)}], validation=NUMBERS[:2])
+    assert few_samples(apart, 1) == ()
+
+
+def test_fewer_samples_than_a_batch_are_told():
+    data = open_data(NUMBERS[:5])
+    assert data.size == 4
+    (told,) = few_samples(data, 8)
+    assert (told.code, told.severity, told.found) == ("G827", "warning", "4")
+    assert few_samples(data, 4) == ()
 
 
 def test_a_stream_is_read_in_order_again_and_again_and_can_jump():

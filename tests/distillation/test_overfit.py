@@ -15,7 +15,7 @@ from tests.distillation.test_candidates import one_of
 from tests.distillation.test_stage1 import biased
 
 
-def checked(build, count: int = 2, steps: int = 400):
+def checked(build, count: int | None = 2, steps: int = 400):
     return check_distill(Distillation(build, tiny.Denoise()), tiny.latents(), samples=count, steps=steps)  # fmt: skip
 
 
@@ -39,17 +39,70 @@ def test_eight_samples_by_heart(tmp_path):
         return model
 
     site = tiny.attention_site(1, loss=Loss("l2"))
-    (check,) = checked(tiny.FakeBuild(tmp_path, tiny.targets(site), make_student=student), 8, 1000)
+    made = tiny.FakeBuild(tmp_path, tiny.targets(site), make_student=student)
+    (check,) = checked(made, 8, 1000)
     assert (check.passed, check.samples, check.note) == (True, 8, ""), check
+    (default,) = checked(made, None, 1)
+    assert default.samples == 4  # 1,088 parameters, 128 numbers a sample: two for each
 
 
 def test_a_site_with_too_few_parameters_is_checked_on_fewer_samples(tmp_path):
     site = tiny.attention_site(1, loss=Loss("l1"))  # 864 parameters, 128 numbers a sample
     made = tiny.FakeBuild(tmp_path, tiny.targets(site), make_student=lambda: tiny.hyena((1,)))
-    (check,) = checked(made, 40, 400)
-    assert (check.passed, check.samples) == (True, 3), check
-    assert "864 parameters for 5,120 numbers" in check.note
-    assert "3 of 40 samples" in check.note
+    (check,) = checked(made, None, 400)
+    assert (check.passed, check.samples, check.rows) == (True, 3, 0), check
+    assert check.note == "checked on 3 of them: 864 parameters, and 8 samples have 1,024 numbers"
+    (forced,) = checked(made, 40, 10)
+    assert (forced.passed, forced.samples, forced.note) == (False, 40, "")
+    assert "too few to know them all by heart: 864 parameters for 5,120 numbers" in forced.reason
+
+
+class Filter(nn.Module):
+    """A filter of 3 taps for each channel along the tokens: 64 parameters beside 128 numbers of one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Conv1d(tiny.DIM, tiny.DIM, 3, padding=1, groups=tiny.DIM)
+
+    def forward(self, x):
+        return self.filter(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Blind(nn.Module):
+    """It gives every token of every sample the same: its target is no function of what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(tiny.DIM, tiny.DIM)
+
+    def forward(self, x):
+        return self.proj(0 * x)
+
+
+def with_operator(tmp_path, operator):
+    def student():
+        model = tiny.teacher()
+        torch.manual_seed(0)
+        model.blocks[1].attn = operator()
+        return model
+
+    return tiny.FakeBuild(tmp_path, tiny.targets(tiny.attention_site(1)), make_student=student)
+
+
+def test_a_site_with_too_few_parameters_for_one_sample_is_checked_on_rows_of_it(tmp_path):
+    (check,) = checked(with_operator(tmp_path, Filter), None, 1000)
+    assert (check.passed, check.samples, check.rows) == (True, 1, 2), check
+    assert (
+        "2 of 8 rows of one sample: 64 parameters, and 8 samples have 1,024 numbers" in check.note
+    )
+
+
+def test_a_site_that_cannot_see_what_its_target_hangs_on_fails(tmp_path):
+    (check,) = checked(with_operator(tmp_path, Blind), None, 300)
+    assert not check.passed
+    assert check.samples == 1  # 272 parameters: one sample, on which it fails too
+    assert "lacks an input" in check.reason
+    assert check.loss_end > 0.1
 
 
 class Biased(tiny.Attention):

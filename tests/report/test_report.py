@@ -262,9 +262,23 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "NOT RUN" in said["verification"]
 
 
-def test_a_run_without_bins_says_so(tmp_path: Path) -> None:
-    said = Read(page(gather(make(tmp_path, bins=False)))).sections
-    assert "By timestep bin: NOT RECORDED" in said["errors"]
+def test_a_run_without_bins_says_why(tmp_path: Path) -> None:
+    build = make(tmp_path, bins=False)
+    said = Read(page(gather(build))).sections["errors"]
+    assert "no input of the model is known as one" in said  # as of a language model
+    build.targets["inputs"] = [{"name": "t", "meaning": "timestep"}]
+    said = Read(page(gather(build))).sections["errors"]
+    assert "By timestep bin: NOT RECORDED" in said
+    assert "A new run records it" in said
+
+
+def test_bins_of_a_site_from_a_bank_are_those_of_the_bank(tmp_path: Path) -> None:
+    build = make(tmp_path, bins=False)
+    site = build.made[0].info["result"]["sites"][1]
+    site["bins"] = {"edges": [0.0, 250.0, 1000.0], "errors": [0.875, 0.125]}
+    said = Read(page(gather(build))).sections["errors"]
+    assert "250 to 1000" in said
+    assert "0.875" in said
 
 
 def test_rules_that_were_changed_since_are_not_shown(tmp_path: Path) -> None:
