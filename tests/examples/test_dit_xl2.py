@@ -16,10 +16,12 @@ from graftc.diagnostics import GraftError
 from graftc.operators.build import build
 from graftc.operators.specs import SPECS
 from graftc.program.model import Reference
+from graftc.weights.released import load_student, read_state
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/dit_xl2"
 SMALL = {"size": 8, "dim": 32, "depth": 4, "num_heads": 2, "classes": 10}
+FILTER = "blocks.1.attn.short_filter.weight"
 
 
 def _from_example(name: str) -> Any:
@@ -85,17 +87,34 @@ def test_a_released_checkpoint_becomes_the_student(form, tmp_path):
     assert {w["from"] for e in made.plan["edits"] for w in e["weights"]} == {file.name}
 
 
-def _refused(tmp_path: Path, state: Any, name: str = "model.pt") -> str:
-    torch.save(state, tmp_path / name)
-    with pytest.raises(GraftError) as caught:
+def test_a_file_of_other_names_leaves_no_build(tmp_path):
+    model = _model()
+    file = tmp_path / "model.pt"
+    torch.save({n: t for n, t in _released(model).items() if n != FILTER}, file)
+    with pytest.raises(GraftError, match=f"G723.*the file has no `{FILTER}`"):
         verbs.compile(
-            EXAMPLE / "hyena_x_50.graft",
-            _model(),
-            tmp_path / "build",
-            student_weights=tmp_path / name,
+            EXAMPLE / "hyena_x_50.graft", model, tmp_path / "build", student_weights=file
         )
     assert not (tmp_path / "build").exists()
-    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "said"),
+    [
+        ({"blocks.9.x": torch.zeros(1)}, "G724", ["the student has no `blocks.9.x`"]),
+        ({FILTER: torch.zeros(96, 1, 3)}, "G725", ["[96, 1, 4]", "[96, 1, 3]"]),
+        ({FILTER: torch.full((96, 1, 4), float("nan"))}, "G726", [FILTER]),
+    ],
+)
+def test_what_does_not_fit_the_student_leaves_it_as_it_was(changed, code, said):
+    model = _model()
+    state = _released(model)
+    student = _by_hand(model, state)
+    before = {n: t.clone() for n, t in student.state_dict().items()}
+    with pytest.raises(GraftError) as caught:
+        load_student(student, {**_released(model), **changed}, ())
+    assert all(text in str(caught.value) for text in [code, *said])
+    assert all(torch.equal(t, before[n]) for n, t in student.state_dict().items())
 
 
 class Anything:
@@ -109,40 +128,20 @@ class Code:
         return (os.mkdir, ("ran-by-a-pickle",))
 
 
-def test_wrong_files_are_refused_by_name(tmp_path, monkeypatch):
-    state = _released(_model())
-    first = "blocks.1.attn.short_filter.weight"
-    without = {n: t for n, t in state.items() if n != first}
-    assert f"the file has no `{first}`" in (said := _refused(tmp_path, without))
-    assert "G723" in said
-    assert "the student has no `blocks.9.x`" in (
-        said := _refused(tmp_path, {"ema": {**state, "blocks.9.x": torch.zeros(1)}})
-    )
-    assert "G724" in said
-    said = _refused(tmp_path, {**state, first: torch.zeros(96, 1, 3)})
-    assert "G725" in said
-    assert "[96, 1, 4]" in said
-    assert "[96, 1, 3]" in said
-    assert "G726" in _refused(tmp_path, {**state, first: torch.full((96, 1, 4), float("nan"))})
-    assert "G722" in _refused(tmp_path, {"ema": {"steps": 3}})
-    assert "G721" in _refused(tmp_path, {"ema": state, "args": Anything()})
-    monkeypatch.chdir(tmp_path)
-    said = _refused(tmp_path, {"ema": state, "code": Code()})
-    assert "G721" in said
-    assert "was not unpickled: posix.mkdir" in said
-    assert not (tmp_path / "ran-by-a-pickle").exists()
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(GraftError, match="G721"):
-        verbs.compile(EXAMPLE / "hyena_x_50.graft", _model(), tmp_path / "build",
-                      student_weights=tmp_path / "text.safetensors")  # fmt: skip
-    with pytest.raises(GraftError, match="G720"):
-        verbs.compile(EXAMPLE / "hyena_x_50.graft", _model(), tmp_path / "build",
-                      student_weights=tmp_path / "none.pt")  # fmt: skip
+    torch.save({"ema": {"steps": 3}}, tmp_path / "steps.pt")
+    torch.save({"ema": {}, "args": Anything()}, tmp_path / "anything.pt")
+    for name, code in [
+        ("none.pt", "G720"), ("text.safetensors", "G721"), ("anything.pt", "G721"), ("steps.pt", "G722"),
+    ]:  # fmt: skip
+        with pytest.raises(GraftError, match=code):
+            read_state(tmp_path / name)
 
 
-@pytest.mark.slow
-def test_the_real_size_plans_without_weights():
-    made = verbs.plan(EXAMPLE / "hyena_x_50.graft", f"{EXAMPLE}/model.py:teacher")
-    assert [s.edit.name for s in made.steps] == [f"blocks.{i}.attn" for i in range(1, 28, 2)]
-    assert {s.after.params for s in made.steps} == {5_330_304}
-    assert made.parameters[0] == 675_129_632
+def test_a_pickle_of_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": {"w": torch.zeros(1)}, "code": Code()}, tmp_path / "model.pt")
+    with pytest.raises(GraftError, match=r"G721[\s\S]*was not unpickled: posix.mkdir"):
+        read_state(tmp_path / "model.pt")
+    assert not (tmp_path / "ran-by-a-pickle").exists()
