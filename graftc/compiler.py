@@ -79,7 +79,18 @@ def compile_model(
 
     `measuring`: what measured selectors are measured on, where the rules have any.
     """
-    analysis = measured_for(rules, analyse(capture(model)), measuring)
+    return compile_analysis(rules, analyse(capture(model)), model, seed, measuring)
+
+
+def compile_analysis(
+    rules: Rules,
+    analysis: Analysis,
+    model: Model,
+    seed: int = 0,
+    measuring: Measuring | None = None,
+) -> Compiled:
+    """As `compile_model`, of a model that is captured and analysed already. `analysis` is left as it was."""
+    analysis = measured_for(rules, analysis, measuring)
     plan = make_plan(rules, analysis)
     student, patch = apply(analysis.program, plan.edits)
     initialise_new(plan, analysis, student, seed)

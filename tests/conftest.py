@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
 
 import pytest
 import torch
 
+from graftc.compiler import Compiled, compile_analysis
+from graftc.language.check import check
 from graftc.program.analysis import Analysis, analyse
 from graftc.program.capture import capture
 from graftc.program.model import Model, load_model
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
+P = ParamSpec("P")
+_analysed: dict[int, tuple[Model, Analysis]] = {}
+
+
+def shared(make: Callable[P, Model]) -> Callable[P, Model]:
+    """`make`, called once for the same arguments: for models that no test changes."""
+    made: dict[str, Model] = {}
+
+    @wraps(make)
+    def once(*args: P.args, **given: P.kwargs) -> Model:
+        key = repr((args, sorted(given.items())))
+        if key not in made:
+            made[key] = make(*args, **given)
+        return made[key]
+
+    return once
+
+
+def compiled(rules: str | Path, model: Model) -> Compiled:
+    """`compile_model`, with each model captured once for the whole run."""
+    if id(model) not in _analysed:
+        _analysed[id(model)] = model, analyse(capture(model))  # the model is kept, and so its id
+    return compile_analysis(check(rules), _analysed[id(model)][1], model)
 
 
 def small_dit(layers: int = 4) -> Model:

@@ -92,9 +92,7 @@ def test_a_file_of_other_names_leaves_no_build(tmp_path):
     file = tmp_path / "model.pt"
     torch.save({n: t for n, t in _released(model).items() if n != FILTER}, file)
     with pytest.raises(GraftError, match=f"G723.*the file has no `{FILTER}`"):
-        verbs.compile(
-            EXAMPLE / "hyena_x_50.graft", model, tmp_path / "build", student_weights=file
-        )
+        verbs.compile(EXAMPLE / "hyena_x_50.graft", model, tmp_path / "build", student_weights=file)
     assert not (tmp_path / "build").exists()
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftc.compiler import compile_model
-from graftc.language.check import check
 from graftc.program.model import Model
-from tests.conftest import small_dit, small_pixart
+from tests.conftest import compiled, small_dit, small_pixart
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 
@@ -38,12 +36,12 @@ def pixart28() -> Model:
 )
 def test_compiles(name: str, kind: str, edits: int, request: pytest.FixtureRequest) -> None:
     model: Model = request.getfixturevalue(kind)
-    compiled = compile_model(check(CORPUS / f"{name}.graft"), model)
-    assert len(compiled.plan.edits) == edits
-    assert len(compiled.targets.sites) == edits
+    made = compiled(CORPUS / f"{name}.graft", model)
+    assert len(made.plan.edits) == edits
+    assert len(made.targets.sites) == edits
     with torch.no_grad():
-        given = [model.inputs[p.name] for p in compiled.teacher.inputs]
-        wanted, found = compiled.teacher.root(*given)[0], compiled.student.root(*given)[0]
+        given = [model.inputs[p.name] for p in made.teacher.inputs]
+        wanted, found = made.teacher.root(*given)[0], made.student.root(*given)[0]
     assert found.shape == wanted.shape
     assert torch.isfinite(found).all()
-    assert sum(p.numel() for p in compiled.student.root.parameters()) == compiled.plan.parameters[1]
+    assert sum(p.numel() for p in made.student.root.parameters()) == made.plan.parameters[1]

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import graftc.verbs as verbs
-from graftc.compiler import compile_model
-from graftc.language.check import check
 from graftc.program.model import Model
+from tests.conftest import compiled
 from tests.measures.test_measure import AsItIs
 from tests.rewrite.test_kept_inputs import llama
 
@@ -21,7 +20,7 @@ Weights = Mapping[str, Tensor]
 
 def attention(name: str, model: Model, layer: int) -> tuple[Weights, Weights]:
     """The parameters of one layer's attention, before and after."""
-    made = compile_model(check(CORPUS / f"{name}.graft"), model)
+    made = compiled(CORPUS / f"{name}.graft", model)
     at = f"model.layers.{layer}.self_attn."
     before, after = (
         {n.removeprefix(at): p for n, p in program.root.named_parameters() if n.startswith(at)}

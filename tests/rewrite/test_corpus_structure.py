@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftc.compiler import compile_model
 from graftc.distillation.targets import Only
-from graftc.language.check import check
 from graftc.program.model import Model
 from graftc.rewrite.apply import undo
+from tests.conftest import compiled
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 
@@ -46,24 +45,24 @@ def llama() -> Model:
     ],
 )
 def test_compiles_on_llama(llama: Model, name: str, edits: int, contract: str) -> None:
-    compiled = compile_model(check(CORPUS / f"{name}.graft"), llama)
-    assert [e.rule.contract for e in compiled.plan.edits] == [contract] * edits
-    assert len(compiled.checks) == (contract == "exact")
+    made = compiled(CORPUS / f"{name}.graft", llama)
+    assert [e.rule.contract for e in made.plan.edits] == [contract] * edits
+    assert len(made.checks) == (contract == "exact")
     if contract == "exact":
-        inserted = tuple(n.path for e in compiled.plan.edits for n in e.new)
-        assert compiled.targets.stage2.train == Only(inserted)
+        inserted = tuple(n.path for e in made.plan.edits for n in e.new)
+        assert made.targets.stage2.train == Only(inserted)
         assert inserted[0].startswith("model.layers.3_graft0")
     else:
-        assert [s.student.output for s in compiled.targets.sites] == [
+        assert [s.student.output for s in made.targets.sites] == [
             f"model.layers.{i}" for i in range(4, 12)
         ]
-    back = undo(compiled.student, compiled.patch).root.state_dict()
-    original = compiled.teacher.root.state_dict()
+    back = undo(made.student, made.patch).root.state_dict()
+    original = made.teacher.root.state_dict()
     assert list(back) == list(original)
     assert all(torch.equal(back[n], original[n]) for n in original)
 
 
 def test_conv_beside_attention_is_exact(dit_model: Model) -> None:
-    compiled = compile_model(check(CORPUS / "conv_beside_attention.graft"), dit_model)
-    assert len(compiled.plan.edits) == 4
-    assert len(compiled.checks) == 1
+    made = compiled(CORPUS / "conv_beside_attention.graft", dit_model)
+    assert len(made.plan.edits) == 4
+    assert len(made.checks) == 1

@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.compiler import Compiled, compile_model
+from graftc.compiler import Compiled
 from graftc.diagnostics import Diagnostic, GraftError
 from graftc.language.check import check
 from graftc.operators.joint import JointAttention
 from graftc.program.model import Model
-from tests.conftest import small_dit, small_pixart
+from tests.conftest import compiled, shared, small_pixart
+from tests.conftest import small_dit as unshared_dit
 
+small_dit = shared(unshared_dit)
 CORPUS = Path(__file__).parents[1] / "corpus"
 
 
+@shared
 def llama(tokens: int = 12, kv_heads: int = 2, padded: bool = False) -> Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,6 +35,7 @@ def llama(tokens: int = 12, kv_heads: int = 2, padded: bool = False) -> Model:
     return Model(LlamaForCausalLM(config).eval(), inputs)
 
 
+@shared
 def bert() -> Model:
     from transformers import BertConfig, BertModel
 
@@ -44,6 +48,7 @@ def bert() -> Model:
     return Model(BertModel(config).eval(), inputs)
 
 
+@shared
 def masked_pixart() -> Model:
     model = small_pixart(2)
     model.inputs["encoder_attention_mask"][1, 6:] = 0
@@ -56,6 +61,7 @@ STREAMS: dict[str, Any] = {
 }
 
 
+@shared
 def sd3(**given: Any) -> Model:
     from diffusers import SD3Transformer2DModel
 
@@ -74,6 +80,7 @@ def sd3(**given: Any) -> Model:
     return Model(module.eval(), inputs, **given)
 
 
+@shared
 def flux(**given: Any) -> Model:
     """Rotary positions over both streams, RMS norms of q and k, and text first."""
     from diffusers import FluxTransformer2DModel
@@ -99,12 +106,14 @@ def flux(**given: Any) -> Model:
     return Model(module.eval(), inputs, **given)
 
 
+@shared
+def dit_with_grid() -> Model:
+    model = small_dit(2)
+    return Model(model.module, model.inputs, meanings=model.meanings, grid=(4, 4))
+
+
 def rule(role: str, edit: str, more: str = "") -> str:
     return f"rule r {{\n match a = {role}\n replace a with {edit}\n {more}\n distill l2\n}}"
-
-
-def compiled(text: str, model: Model) -> Compiled:
-    return compile_model(check(text), model)
 
 
 def difference(made: Compiled, model: Model) -> float:
@@ -344,8 +353,7 @@ def test_a_causal_site_is_not_given_eyes_for_the_future() -> None:
     ],
 )
 def test_compiles_on_a_dit_with_a_grid(edit: str) -> None:
-    model = small_dit(2)
-    model = Model(model.module, model.inputs, meanings=model.meanings, grid=(4, 4))
+    model = dit_with_grid()
     assert difference(compiled(rule(SELF, edit), model), model) < 10
 
 
