@@ -31,11 +31,11 @@ from graftc.weights.policies import bias_of
 from graftc.weights.sources import (
     Context,
     evaluate,
-    evaluate_whole,
     missing_part,
     parts_of,
     text,
 )
+from graftc.weights.whole import evaluate_whole
 
 
 @dataclass(frozen=True)

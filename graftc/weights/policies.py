@@ -124,6 +124,25 @@ def identity(outputs: int, inputs: int) -> Affine:
     return Affine(torch.eye(outputs, inputs), torch.zeros(outputs))
 
 
+def zero(like: Affine) -> Affine:
+    """A map of this shape that gives 0.
+
+    >>> zero(Affine(torch.ones(1, 2))).weight
+    tensor([[0., 0.]])
+    """
+    bias = None if like.bias is None else torch.zeros_like(like.bias)
+    return Affine(torch.zeros_like(like.weight), bias)
+
+
+def one(like: Affine) -> Affine:
+    """A map of this shape that gives 1, whatever it reads: a gate that lets all through.
+
+    >>> one(Affine(torch.ones(1, 2))).bias
+    tensor([1.])
+    """
+    return Affine(torch.zeros_like(like.weight), like.weight.new_ones(like.weight.shape[0]))
+
+
 def dirac(channels: int, taps: int, causal: bool) -> Affine:
     """A depthwise filter that passes its input: the last tap, or the middle one where centred.
 

@@ -98,7 +98,7 @@ def unfold(source: InitSource, context: Context) -> InitSource:
     the site has it.
     """
     if isinstance(source, Apply) and source.policy == "argument":
-        return Apply(str(context.arguments[str(_constant(source.args[0]))]))
+        return Apply(str(context.arguments[str(constant(source.args[0]))]))
     if isinstance(source, Apply) and source.policy == "either":
         own, other = source.args
         assert isinstance(own, Part)
@@ -106,15 +106,17 @@ def unfold(source: InitSource, context: Context) -> InitSource:
     return source
 
 
-def _constant(source: InitSource) -> Value:
+def constant(source: InitSource) -> Value:
+    """The number or word that the source is, if it is one."""
     return source.value if isinstance(source, Const) else None
 
 
-def _whole_number(context: Context, source: Apply, name: str, position: int) -> int:
+def whole_number(context: Context, source: Apply, name: str, position: int) -> int:
+    """An argument of a policy, by name or by position. Raises GraftError (G405) where it is no whole number."""
     given = source.options.get(name)
     if given is None and len(source.args) > position:
         given = source.args[position]
-    value = _constant(given) if given is not None else None
+    value = constant(given) if given is not None else None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -205,19 +207,15 @@ def missing_part(binding: str, name: str, available: tuple[str, ...], context: C
     )
 
 
-def _filled(submodule: nn.Module, value: float) -> Affine:
-    state = {n: torch.full_like(p.detach(), value) for n, p in submodule.named_parameters()}
-    return Affine(state["weight"], state.get("bias"))
-
-
-def _one(submodule: nn.Module) -> Affine:
-    weight = submodule.get_parameter("weight").detach()
-    return Affine(torch.zeros_like(weight), weight.new_ones(weight.shape[0]))
+def _own(submodule: nn.Module) -> Affine:
+    """What the submodule holds now."""
+    held = {name: p.detach() for name, p in submodule.named_parameters()}
+    return Affine(held["weight"], held.get("bias"))
 
 
 def _identity(source: Apply, context: Context, submodule: nn.Module) -> Affine:
     if isinstance(submodule, nn.Conv1d):
-        causal = _constant(source.options.get("causal", Const(context.arguments.get("causal"))))
+        causal = constant(source.options.get("causal", Const(context.arguments.get("causal"))))
         return policies.dirac(submodule.out_channels, submodule.kernel_size[0], causal is True)
     if isinstance(submodule, nn.Conv2d):
         return policies.dirac2d(submodule.out_channels, submodule.kernel_size[0])
@@ -244,8 +242,8 @@ def _per_head(source: Apply, inner: list[Affine], context: Context) -> Affine:
         raise ValueError(f"the heads of {context.name(part.site)} are not known")
     count = heads.of(part.name)
     if source.policy == "repeat":
-        return policies.repeat(inner[0], count, _whole_number(context, source, "times", 1))
-    return policies.mean_pool(inner[0], count, _whole_number(context, source, "groups", 1))
+        return policies.repeat(inner[0], count, whole_number(context, source, "times", 1))
+    return policies.mean_pool(inner[0], count, whole_number(context, source, "groups", 1))
 
 
 def _nearest_product(
@@ -276,8 +274,8 @@ def _apply(
         "product": lambda: policies.product(inner[0], inner[1]),
         "svd_inner": lambda: _nearest_product(source, inner[0], context, submodule)[0],
         "svd_outer": lambda: _nearest_product(source, inner[0], context, submodule)[1],
-        "zero": lambda: _filled(submodule, 0.0),
-        "one": lambda: _one(submodule),
+        "zero": lambda: policies.zero(_own(submodule)),
+        "one": lambda: policies.one(_own(submodule)),
         "identity": lambda: _identity(source, context, submodule),
         "mean_of_branches": lambda: _merge(context, mean=True),
         "sum_of_branches": lambda: _merge(context, mean=False),
@@ -287,8 +285,8 @@ def _apply(
     if name in simple:
         return simple[name]()
     if name in ("rows", "slice"):
-        first = _whole_number(context, source, "first", 1)
-        last = _whole_number(context, source, "last", 2)
+        first = whole_number(context, source, "first", 1)
+        last = whole_number(context, source, "last", 2)
         length = inner[0].weight.shape[0 if name == "rows" else 1]
         if not 0 <= first <= last < length:
             raise ValueError(f"{first} to {last} of {length}, counted from 0")
@@ -296,7 +294,7 @@ def _apply(
         return cut(inner[0], first, last + 1)
     if name == "random":
         seeded = bool(source.args) or "seed" in source.options
-        seed = _whole_number(context, source, "seed", 0) if seeded else context.seed
+        seed = whole_number(context, source, "seed", 0) if seeded else context.seed
         return fresh(submodule, seed, f"{context.path}.{path}")
     if name == "least_squares":
         otherwise = source.options.get("otherwise", Apply("zero"))
@@ -314,97 +312,4 @@ def unknown_policy(name: str, context: Context) -> NoReturn:
         site=context.path,
         wanted=", ".join(p for p in POLICIES if p not in WHOLE_POLICIES),
         help=f"write `{near}`" if near and near != name else None,
-    )
-
-
-def evaluate_whole(
-    source: InitSource, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
-) -> dict[str, Affine]:
-    """What a source of the whole operator gives each slot: slot → (path, submodule) in."""
-    if isinstance(source, Apply) and source.policy == "svd":
-        return _thin(source, context, slots)
-    if isinstance(source, Apply) and source.policy in WHOLE_POLICIES:
-        return _resized(source, context, slots)
-    if isinstance(source, Part) and source.name is None:
-        parts = context.parts.get(context.name(source.site), {})
-        wanted = {slot: parts.get(slot) for slot in slots}
-        return {
-            slot: part or missing_part(context.name(source.site), slot, tuple(parts), context)
-            for slot, part in wanted.items()
-        }
-    return {
-        slot: evaluate(source, context, submodule, path)
-        for slot, (path, submodule) in slots.items()
-    }
-
-
-def _thin(
-    source: Apply, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
-) -> dict[str, Affine]:
-    """`svd`: the best product of the operator's two thin maps, the inner one first."""
-    if len(slots) != 2:
-        context.refuse("G408", f"`svd` fills two maps, and `{context.operator}` has {len(slots)}")
-    (inner, (_, thin)), (outer, _) = slots.items()
-    site = source.args[0] if source.args else Part(SITE)
-    if isinstance(site, Part) and site.name is None:
-        site = Part(site.site, "map")
-    found = evaluate(site, context, thin, inner)
-    rank = thin.get_parameter("weight").shape[0]
-    if "rank" in source.options and (given := _whole_number(context, source, "rank", 1)) != rank:
-        context.refuse(
-            "G408", f"`svd` of rank {given}, and the maps of `{context.operator}` have {rank}",
-            "leave `rank` out: it is the operator's",
-        )  # fmt: skip
-    if found.weight.is_meta:
-        rows, columns = found.weight.shape
-        like = found.weight.new_empty
-        return {inner: Affine(like(rank, columns)), outer: Affine(like(rows, rank), found.bias)}
-    made = policies.svd(found, rank)
-    return {inner: made[0], outer: made[1]}
-
-
-def _resized(
-    source: Apply, context: Context, slots: Mapping[str, tuple[str, nn.Module]]
-) -> dict[str, Affine]:
-    """`resize` and `keep_top`: an MLP of another width. By activation: by magnitude, until data says."""
-    site = source.args[0] if source.args else Part(SITE)
-    binding = context.name(site.site) if isinstance(site, Part) else context.binding
-    parts = context.parts.get(binding, {})
-    for slot in slots:
-        if slot not in parts:
-            missing_part(binding, slot, tuple(parts), context)
-    # A gate that the operator has no place for must not vanish without a word.
-    if "gate" in parts and "gate" not in slots:
-        context.refuse("G404", f"`{binding}` is gated, and `{context.operator}` is not")
-    by = _constant(source.options.get("by", Const("magnitude")))
-    if by not in ("magnitude", "activation"):
-        context.refuse(
-            "G405",
-            f"`{source.policy}` cannot choose by `{by}`",
-            "write `by = magnitude`, or `by = activation`, which needs data",
-        )
-    mlp = {name: parts[name] for name in slots}
-    width = slots["up"][1].get_parameter("weight").shape[0]
-    have = mlp["up"].weight.shape[0]
-    if width == have:
-        return {name: policies.copy(part) for name, part in mlp.items()}
-    if width < have:
-        return policies.keep_top(mlp, width, policies.magnitude(mlp))
-    if source.policy == "keep_top":
-        context.refuse(
-            "G405",
-            f"`keep_top` cannot choose {width} neurons of {have}",
-            "drop the clause: the default copies all and zeroes the new columns",
-        )
-    made = {
-        name: fresh(submodule, context.seed, f"{context.path}.{path}")
-        for name, (path, submodule) in slots.items()
-    }
-    device = mlp["up"].weight
-    return policies.widen(
-        mlp,
-        {
-            n: Affine(m.weight.to(device), None if m.bias is None else m.bias.to(device))
-            for n, m in made.items()
-        },
     )

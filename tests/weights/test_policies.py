@@ -73,6 +73,32 @@ def test_product_is_one_map_after_the_other(biases):
     torch.testing.assert_close(_run(policies.product(outer, inner), x), _run(outer, _run(inner, x)))
 
 
+def test_identity_zero_and_one():
+    x = torch.randn(5, 4)
+    assert torch.equal(_run(policies.identity(4, 4), x), x)
+    assert torch.equal(_run(policies.identity(2, 4), x), x[:, :2])
+    wider = _run(policies.identity(6, 4), x)
+    assert torch.equal(wider, F.pad(x, (0, 2)))
+    assert torch.equal(_run(policies.zero(_affine(3, 4)), x), torch.zeros(5, 3))
+    assert policies.zero(_affine(3, 4, bias=False)).bias is None
+    assert torch.equal(_run(policies.one(_affine(3, 4)), x), torch.ones(5, 3))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_merge_starts_as_the_mean_or_the_sum_of_its_branches(share):
+    first, second = torch.randn(5, 4), torch.randn(5, 4)
+    merged = _run(policies.branch_merge(4, 2, share), torch.cat([first, second], -1))
+    torch.testing.assert_close(merged, share * (first + second))
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+def test_dirac_over_a_grid_passes_its_input(kernel):
+    a, x = policies.dirac2d(3, kernel), torch.randn(2, 3, 5, 6)
+    before = (kernel - 1) // 2
+    y = F.conv2d(F.pad(x, 2 * (before, kernel - 1 - before)), a.weight, a.bias, groups=3)
+    assert torch.equal(y, x)
+
+
 @pytest.mark.parametrize(("taps", "causal"), [(4, True), (5, False), (4, False), (1, True)])
 def test_dirac_passes_its_input(taps, causal):
     a, x = policies.dirac(3, taps, causal), torch.randn(2, 3, 9)
