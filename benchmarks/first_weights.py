@@ -44,6 +44,7 @@ from graftc.program.capture import capture  # noqa: E402
 from graftc.rewrite.inputs import own_facts  # noqa: E402
 from graftc.weights.alternating import solve_alternating  # noqa: E402
 from graftc.weights.choose import solve_keep_top  # noqa: E402
+from graftc.weights.fit import Fit  # noqa: E402
 from graftc.weights.initialise import initialise  # noqa: E402
 from graftc.weights.parts import Heads  # noqa: E402
 from graftc.weights.solve import solve_least_squares, solve_svd  # noqa: E402
@@ -272,11 +273,11 @@ def grafted(kind: str, operators: Mapping[int, nn.Module]) -> nn.Module:
     return model
 
 
-def start(case: Case) -> dict[int, nn.Module]:
-    """The operators with their first weights, solved where they ask for it."""
+def unsolved(case: Case) -> dict[int, tuple[nn.Module, list[Fit]]]:
+    """The operators with their first weights, and what of them waits for data."""
     spec = SPECS[case.operator]
     kind = _kind(case)
-    made: dict[int, nn.Module] = {}
+    made: dict[int, tuple[nn.Module, list[Fit]]] = {}
     for i in SITES:
         site = next(s for s in analysis().sites if s.path == f"blocks.{i}.{kind}")
         facts = own_facts(site, ())
@@ -289,13 +290,23 @@ def start(case: Case) -> dict[int, nn.Module]:
             operator, spec, arguments, site.role, case.clauses, {SITE: site_parts(analysis(), site)},
             site.path, heads=heads,
         )  # fmt: skip
+        made[i] = operator, list(dict.fromkeys(o.fit for o in origins if o.fit))
+    return made
+
+
+def start(case: Case) -> dict[int, nn.Module]:
+    """The operators with their first weights, solved where they ask for it."""
+    kind = _kind(case)
+    made: dict[int, nn.Module] = {}
+    for i, (operator, fits) in unsolved(case).items():
         x, y = activations(kind)["train"][i]
         batches = [
             ((a,), b)
             for a, b in zip(x[:CALIBRATION].split(BATCH), y[:CALIBRATION].split(BATCH), strict=True)
         ]
-        for fit in dict.fromkeys(o.fit for o in origins if o.fit):
+        for fit in fits:
             if fit.policy == "keep_top":
+                site = next(s for s in analysis().sites if s.path == f"blocks.{i}.{kind}")
                 mlp = site_parts(analysis(), site)
                 solve_keep_top(operator, fit.linear, fit.blocks, mlp, batches)
             elif fit.policy == "svd":

@@ -1,4 +1,4 @@
-"""What an operator can hold of what the teacher does: the default start, trained three times as long as stage 1 of the table.
+"""What an operator can hold of what the teacher does: the default start, trained twice as long as stage 1 of the table.
 
     python benchmarks/first_weights_ceiling.py               # what is not yet in first_weights.json
     python benchmarks/first_weights_ceiling.py --only relu   # rows whose key has that text
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from graftc.distillation.optim import Group, Optimiser, Schedule
 
-LONG = 1200
-"""Steps of stage 1: beside 100 and 400 they show what many more still bring."""
+LONG = 800
+"""Steps of stage 1: beside 100 and 400 they show what more still bring."""
 TOGETHER = 400
 """Steps of all sites at once on the model's output, after 400 of stage 1."""
 WANTED = (
