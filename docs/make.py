@@ -17,6 +17,7 @@ from graftc.language.resources import grammar_text
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from diagnostics_page import diagnostics_page  # noqa: E402
 from operators_page import operators_page  # noqa: E402
 
 _HEAD = """# The grammar
@@ -118,6 +119,7 @@ def outputs() -> dict[Path, str]:
     return {
         HERE / "grammar.md": grammar_page(grammar_text()),
         HERE / "operators.md": operators_page(),
+        HERE / "diagnostics.md": diagnostics_page(),
         HERE / "editors/vscode/syntaxes/graft.tmLanguage.json": json.dumps(
             textmate(), indent=4, ensure_ascii=False
         )

@@ -357,7 +357,7 @@ def _size(op: Op) -> int:
     val = op.node.meta.get("val")
     if isinstance(val, (int, torch.SymInt)):
         return size_hint(val)
-    fail("G220", "an operand of a movement is no size", site=f"{op.path} ({op.target})")
+    fail("G254", "an operand of a movement is no size", site=f"{op.path} ({op.target})")
 
 
 def affine(
@@ -369,13 +369,13 @@ def affine(
         return ref.tensors(program)
     if ref is None:
         fail(
-            "G221",
+            "G255",
             f"{site} has no part `{name}`",
             site=site,
             wanted=", ".join(refs) or "a site with parts",
             found=name,
         )
-    fail("G222", f"part `{name}` of {site} is not an affine map: {ref}", site=site)
+    fail("G256", f"part `{name}` of {site} is not an affine map: {ref}", site=site)
 
 
 __all__ = ["PartRef", "affine", "part_refs"]
