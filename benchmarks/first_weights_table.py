@@ -30,7 +30,7 @@ DEFAULTS = {
     "attention(kv_heads = 1)": "k and v pooled",
     "mamba2(head_dim = 16, causal = false)": "random, out fitted",
 }
-"""The policy that a rule without `init` gets."""
+"""The policy that a rule without `init` gets; of multi-query attention, what a rule has to ask for."""
 FITTED = (
     "all fitted in turn",
     "reused, v and out fitted",

@@ -56,6 +56,9 @@ OPERATORS = {
     "sliding_window(window = 4)": "reused, v and out fitted",
     "linear_attention(feature = relu)": "reused, v and out fitted",
     "local_attention_2d(radius = 3, height = 8, width = 8)": "reused, v and out fitted",
+    "hyena_y(kernel = 17, causal = false)": "all fitted in turn",
+    "hyena_se(kernel = 17, causal = false)": "all fitted in turn",
+    "hyena_x(kernel = 4, causal = true)": "all fitted in turn",
 }
 TRIED = (
     Variation(),
