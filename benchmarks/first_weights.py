@@ -96,6 +96,21 @@ RANDOM: Clauses = [(None, Apply("random", (), {"seed": Const(0)}))]
 ONES: Clauses = [("q", Apply("one")), ("k", Apply("one")), ("v", part("v"))]
 
 
+CONSTANT = Case("constant", {}, "each token's mean", trained=False)
+"""The control that looks at nothing."""
+
+
+class Mean(nn.Module):
+    """What the teacher's site gives on average, token by token, whatever comes in."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", outputs.mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_buffer("mean").expand_as(x)
+
+
 def cases() -> Iterator[Case]:
     """Most wanted first: a run that is stopped has measured what decides a default."""
     hyena: dict[str, Any] = {"kernel": 17, "causal": False}
@@ -114,6 +129,7 @@ def cases() -> Iterator[Case]:
         ("hyena_se", hyena),
     )
     yield Case("token_linear", {}, "least squares", trained=False)
+    yield CONSTANT
     for operator, arguments in hyenas[:1]:
         yield from _hyena(operator, arguments)
     for operator, arguments in attention[:2]:
@@ -298,6 +314,8 @@ def start(case: Case) -> dict[int, nn.Module]:
     """The operators with their first weights, solved where they ask for it."""
     kind = _kind(case)
     made: dict[int, nn.Module] = {}
+    if case is CONSTANT:
+        return {i: Mean(activations(kind)["train"][i][1][:CALIBRATION]) for i in SITES}
     for i, (operator, fits) in unsolved(case).items():
         x, y = activations(kind)["train"][i]
         batches = [
@@ -428,8 +446,7 @@ def run_frechet() -> None:
     protocol = Protocol(2000, (0, 1, 2))
     known = {case.key: case for case in cases()}
     for steps in (0, 400):
-        for title, policy in FRECHET:
-            case = known[f"{title} | {policy}"]
+        for case in [known[f"{t} | {p}"] for t, p in FRECHET] + [CONSTANT] * (steps == 0):
             model: Callable[..., Any] | None = None
             for seed in protocol.seeds:
                 key = f"{case.key} | {steps} | {seed}"

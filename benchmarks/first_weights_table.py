@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from first_weights import FRECHET, PLACES
+from first_weights import CONSTANT, FRECHET, PLACES
 
 CONTROL = "token_linear() | least squares"
 REFERENCE = "random, AdamW"
@@ -219,6 +219,11 @@ def _frechet(found: Mapping[str, Any]) -> str:
             for k in (TEACHER, "teacher/stage 2", "removed/untrained", LINEAR)
         ),
     ]
+    constant = [v for k, v in found["frechet"].items() if k.startswith(f"{CONSTANT.key} | ")]
+    drawn = _spread(constant) if constant else NOT_RUN
+    lines.append(
+        f"| each site gives its mean by token, whatever it reads | {drawn} | {len(constant)} | |"
+    )
     for steps, said in ((0, "no step"), (400, "after 400 steps of stage 1")):
         for title, policy in FRECHET:
             key = f"{title} | {policy} | {steps} | "
