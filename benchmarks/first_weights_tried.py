@@ -262,13 +262,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", metavar="TEXT", help="rows whose key has this text")
+    parser.add_argument("--exact", action="store_true", help="the row whose key is that text")
     words = parser.parse_args()
     torch.set_num_threads(1)
     known = {case.key: case for case in measured.cases()}
     for title, policy in OPERATORS.items():
         for how in TRIED:
             key = f"{title} | {how.name}"
-            if (words.only or "") not in key or key in measured.read().get("tried", {}):
+            chosen = key == words.only if words.exact else (words.only or "") in key
+            if not chosen or key in measured.read().get("tried", {}):
                 continue
             row = measure(known[f"{title} | {policy}"], how)
             found = measured.read()
