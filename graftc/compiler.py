@@ -28,7 +28,7 @@ from graftc.program.capture import capture
 from graftc.program.given_weights import load_weights, weights_hash
 from graftc.program.libraries import LibraryReference
 from graftc.program.model import Model, Reference, as_model, load_model, model_reference, source_of
-from graftc.program.modes import check_mode
+from graftc.program.modes import captured
 from graftc.program.parts import PartRef, part_refs
 from graftc.program.program import Program
 from graftc.rewrite.apply import Patch, apply, undo
@@ -79,7 +79,7 @@ def compile_model(
 
     `measuring`: what measured selectors are measured on, where the rules have any.
     """
-    return compile_analysis(rules, analyse(capture(model)), model, seed, measuring)
+    return compile_analysis(rules, analyse(captured(model)), model, seed, measuring)
 
 
 def compile_analysis(
@@ -194,7 +194,6 @@ def compile_build(
         if asks(rules)
         else None
     )
-    in_train_mode = check_mode(loaded)
     compiled = compile_model(rules, loaded, seed, on)
     targets, student, plan = compiled.targets, compiled.student, plan_dict(compiled.plan)
     if student_weights is not None:
@@ -223,7 +222,7 @@ def compile_build(
             "data": _named(data, "DATA"),
             "task": _task_entry(task, loaded.task),
             "checks": list(compiled.checks),
-            "notes": [render(n) for n in (*compiled.plan.notes, *in_train_mode)],
+            "notes": [render(n) for n in compiled.plan.notes],
             "forms": forms(compiled.plan, compiled.analysis, student, loaded),
         },
         copy_teacher=copy_teacher or not isinstance(model, str),

@@ -14,6 +14,7 @@ from torch import fx
 from graftc.program.analysis import Analysis
 from graftc.program.calls import CallRecord, Leaf, recorded
 from graftc.program.model import Model
+from graftc.program.modes import in_mode
 from graftc.program.program import Program, shape_hint
 from graftc.program.saved import Saved
 from graftc.rewrite.edits import Edit
@@ -34,7 +35,8 @@ def forms(plan: Plan, analysis: Analysis, student: Program, model: Model) -> dic
     paths = [] if outlined else [s.path for e in plan.edits for s in e.sites]
     found: dict[str, Any] = {"class": analysis.program.classes.get("", ""), "modules": None}
     try:
-        calls = recorded(model, ["", *paths])
+        with in_mode(model.module, training=False):
+            calls = recorded(model, ["", *paths])
     except Exception as error:  # the original's own: it needs values to run
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return {**found, "reason": f"the original does not run on fake tensors: {first}"}

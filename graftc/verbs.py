@@ -62,10 +62,10 @@ def inspect(
     [('0', 76)]
     """
     from graftc.program.analysis import analyse
-    from graftc.program.capture import capture
+    from graftc.program.modes import captured
 
     loaded = as_model(model, on_meta=data is None, weights=weights)
-    found = analyse(capture(loaded))
+    found = analyse(captured(loaded))
     if data is not None:
         from graftc.compiler import check_weights
         from graftc.measures import measure
@@ -178,7 +178,7 @@ def _analysis(
 ) -> Analysis:
     """The model's Analysis, on the meta device; with weights and measures where the rules ask for them and DATA is there."""
     from graftc.program.analysis import analyse
-    from graftc.program.capture import capture
+    from graftc.program.modes import captured
     from graftc.selectors import asks, measured_for, measuring
 
     measures = data is not None and asks(rules)
@@ -191,7 +191,7 @@ def _analysis(
         on = measuring(loaded, data, task, samples=samples, seed=seed, cache=cache)
     elif data is not None:
         load_data(data)
-    return measured_for(rules, analyse(capture(loaded)), on)
+    return measured_for(rules, analyse(captured(loaded)), on)
 
 
 def compile(

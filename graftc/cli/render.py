@@ -58,6 +58,7 @@ def wide_table(*columns: str) -> Table:
 
 def show_analysis(analysis: Analysis) -> None:
     from graftc.diagnostics import render
+    from graftc.program.dropout import told
 
     console = wide_console()
     program = analysis.program
@@ -70,6 +71,8 @@ def show_analysis(analysis: Analysis) -> None:
         )
     for note in program.facts.notes:
         console.print(f"  note: {note}")
+    if dropped := told(program):
+        console.print(f"  note: in train mode {dropped}, which a student keeps")
     for warning in program.facts.warnings:
         console.print(render(warning))
     for chain in analysis.chains:
@@ -140,6 +143,7 @@ def facts_text(site: Site) -> str:
 
 def analysis_dict(analysis: Analysis) -> dict[str, Any]:
     from graftc.diagnostics import to_json
+    from graftc.program.dropout import told
     from graftc.rewrite.plan_text import measured_on_dict
 
     return {
@@ -150,6 +154,7 @@ def analysis_dict(analysis: Analysis) -> dict[str, Any]:
             for p in analysis.program.inputs
         ],
         "notes": list(analysis.program.facts.notes),
+        "dropout": told(analysis.program),
         "warnings": [to_json(w) for w in analysis.program.facts.warnings],
         "chains": [{"name": c.name, "blocks": list(c.paths)} for c in analysis.chains],
         "sites": [

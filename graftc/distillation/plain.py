@@ -19,6 +19,7 @@ from graftc.distillation.loss import Moments, Scale
 from graftc.distillation.optim import align
 from graftc.distillation.pending import solve_pending
 from graftc.distillation.run import Build
+from graftc.distillation.scopes import without_dropout
 from graftc.distillation.students import Student, students_of
 from graftc.distillation.targets import Cut, Site, Targets, from_dict
 
@@ -105,6 +106,7 @@ class Distillation:
         self.targets: Targets = from_dict(build.targets)
         self.teacher = align(build.teacher()).eval().requires_grad_(False)
         self.student = align(build.student()).train()
+        self._rates = without_dropout(self.student)
         self.task = task
         self._candidates: dict[str, Loaded] = {
             one.site.name: one for one in load_candidates(build, self.targets.sites)
@@ -163,7 +165,7 @@ class Distillation:
             pass
 
     def merge(self, choose: Mapping[str, int] | None = None) -> nn.Module:
-        """The student with what was trained, in eval mode. `choose`: site → which candidate takes its place.
+        """The student with what was trained, in eval mode, its dropout on again for train mode. `choose`: site → which candidate takes its place.
 
         The student's own modules are used, not copied. Raises GraftError: no such candidate (G581), one
         that the student's call cannot take (G582).
@@ -181,6 +183,8 @@ class Distillation:
                      site=site_name, wanted=", ".join(one.candidate.inputs), found=", ".join(ours),
                      help="write a file without `one of`; a bank gives the weights")  # fmt: skip
             self.student.set_submodule(one.of.student.output, one.model.get_submodule("operator"))
+        for module, rate in self._rates:
+            module.p = rate  # type: ignore[assignment]
         return self.student.eval()
 
     def _task(self) -> Task:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from graftc.diagnostics import fail
 from graftc.distillation.sources import seeded
 from graftc.distillation.students import Student
+from graftc.program.dropout_rate import KEPT
 
 
 @contextmanager
@@ -82,6 +84,17 @@ def _mallopt() -> Callable[[int, int], int] | None:
     if own or not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), "mallopt", None)
+
+
+def without_dropout(student: nn.Module) -> list[tuple[nn.Module, float]]:
+    """Stage 1 fits the teacher's values, which have no dropout: the original's in the student drops nothing from now on.
+
+    What an operator brought drops as its author wrote it. Returned are the modules with their rates, to put these back.
+    """
+    rates = [(m, float(m.p)) for m in student.modules() if getattr(m, KEPT, False)]  # type: ignore[arg-type]
+    for module, _ in rates:
+        module.p = 0.0  # type: ignore[assignment]
+    return rates
 
 
 @contextmanager

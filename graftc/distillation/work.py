@@ -17,6 +17,7 @@ from graftc.distillation.optim import align
 from graftc.distillation.pieces import in_pieces
 from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.run import Build
+from graftc.distillation.scopes import without_dropout
 from graftc.distillation.student_inputs import StudentInputs
 from graftc.distillation.students import Student, students_of
 from graftc.distillation.targets import Site, Targets
@@ -39,6 +40,7 @@ class Work:
     ) -> None:
         self.targets, self.setting, self.options = targets, setting, options
         self.student = student.train()
+        without_dropout(self.student)
         self.candidates = {one.site.name: one for one in candidates}
         self.generations = targets.generations()
         self.parts: tuple[tuple[int, tuple[Site, ...]], ...] = tuple(

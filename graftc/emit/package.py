@@ -19,7 +19,9 @@ from torch import nn
 
 import graftc.emit.files as files
 from graftc.diagnostics import fail
+from graftc.emit.dropout import with_dropout
 from graftc.emit.source import source, without_folders
+from graftc.program.dropout_rate import KEPT
 from graftc.program.outline import original_name
 from graftc.program.program import Program
 
@@ -51,6 +53,7 @@ def write_package(
     """
     folder = Path(directory)
     provenance = {path: without_folders(text) for path, text in (provenance or {}).items()}
+    _, dropouts = with_dropout(program)
     text = source(program, provenance=provenance, made_by=made_by)
     stored, ties = stored_state(program.root)
     if any(t.is_meta for t in stored.values()):
@@ -72,6 +75,7 @@ def write_package(
         "graftc_package": FORMAT,
         **describe(program),
         "weights": {**entry, "ties": ties},
+        **({"dropout": list(dropouts)} if dropouts else {}),
         "provenance": provenance,
         "versions": versions(),
         **(config or {}),
@@ -212,6 +216,8 @@ def load_package(
         _take_linked(model, entry, state, folder)
     if weights is not None:
         read_weights(module, model, Path(weights), part=True)
+    for path in config.get("dropout", ()):
+        setattr(model.get_submodule(path), KEPT, True)
     return model.train(config["facts"]["mode"] == "train")
 
 

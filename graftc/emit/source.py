@@ -12,11 +12,13 @@ from torch import fx, nn
 from graftc.emit.classes import Class, Tree, build_tree
 from graftc.emit.containers import constructor_of_list, list_members
 from graftc.emit.describe import docstring
+from graftc.emit.dropout import with_dropout
 from graftc.emit.forward import Access, Forward, Hints, forward
 from graftc.emit.names import Style, clean, stream_name
 from graftc.emit.opaque import libraries
 from graftc.emit.standalone import CALL, CHECK, LOAD
 from graftc.emit.wrap import quoted, wrap
+from graftc.program.dropout import told
 from graftc.program.program import Program, join, value
 
 
@@ -34,6 +36,7 @@ def source(
     >>> [line.strip() for line in source(program).splitlines() if "super().__init__" in line]
     ['super().__init__(nn.Linear(4, 4), nn.ReLU())']
     """
+    program, _ = with_dropout(program)
     tree = build_tree(program)
     style = _style(program)
     forwards = _forwards(tree, style)
@@ -79,6 +82,7 @@ def _head(program: Program, tree: Tree, root: Class, made_by: str, body: str) ->
         *([f"{made_by}."] if made_by else []),
         f"Captured in {facts.mode} mode at {facts.dtype}; {dynamic} may vary from call to call.",
         *[f"Note: {note}" for note in facts.notes],
+        *([f"In train mode: {dropped}."] if (dropped := told(program)) else []),
         "It needs torch, and safetensors to load its weights: `model = load()`.",
         *[f"And {m}, which registers the operators of {n}." for m, n in others.items()], '"""', "",
         "from __future__ import annotations", "",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import fx, nn
 from torch.export.unflatten import InterpreterModule
 
 from graftc.diagnostics import GraftError
+from graftc.program import dropout
+from graftc.program.dropout import Lines
 from graftc.program.dtypes import follow_weights
 from graftc.program.export import Exported, export
 from graftc.program.fixed import make_constant
@@ -52,24 +55,40 @@ def capture(model: Model) -> Program:
     ['0', '1']
     """
     check_supported(model)
+    return _shared_or_not(model)
+
+
+def trained(model: Model) -> tuple[Program, Lines]:
+    """The Program of a model whose module is in train mode, its dropouts noted beside the graphs (`program.dropout`),
+    and the lines of those that could not be noted.
+
+    What else is random stays in the graphs, for `program.modes` to compare. Raises GraftError where it cannot be traced.
+    """
+    lost: Lines = Counter()
+    return _shared_or_not(model, lost), lost
+
+
+def _shared_or_not(model: Model, lost: Lines | None = None) -> Program:
     try:
-        return _capture(model, share=True)
+        return _capture(model, True, lost)
     except (NotShared, GraftError):  # then the model's own error is told, not one of sharing
-        return _capture(model, share=False)
+        return _capture(model, False, lost)
 
 
-def _capture(model: Model, share: bool) -> Program:
+def _capture(model: Model, share: bool, lost: Lines | None) -> Program:
     inputs = dict(model.inputs.items())
     dynamic, notes = _dynamic_dimensions(model)
     inputs = _at_least_two(inputs, dynamic)
     values = {n: inputs[n] for n in model.fixed}
     inputs |= {n: v.to(_device(model, v)) for n, v in values.items()}
-    traced = export(model.module, inputs, dynamic, share, values)
+    traced = export(model.module, inputs, dynamic, share, values, random=lost is not None)
     with sizes_told(traced.program.graph_module):
-        return _program(model, inputs, traced, notes)
+        return _program(model, inputs, traced, notes, lost)
 
 
-def _program(model: Model, inputs: dict[str, Any], traced: Exported, notes: list[str]) -> Program:
+def _program(
+    model: Model, inputs: dict[str, Any], traced: Exported, notes: list[str], lost: Lines | None
+) -> Program:
     values = {n: inputs[n] for n in model.fixed}
     exported, dynamic = traced.program, traced.dynamic
     notes = [*notes, *traced.notes]
@@ -103,9 +122,14 @@ def _program(model: Model, inputs: dict[str, Any], traced: Exported, notes: list
         ),
         classes={path: _class_name(m) for path, m in model.module.named_modules()},
     )
+    found = dropout.note(program.root) if lost is not None else Counter[str]()
     root = normalise(program.root)
+    found -= dropout.lines(root) if found else found
     _share(root, model.module)
-    return outline(follow_weights(replace(program, root=root)))
+    whole = outline(follow_weights(replace(program, root=root)))
+    if lost is not None:
+        lost.update(found)
+    return whole
 
 
 def _dynamic_dimensions(model: Model) -> tuple[dict[str, dict[int, str]], list[str]]:

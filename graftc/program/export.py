@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graftc.diagnostics import Diagnostic, GraftError, Note
 from graftc.program.fixed import values_known
-from graftc.program.impure import backwards_noted, check_random
+from graftc.program.impure import backwards_noted, certain_choices, check_random
 from graftc.program.kept import as_it_was
 from graftc.program.model import user_error
 from graftc.program.program import ATEN, DATA_DEPENDENT
@@ -48,10 +48,12 @@ def export(
     dynamic: Dynamic,
     share: bool = True,
     values: Mapping[str, torch.Tensor] | None = None,
+    random: bool = False,
 ) -> Exported:
     """Trace a module; with `share`, blocks that repeat are traced once (`graftc.program.repeats`).
 
-    `values`: of inputs that are fixed, for what the model reads out of them.
+    `values`: of inputs that are fixed, for what the model reads out of them. `random`: numbers that forward draws
+    are no error, and a choice by one of them that is certain (drop a layer with probability 0) is made.
 
     Raises GraftError with the user's own line where the model cannot be traced, NotShared where it has
     to be traced without sharing.
@@ -59,7 +61,7 @@ def export(
     if isinstance(module, Saved):
         return _saved(module.exported, dynamic)
     lost: dict[str, Diagnostic] = {}
-    run = partial(_run, share=share, values=values or {}, lost=lost)
+    run = partial(_run, share=share, values=values or {}, lost=lost, random=random)
     dims = {d: torch.export.Dim(d) for by in dynamic.values() for d in by.values()}
     left = {k: dict(v) for k, v in dynamic.items()}
     notes: list[str] = []
@@ -79,8 +81,9 @@ def export(
         raise NotShared("the model writes to tensors, perhaps to a block's inputs")
     exported = _functional(exported)
     inline_regions(exported.graph_module)
-    check_random(exported.graph_module, module.training)
-    warned = (*without_writes(exported), *lost.values())
+    if not random:
+        check_random(exported.graph_module, module.training)
+    warned = (*without_writes(exported, told=not random), *lost.values())
     return Exported(exported, blocks, {k: v for k, v in left.items() if v}, notes, warned)
 
 
@@ -144,10 +147,11 @@ def _run(
     share: bool,
     values: Mapping[str, Any],
     lost: dict[str, Diagnostic],
+    random: bool = False,
 ) -> Traced:
     once = traced_once(module) if share else nullcontext(Blocks())
     known, noted = values_known(module, values), backwards_noted(lost)
-    quietly = (_silent(), torch.no_grad(), _no_fast_path())
+    quietly = (_silent(), torch.no_grad(), _no_fast_path(), *((certain_choices(),) if random else ()))
     with ExitStack() as stack:
         changes = stack.enter_context(as_it_was(module))
         for context in (*quietly, noted):
@@ -157,8 +161,9 @@ def _run(
         exported = torch.export.export(
             module, (), dict(inputs), dynamic_shapes=shapes, strict=False
         )
-    check_constants(exported, module, changes)
-    check_attributes(module, inputs, changes)
+    if not random:  # eval mode has been looked at; of train mode only what differs is asked
+        check_constants(exported, module, changes)
+        check_attributes(module, inputs, changes)
     return exported, blocks
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from graftc.diagnostics import Diagnostic, Note, fail
 from graftc.program.program import ATEN
@@ -98,3 +100,33 @@ def backwards_noted(lost: dict[str, Diagnostic]) -> Generator[None]:
         yield
     finally:
         function.apply = original
+
+
+class certain_choices(TorchFunctionMode):
+    """Within, `torch.rand([]) < p` is a plain False for p ≤ 0 and True for p ≥ 1, so that `if` needs no value of it.
+
+    transformers' layers are left out so (`layerdrop`), with probability 0 as a rule. And a dropout in place is one of
+    its result, which alone can be told.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WITH_INPLACE:
+            args, kwargs = args[:3], {k: v for k, v in (kwargs or {}).items() if k != "inplace"}
+        if func in _BELOW and len(args) == 2 and any(args[0] is d for d in self._drawn):
+            bound = args[1]
+            if isinstance(bound, (int, float)) and not 0 < bound < 1:
+                return bound >= 1
+        made = func(*args, **(kwargs or {}))
+        if func is torch.rand and isinstance(made, torch.Tensor) and made.ndim == 0:
+            self._drawn.append(made)
+        return made
+
+
+_WITH_INPLACE = frozenset({
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+})  # fmt: skip
+_BELOW = frozenset({torch.lt, torch.Tensor.lt, torch.Tensor.__lt__})

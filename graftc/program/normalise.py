@@ -9,13 +9,14 @@ trains, and patterns meet one form. Patterns go through the same passes as model
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from graftc.program import complex, einsum, sizes
+from graftc.program import complex, dropout, einsum, sizes
 from graftc.program.program import ATEN, generate_code, graphs, join, sweep, value
 
 _ASSERTIONS = {
@@ -36,6 +37,8 @@ def normalise(root: fx.GraphModule) -> fx.GraphModule:
         _positional_outputs(module.graph)
         for node in list(module.graph.nodes):
             _drop_assertion(module.graph, node)
+        for node in list(module.graph.nodes):
+            _whole_batch_norm(node)
         for node in list(module.graph.nodes):
             if node.op == "call_function":
                 if node.target is ATEN._unsafe_view.default:  # a reshape on the meta device
@@ -73,6 +76,8 @@ def _forward_no_op(node: fx.Node) -> None:
     if rule is not None and rule(node):
         source = node.args[0]
         assert isinstance(source, fx.Node)
+        if all(u is node or u.target in dropout.SIZES for u in source.users):
+            dropout.hand_over(node, source)
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)  # not left to dead-code elimination: dropout counts as impure
 
@@ -124,13 +129,34 @@ _NO_OPS: dict[Callable[..., Any], Callable[[fx.Node], bool]] = {
     ATEN.slice.Tensor: _is_full_slice,
     ATEN.dropout.default: _is_off,
     ATEN.feature_dropout.default: _is_off,
+    ATEN.alpha_dropout.default: _is_off,
+    ATEN.feature_alpha_dropout.default: _is_off,
     ATEN.native_dropout.default: lambda n: False,
     ATEN.div.Tensor: _keeps_kind,
     ATEN.mul.Tensor: _keeps_kind,
     ATEN.alias.default: lambda n: True,
+    ATEN.clone.default: lambda n: not n.kwargs,  # nothing writes in place here, so a copy is the value
     ATEN.detach_.default: lambda n: True,
     ATEN.lift_fresh_copy.default: lambda n: True,
 }
+
+
+def _whole_batch_norm(node: fx.Node) -> None:
+    """A batch norm in eval mode as one op; a model that writes in place comes with it in a form of three results."""
+    if node.target is not ATEN._native_batch_norm_legit_no_training.default:
+        return
+    *tensors, momentum, eps = node.args
+    if any(u.target is not operator.getitem or u.args[1] != 0 for u in node.users):
+        return
+    with node.graph.inserting_before(node):
+        whole = node.graph.call_function(
+            ATEN.batch_norm.default, (*tensors, False, momentum, eps, True)
+        )
+    whole.meta = {**node.meta, "val": value(node)[0]}
+    for part in list(node.users):
+        part.replace_all_uses_with(whole)
+        node.graph.erase_node(part)
+    node.graph.erase_node(node)
 
 
 def _unpin_device(node: fx.Node) -> None:

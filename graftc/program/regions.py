@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from graftc.program.dropout import NOTED, hand_over, left_behind
 from graftc.program.program import value
 
 
@@ -106,7 +107,10 @@ def outline_nodes(
     with owner.graph.inserting_after(last):
         call = owner.graph.create_node("call_module", local, tuple(inputs), name=local)
     owner.add_module(local, module)
-    _reconnect(owner.graph, call, exits, inside)
+    for exit_, result in zip(exits, _reconnect(owner.graph, call, exits, inside), strict=True):
+        if not any(u in inside for u in exit_.users):
+            hand_over(exit_, result)  # what is dropped of the region's result is no part of the region
+            copies[exit_].meta[NOTED] = left_behind(copies[exit_])
     for node in reversed(chosen):
         owner.graph.erase_node(node)
         nodes.move(node, copies[node])
@@ -128,7 +132,10 @@ def _graph_of(
     return graph, copies
 
 
-def _reconnect(graph: fx.Graph, call: fx.Node, exits: list[fx.Node], inside: set[fx.Node]) -> None:
+def _reconnect(
+    graph: fx.Graph, call: fx.Node, exits: list[fx.Node], inside: set[fx.Node]
+) -> list[fx.Node]:
+    """Let the others read the call's results in place of the exits; the results."""
     if len(exits) == 1:
         call.meta["val"] = value(exits[0])
         results = [call]
@@ -142,6 +149,7 @@ def _reconnect(graph: fx.Graph, call: fx.Node, exits: list[fx.Node], inside: set
             results.insert(0, item)
     for exit_, result in zip(exits, results, strict=True):
         exit_.replace_all_uses_with(result, delete_user_cb=lambda u: u not in inside)
+    return results
 
 
 def _move_parts(
@@ -153,7 +161,9 @@ def _move_parts(
 ) -> dict[str, str]:
     """Register under the new module what its nodes call and read; take it from the old place if nobody else does."""
     names: dict[str, str] = {}
-    targets = dict.fromkeys(str(n.target) for n in chosen if n.op in ("call_module", "get_attr"))
+    every = dict.fromkeys(str(n.target) for n in chosen if n.op in ("call_module", "get_attr"))
+    # A weight that is read beside its module's call (for its dtype) goes with the module.
+    targets = [t for t in every if not any(t.startswith(f"{o}.") for o in every)]
     left = {
         str(n.target)
         for n in owner.graph.nodes

@@ -34,10 +34,13 @@ STATE_HELP = (
 )
 
 
-def without_writes(exported: torch.export.ExportedProgram) -> list[Diagnostic]:
+def without_writes(
+    exported: torch.export.ExportedProgram, told: bool = True
+) -> list[Diagnostic]:
     """Take the writes out of a functional program (in place); a warning (G811) on each.
 
-    Raises GraftError (G809) where an output depends on what is written: the model keeps state from call to call.
+    Raises GraftError (G809), where that is to be `told`, if an output depends on what is written: the model keeps state
+    from call to call.
     """
     graph, signature = exported.graph_module.graph, exported.graph_signature
     output = next(n for n in graph.nodes if n.op == "output")
@@ -57,7 +60,7 @@ def without_writes(exported: torch.export.ExportedProgram) -> list[Diagnostic]:
     warnings_: list[Diagnostic] = []
     for value, spec in written:
         line = next(iter(own_lines(value.meta.get("stack_trace"))), "")
-        if spec.kind is not OutputKind.USER_INPUT_MUTATION and held.get(spec.target) in {
+        if told and spec.kind is not OutputKind.USER_INPUT_MUTATION and held.get(spec.target) in {
             n.name for n in reached
         }:
             fail(

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from graftc.diagnostics import fail
+from graftc.program.dropout import hand_over
 from graftc.program.program import Program, value
 from graftc.rewrite.apply_common import (
     check_shape,
@@ -82,6 +83,7 @@ def call_copy(
     with source.graph.inserting_after(after):
         node = source.graph.call_module(local(edit.graph, new.path), args, dict(source.kwargs))
     node.meta["val"] = value(source)
+    hand_over(source, node)
     return node
 
 

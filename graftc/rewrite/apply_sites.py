@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from graftc.diagnostics import fail
+from graftc.program.dropout import hand_out
 from graftc.program.program import ATEN, Program, value
 from graftc.rewrite.apply_common import (
     STREAM,
@@ -30,6 +31,7 @@ def replace_site(root: fx.GraphModule, program: Program, edit: Edit, on_meta: bo
     module = place(root, new, node.args[site.stream], on_meta)
     node.args, node.kwargs = call_arguments(new, node)
     node.meta[STREAM] = 0
+    hand_out(program.module(site.path), node)
     if "mask" in node.kwargs:
         mask, stream = (value(n).shape for n in (node.kwargs["mask"], node.args[0]))
         check_mask(new.path, tuple(mask), tuple(stream), edit.rule.edit.span)

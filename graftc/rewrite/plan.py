@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from graftc.diagnostics import Diagnostic, GraftError, fail
 from graftc.language.rules import Finetune, Rules
 from graftc.program.analysis import Analysis
 from graftc.program.cost import parameter_count
+from graftc.program.dropout import noted, told
 from graftc.program.measured import MeasuredOn
 from graftc.program.overview import overview
+from graftc.program.program import Program
 from graftc.rewrite.apply import apply
 from graftc.rewrite.claims import check_claims
 from graftc.rewrite.dataflow.own_side import own_side
@@ -94,6 +97,7 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     after = flops + sum(s.after.flops - s.before.flops for s in steps)
     repeated = [r for r in rules.rules if r.repeat is not None]
     student, rounds = run_repeated(repeated, student)
+    notes += dropout_notes(analysis.program, student)
     after += sum(r.flops for r in rounds)
     notes += pending_notes(rounds)
     return Plan(
@@ -108,6 +112,19 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
         chains=tuple(overview(analysis)),
         measured=analysis.measured,
     )
+
+
+def dropout_notes(teacher: Program, student: Program) -> list[Diagnostic]:
+    """A note (G832) on the dropout of train mode: where the student has it, and where it went with what was replaced."""
+    if not told(teacher):
+        return []
+    before, after = (Counter(d.p for *_, d in noted(p)) for p in (teacher, student))
+    gone = sum((before - after).values())
+    went = f"; at {gone} more it went with what the rules replace" if gone else ""
+    kept = told(student) or "no dropout"
+    help_ = "`student.train()` turns it on, as stage 2 does; stage 1 trains without"
+    message = f"the student keeps the original's train mode: {kept}{went}"
+    return [Diagnostic("G832", message, site="MODEL", help=help_, severity="note")]
 
 
 def _proved(selections: list[Matches], edits: list[Edit], analysis: Analysis) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from graftc.diagnostics import GraftError, Span, fail
 from graftc.language.rules import NewParameter, Rewrite, Rule, SiteTerm
+from graftc.program.dropout import hand_over
 from graftc.program.flat import Op
 from graftc.program.program import ATEN, Program, join, value
 from graftc.program.roles import MOVEMENTS
@@ -138,6 +139,7 @@ def rewrite_region(
         _check_same(rule, region, name, opening.node(region.results[name]), node)
     olds = {opening.node(region.results[name]): node for name, node in replaced.items()}
     for old, node in olds.items():
+        hand_over(old, node)
         old.replace_all_uses_with(node, delete_user_cb=lambda user: user.meta.get("graft") != mark)
         _loosen_views(old, node)
     for place in reversed(region.gone):
