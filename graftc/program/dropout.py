@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from graftc.program.ops import SDPA
-from graftc.program.traces import own_lines
 from graftc.program.program import ATEN, Program, graphs, value
+from graftc.program.traces import own_lines
 
 NOTED = "graft_dropout"
 """Node meta: the dropouts of train mode at the value that the node gives, in order, as a tuple of `Drop`."""
@@ -272,10 +272,9 @@ def _open_modules(owner: fx.GraphModule) -> list[nn.Module]:
         copies: dict[fx.Node, Any] = dict(zip(inputs, call.args, strict=True))
         with owner.graph.inserting_before(call):
             for node in others:
-                copies[node] = owner.graph.node_copy(node, lambda n: copies[n])
+                copies[node] = owner.graph.node_copy(node, copies.__getitem__)
                 copies[node].meta[_NAME] = str(call.target)
         call.replace_all_uses_with(copies[end.args[0]])
         owner.graph.erase_node(call)
         found.append(inner)
     return found
-

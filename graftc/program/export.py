@@ -151,7 +151,12 @@ def _run(
 ) -> Traced:
     once = traced_once(module) if share else nullcontext(Blocks())
     known, noted = values_known(module, values), backwards_noted(lost)
-    quietly = (_silent(), torch.no_grad(), _no_fast_path(), *((certain_choices(),) if random else ()))
+    quietly = (
+        _silent(),
+        torch.no_grad(),
+        _no_fast_path(),
+        *((certain_choices(),) if random else ()),
+    )
     with ExitStack() as stack:
         changes = stack.enter_context(as_it_was(module))
         for context in (*quietly, noted):

@@ -152,6 +152,8 @@ def _add_dropout(program: Program, model: Model) -> list[str]:
         names |= {d.line: {"dropout": None} for n in inside for d in drops(n) if d.line}
     for name, line in sorted((theirs - ours) + (ours - theirs)):
         names.setdefault(line, {})[name.partition("[")[0]] = None
+    for ops in names.values():
+        ops.pop("getitem", None)  # of an op with several results
     if len(names) > 1:
         names.pop("", None)  # sizes and such, of ops that the others tell
     return [f"{', '.join(ops)} at {line or 'no line of your own'}" for line, ops in names.items()]
@@ -167,7 +169,9 @@ def _ops(program: Program, paths: Iterable[str]) -> Counter[tuple[str, str]]:
 def _said(node: fx.Node) -> tuple[str, str]:
     packet: Any = getattr(node.target, "overloadpacket", node.target)
     name = getattr(packet, "__name__", str(packet))
-    name = "batch_norm" if "batch_norm" in name else name  # which has a form of its own in train mode
+    name = (
+        "batch_norm" if "batch_norm" in name else name
+    )  # which has a form of its own in train mode
     constants = [
         a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (bool, int, float))
     ]

@@ -135,7 +135,9 @@ _NO_OPS: dict[Callable[..., Any], Callable[[fx.Node], bool]] = {
     ATEN.div.Tensor: _keeps_kind,
     ATEN.mul.Tensor: _keeps_kind,
     ATEN.alias.default: lambda n: True,
-    ATEN.clone.default: lambda n: not n.kwargs,  # nothing writes in place here, so a copy is the value
+    ATEN.clone.default: lambda n: (
+        not n.kwargs
+    ),  # nothing writes in place here, so a copy is the value
     ATEN.detach_.default: lambda n: True,
     ATEN.lift_fresh_copy.default: lambda n: True,
 }

@@ -109,7 +109,9 @@ def outline_nodes(
     owner.add_module(local, module)
     for exit_, result in zip(exits, _reconnect(owner.graph, call, exits, inside), strict=True):
         if not any(u in inside for u in exit_.users):
-            hand_over(exit_, result)  # what is dropped of the region's result is no part of the region
+            hand_over(
+                exit_, result
+            )  # what is dropped of the region's result is no part of the region
             copies[exit_].meta[NOTED] = left_behind(copies[exit_])
     for node in reversed(chosen):
         owner.graph.erase_node(node)

@@ -34,9 +34,7 @@ STATE_HELP = (
 )
 
 
-def without_writes(
-    exported: torch.export.ExportedProgram, told: bool = True
-) -> list[Diagnostic]:
+def without_writes(exported: torch.export.ExportedProgram, told: bool = True) -> list[Diagnostic]:
     """Take the writes out of a functional program (in place); a warning (G811) on each.
 
     Raises GraftError (G809), where that is to be `told`, if an output depends on what is written: the model keeps state
@@ -60,9 +58,11 @@ def without_writes(
     warnings_: list[Diagnostic] = []
     for value, spec in written:
         line = next(iter(own_lines(value.meta.get("stack_trace"))), "")
-        if told and spec.kind is not OutputKind.USER_INPUT_MUTATION and held.get(spec.target) in {
-            n.name for n in reached
-        }:
+        if (
+            told
+            and spec.kind is not OutputKind.USER_INPUT_MUTATION
+            and held.get(spec.target) in {n.name for n in reached}
+        ):
             fail(
                 "G809",
                 f"forward changes `{spec.target}` and reads it, so that every call gives another result",

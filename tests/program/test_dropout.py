@@ -122,7 +122,9 @@ def test_gradients_in_train_mode_are_those_of_the_original_also_recomputed(tmp_p
         torch.manual_seed(5)
         made = checkpoint(module, X, use_reentrant=False) if again else module(src=X)
         made.square().sum().backward()
-        found.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+        found.append(
+            {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        )
     plain, recomputed, wanted = found
     assert len(plain) == len(wanted) == 24
     for gradient, again in zip(plain.values(), recomputed.values(), strict=True):
@@ -182,7 +184,10 @@ def test_an_edit_takes_its_own_dropout_and_no_other(tmp_path: Path) -> None:
     assert "layers.0.dropout2" in names  # on what the new MLP gives
     assert len(names) == 7
     assert not torch.equal(drawn(student, 1, src=X), drawn(student, 2, src=X))
-    assert "In train mode: dropout p = 0.1 at 7 places." in (tmp_path / "out/student/model.py").read_text()
+    assert (
+        "In train mode: dropout p = 0.1 at 7 places."
+        in (tmp_path / "out/student/model.py").read_text()
+    )
 
 
 def test_under_compile_it_drops_too(tmp_path: Path) -> None:
@@ -192,3 +197,14 @@ def test_under_compile_it_drops_too(tmp_path: Path) -> None:
     whole.train()
     first, second = (drawn(whole, seed, x=X) for seed in (1, 2))
     assert not torch.equal(first, second)
+
+
+def test_stage_one_leaves_it_off_and_gives_it_back(tmp_path: Path) -> None:
+    file = tmp_path / "wide.graft"
+    file.write_text("rule wide {\n match m = mlp in blocks {0}\n replace m with mlp(ratio = 4)\n}")
+    graftc.compile(file, encoder(), tmp_path / "out")
+    work = graftc.load_targets(tmp_path / "out")
+    student = work.student.train()
+    assert torch.equal(drawn(student, 1, src=X), drawn(student, 2, src=X))
+    merged = work.merge().train()
+    assert not torch.equal(drawn(merged, 1, src=X), drawn(merged, 2, src=X))
