@@ -23,6 +23,7 @@ from graftc.forms import forms
 from graftc.language.check import check
 from graftc.language.rules import Rules
 from graftc.measures import DEFAULT_SAMPLES, Measuring
+from graftc.operators.spec import CPU, Machine
 from graftc.program.analysis import Analysis, Site, analyse
 from graftc.program.capture import capture
 from graftc.program.given_weights import load_weights, weights_hash
@@ -73,13 +74,18 @@ class Compiled:
 
 
 def compile_model(
-    rules: Rules, model: Model, seed: int = 0, measuring: Measuring | None = None
+    rules: Rules,
+    model: Model,
+    seed: int = 0,
+    measuring: Measuring | None = None,
+    machine: Machine = CPU,
 ) -> Compiled:
     """Capture, analyse, measure, plan, apply, initialise, check exact rules. Raises GraftError.
 
-    `measuring`: what measured selectors are measured on, where the rules have any.
+    `measuring`: what measured selectors are measured on, where the rules have any. `machine`: where the student is
+    to run, which its operators' forms are chosen by.
     """
-    return compile_analysis(rules, analyse(captured(model)), model, seed, measuring)
+    return compile_analysis(rules, analyse(captured(model)), model, seed, measuring, machine)
 
 
 def compile_analysis(
@@ -88,10 +94,11 @@ def compile_analysis(
     model: Model,
     seed: int = 0,
     measuring: Measuring | None = None,
+    machine: Machine = CPU,
 ) -> Compiled:
     """As `compile_model`, of a model that is captured and analysed already. `analysis` is left as it was."""
     analysis = measured_for(rules, analysis, measuring)
-    plan = make_plan(rules, analysis)
+    plan = make_plan(rules, analysis, machine)
     student, patch = apply(analysis.program, plan.edits)
     initialise_new(plan, analysis, student, seed)
     checks = check_exact(plan, analysis, model, lambda p, s: initialise_new(p, analysis, s, seed))
@@ -184,6 +191,7 @@ def compile_build(
     allow_python: Sequence[str | Path] = (),
     samples: int = DEFAULT_SAMPLES,
     cache: Path | None = None,
+    machine: Machine = CPU,
 ) -> Build:
     """Compile and write the build directory; see `graftc.compile`."""
     rules = bind(check(file, overrides), allow_python)
@@ -194,7 +202,7 @@ def compile_build(
         if asks(rules)
         else None
     )
-    compiled = compile_model(rules, loaded, seed, on)
+    compiled = compile_model(rules, loaded, seed, on, machine)
     targets, student, plan = compiled.targets, compiled.student, plan_dict(compiled.plan)
     if student_weights is not None:
         student = _released(student, student_weights, loaded.module)

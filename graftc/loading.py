@@ -9,6 +9,7 @@ from graftc.diagnostics import fail
 
 if TYPE_CHECKING:
     from graftc.emit.build import Build
+    from graftc.operators.spec import Machine
     from graftc.program.model import Model
 
 
@@ -24,6 +25,31 @@ def as_model(model: str | Model, *, on_meta: bool, weights: str | Path | None = 
     if weights is not None:
         load_weights(given.module, Path(weights))
     return given
+
+
+def machine_of(device: str, dtype: str, to: str) -> Machine:
+    """Where a student is to run, from the words for it; G823 for another word.
+
+    >>> machine_of("cuda", "bf16", "torch")
+    Machine(device='cuda', dtype='bf16', to='torch')
+    """
+    from graftc.operators.spec import Machine
+
+    words = {
+        "device": (device, ("cpu", "cuda")),
+        "dtype": (dtype, ("fp32", "fp16", "bf16")),
+        "to": (to, ("torch", "onnx", "tensorrt")),
+    }
+    for name, (found, wanted) in words.items():
+        if found not in wanted:
+            fail(
+                "G823",
+                f"no student can be made for {name} `{found}`",
+                site=f"--{name}",
+                wanted=", ".join(wanted),
+                found=found,
+            )
+    return Machine(device, dtype, to)
 
 
 def as_build(build: str | Path | Build) -> Build:

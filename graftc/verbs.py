@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from graftc.diagnostics import Diagnostic, GraftError, NotRunError, fail
 from graftc.environment import doctor
 from graftc.language.check import check
-from graftc.loading import as_build, as_model, load_data, recorded_sources, task_inputs, task_of
+from graftc.loading import (
+    as_build,
+    as_model,
+    load_data,
+    machine_of,
+    recorded_sources,
+    task_inputs,
+    task_of,
+)
 from graftc.verification import keep, keep_export, keep_in_build, keep_in_export, with_trajectory
 
 if TYPE_CHECKING:
@@ -98,6 +106,9 @@ def plan(
     cache: str | Path | None = None,
     output: str | Path | None = None,
     graph: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    to: str = "torch",
 ) -> Plan:
     """What `file` does to `model`: sites, parameters and FLOPs before and after, origins of new weights.
 
@@ -105,14 +116,17 @@ def plan(
     rules name and that may be run; `output` receives the plan as YAML, `graph` a drawing of the chains
     before and after as SVG. Measured selectors are measured on `samples` samples of `data` through `task` (default:
     the model's own), drawn by `seed`, and kept in the folder `cache` (default: the user's cache) by content; for them
-    alone the model is loaded with its weights. Raises GraftError.
+    alone the model is loaded with its weights. `device` (cpu, cuda), `dtype` (fp32, fp16, bf16) and `to` (torch, onnx,
+    tensorrt) say where the student is to run: operators that have several forms get theirs by it. Raises GraftError.
     """
     from graftc.rewrite.plan import make_plan
     from graftc.rewrite.plan_text import plan_dict
     from graftc.rewrite.user_files import bind
 
     rules = bind(check(file, dict(overrides or {})), allow_python)
-    made = make_plan(rules, _analysis(rules, model, data, task, samples, seed, cache, weights))
+    machine = machine_of(device, dtype, to)
+    analysis = _analysis(rules, model, data, task, samples, seed, cache, weights)
+    made = make_plan(rules, analysis, machine)
     if output is not None:
         from graftc.emit.files import write_yaml
 
@@ -210,6 +224,9 @@ def compile(
     bank: str | Path | None = None,
     samples: int = 64,
     cache: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    to: str = "torch",
     command: str = "",
 ) -> Build:
     """The student and its distillation targets, as a build directory at `output`.
@@ -218,7 +235,7 @@ def compile(
     With `weights`, the model's are read from that file or folder (as in `inspect`), shard by shard, after the plan.
     With `student_weights` all weights come from that file instead (safetensors, or of torch.save: its key
     `ema`, or the whole); a name that is missing there or left over is an error. Measured selectors are measured on
-    `samples` samples of `data`, kept in `cache` as in `plan`.
+    `samples` samples of `data`, kept in `cache` as in `plan`. `device`, `dtype` and `to` are as in `plan`.
     Raises GraftError, and then an old build at `output` is as it was.
     """
     from graftc.compiler import compile_build
@@ -238,6 +255,7 @@ def compile(
         student_weights=None if student_weights is None else Path(student_weights),
         samples=samples,
         cache=None if cache is None else Path(cache),
+        machine=machine_of(device, dtype, to),
     )
     if bank is not None:
         assemble(build, bank, data, task=task, command=command)

@@ -12,6 +12,8 @@ from graftc.cli.options import (
     AllowOption,
     BankOption,
     CacheOption,
+    DeviceOption,
+    DtypeOption,
     FormatOption,
     GraphOption,
     MaybeData,
@@ -20,6 +22,7 @@ from graftc.cli.options import (
     SeedOption,
     SetOption,
     TaskOption,
+    ToOption,
     WeightsOption,
     check_format,
     overrides,
@@ -161,6 +164,9 @@ def plan(
         Path | None, typer.Option("-o", "--output", help="write the plan as YAML")
     ] = None,
     graph: GraphOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "fp32",
+    to: ToOption = "torch",
     format: FormatOption = "text",
 ) -> None:
     """Show what a file does to a model; nothing is changed."""
@@ -173,7 +179,7 @@ def plan(
     made = verbs.plan(
         file, model, weights=weights, data=data, task=task, overrides=overrides(set_),
         allow_python=allow_python or (), samples=samples, seed=seed, cache=cache, output=output,
-        graph=graph,
+        graph=graph, device=device, dtype=dtype, to=to,
     )  # fmt: skip
     if format == "json":
         print_json({**plan_dict(made), "notes": [to_json(n) for n in made.notes]})
@@ -244,6 +250,9 @@ def compile_(
         ),
     ] = None,
     bank: BankOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "fp32",
+    to: ToOption = "torch",
     format: FormatOption = "text",
 ) -> None:
     """Make the student and its distillation targets."""
@@ -265,6 +274,9 @@ def compile_(
         cache=cache,
         copy_teacher=copy_teacher,
         student_weights=student_weights,
+        device=device,
+        dtype=dtype,
+        to=to,
         command=typed(),
     )
     show_build(build, say_next=bank is None)

@@ -70,6 +70,15 @@ GraphOption = Annotated[
     Path | None,
     typer.Option("--graph", metavar="OUT.svg", help="draw the chains of blocks, before and after"),
 ]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="where the student is to run: cpu or cuda")
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="what it is to run in: fp32, fp16 or bf16")
+]
+ToOption = Annotated[
+    str, typer.Option("--to", help="what it is to run on: torch, onnx or tensorrt")
+]
 BuildArgument = Annotated[Path, typer.Argument(help="a build directory made by `graftc compile`")]
 MaybeSeed = Annotated[
     int | None, typer.Option("--seed", help="seed of every random choice; default 0")

@@ -170,6 +170,8 @@ def analysis_dict(analysis: Analysis) -> dict[str, Any]:
 
 
 def show_plan(plan: Plan) -> None:
+    from graftc.rewrite.form_texts import form_texts
+
     console = wide_console()
     table = wide_table("site", "rule", "becomes", "parameters", "FLOPs")
     for step in plan.steps:
@@ -187,6 +189,8 @@ def show_plan(plan: Plan) -> None:
         console.print(f"first weights of {line}")
     for line in dict.fromkeys(_formulas(s) for s in plan.steps if s.edit.new):
         console.print(line)
+    if forms := form_texts(plan.edits):
+        console.print(f"forms, to run on {plan.machine}: {'; '.join(forms)}")
     for matches in plan.selections:
         for f in matches.filtered:
             console.print(f"rule `{matches.rule.name}` left {f.path}: {f.reason}")

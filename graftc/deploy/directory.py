@@ -202,7 +202,11 @@ def _declared(regions: Sequence[Region]) -> dict[str, str]:
     """The float32 islands that operators' specs state, as module paths."""
     from graftc.operators.specs import SPECS
 
-    by_class = {spec.module.partition(":")[2]: spec for spec in SPECS.values()}
+    by_class = {
+        module.partition(":")[2]: spec
+        for spec in SPECS.values()
+        for module in (spec.module, *(f.module for f in spec.forms if f.module))
+    }
     found: dict[str, str] = {}
     for region in regions:
         spec = by_class.get(region.operator) if region.rule else None

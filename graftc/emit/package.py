@@ -96,8 +96,11 @@ def write_package(
 def describe(program: Program) -> dict[str, Any]:
     """What a user of the model must know: its inputs, its outputs, what capture fixed."""
     facts = program.facts
+    packages = {getattr(m, "needs", None) for m in program.root.modules()}
+    needs = sorted(p for p in packages if isinstance(p, str))
     return {
         "model": program.classes.get("", "").rpartition(".")[2] or "Model",
+        **({"needs_on_a_gpu": needs} if needs else {}),
         "inputs": [
             {"name": p.name, "shape": list(p.shape), "dtype": p.dtype, "meaning": p.meaning}
             for p in program.inputs

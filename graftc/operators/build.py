@@ -6,24 +6,28 @@ import importlib
 
 from torch import nn
 
-from graftc.operators.spec import Arguments, OfSite, OperatorSpec, Value, holds
+from graftc.operators.forms import choose
+from graftc.operators.spec import CPU, Arguments, Machine, OfSite, OperatorSpec, Value, holds
 
 
-def operator_class(spec: OperatorSpec) -> type[nn.Module]:
-    """The class that `spec.module` names, or the one of a Python file that was imported for it.
+def operator_class(spec: OperatorSpec, arguments: Arguments | None = None) -> type[nn.Module]:
+    """The class that `spec` names for these arguments, or the one of a Python file that was imported for it.
 
     >>> from graftc.operators.specs import SPECS
     >>> operator_class(SPECS["hyena_x"]).__name__
     'HyenaX'
     """
-    file, _, name = spec.module.partition(":")
+    module = spec.module_of(arguments or {})
+    file, _, name = module.partition(":")
     found = spec.user.found if spec.user else getattr(importlib.import_module(file), name)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise TypeError(f"{spec.module} of operator {spec.name} is not an nn.Module class")
+        raise TypeError(f"{module} of operator {spec.name} is not an nn.Module class")
     return found
 
 
-def arguments_at(spec: OperatorSpec, facts: Arguments, given: Arguments) -> dict[str, Value]:
+def arguments_at(
+    spec: OperatorSpec, facts: Arguments, given: Arguments, machine: Machine = CPU
+) -> dict[str, Value]:
     """All arguments of an operator at a site of these facts, `given` ones first; ValueError where one is missing.
 
     What a rule does with a span for each error (`graftc.rewrite.arguments`), for programs that build an operator.
@@ -50,9 +54,8 @@ def arguments_at(spec: OperatorSpec, facts: Arguments, given: Arguments) -> dict
         elif a.required:
             raise ValueError(f"{spec.name}: {a.name} is not given")
         made[a.name] = value  # type: ignore[assignment]
-    if spec.form is not None and made.get("form") == "auto":
-        tokens = facts.get("tokens")
-        made["form"] = spec.form(made, tokens if isinstance(tokens, int) else None)
+    if (choice := choose(spec, made, machine, facts.get("tokens"))) is not None:
+        made["form"] = choice.form
     return made
 
 
@@ -70,4 +73,4 @@ def build(spec: OperatorSpec, arguments: Arguments) -> nn.Module:
         from graftc.operators.lowering import lower
 
         return lower(spec.written, arguments)
-    return operator_class(spec)(**arguments)
+    return operator_class(spec, arguments)(**arguments)

@@ -27,19 +27,6 @@ def check_form(
     return height, width
 
 
-def conv_form(operator: str, form: str, dims: int) -> str:
-    """`conv` or `shifts`; ValueError for another, or for shifts on a grid.
-
-    >>> conv_form("hyena_x", "auto", 1)
-    'conv'
-    """
-    if form not in ("auto", "conv", "shifts"):
-        raise ValueError(f"{operator}: unknown form {form!r}, wanted auto, conv or shifts")
-    if form == "shifts" and dims == 2:
-        raise ValueError(f"{operator}: form = shifts is along the tokens; with dims = 2 use conv")
-    return "conv" if form == "auto" else form
-
-
 class TokenFilter(nn.Conv1d):
     """One filter a channel, of tokens as they lie in memory: [batch, tokens, channels] in and out, no padding.
 

@@ -57,6 +57,17 @@ def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, form: str) -> Tens
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
+def one_form(operator: str, form: str, forms: tuple[str, ...]) -> str:
+    """The form itself, the first of `forms` for `auto`; ValueError for one that is not among them.
+
+    >>> one_form("sliding_window", "auto", ("blocks", "dense"))
+    'blocks'
+    """
+    if form not in ("auto", *forms):
+        raise ValueError(f"{operator}: unknown form {form!r}, wanted auto, {' or '.join(forms)}")
+    return forms[0] if form == "auto" else form
+
+
 def check_rotary(operator: str, form: str) -> str:
     """The name of a form of rotary positions, or ValueError."""
     if form not in ("none", "half", "interleaved", "pairs"):

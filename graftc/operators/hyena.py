@@ -4,10 +4,48 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from graftc.operators.conv import along_tokens, check_form, conv_form, depthwise
+from graftc.operators.conv import TokenFilter, along_tokens, check_form, depthwise
+from graftc.operators.heads import one_form
 
 
-class HyenaX(nn.Module):
+class GatedConv(nn.Module):
+    """What the family shares: where the taps of its filters lie, and how they are computed.
+
+    `form`: by `conv`, or as a sum of `shifts` of the tokens, which a compiler fuses with the gates.
+    """
+
+    forms: tuple[str, ...] = ("conv", "shifts")
+
+    def __init__(
+        self,
+        operator: str,
+        kernel: int,
+        causal: bool,
+        order: int,
+        dims: int,
+        height: int | None,
+        width: int | None,
+        form: str,
+    ) -> None:
+        super().__init__()
+        if order < 2:
+            raise ValueError(f"{operator}: order is {order}, wanted at least 2")
+        self.operator = operator
+        self.causal = causal
+        self.order = order
+        self.grid = check_form(operator, kernel, causal, dims, height, width)
+        self.form = one_form(operator, form, self.forms)
+        if self.form != "conv" and dims == 2:
+            raise ValueError(
+                f"{operator}: form = {form} is along the tokens; with dims = 2 use conv"
+            )
+
+    def filtered(self, x: Tensor, filter: TokenFilter | nn.Conv2d) -> Tensor:
+        """One filter a channel; x: [batch, tokens, channels]."""
+        return along_tokens(x, filter, self.causal, self.grid, self.form, self.operator)
+
+
+class HyenaX(GatedConv):
     """y = out(q · (k · v)), [q, k, v] = conv(in(x)); x and y are [batch, tokens, dim].
 
     `short_filter` is a depthwise convolution of `kernel` taps along the tokens, on all 3 · dim
@@ -32,28 +70,21 @@ class HyenaX(nn.Module):
         width: int | None = None,
         form: str = "auto",
     ) -> None:
-        super().__init__()
-        _check_order("hyena_x", order)
-        self.causal = causal
-        self.order = order
-        self.grid = check_form("hyena_x", kernel, causal, dims, height, width)
-        self.form = conv_form("hyena_x", form, dims)
+        super().__init__("hyena_x", kernel, causal, order, dims, height, width, form)
         total = (order + 1) * dim
         self.in_proj = nn.Linear(dim, total)
         self.short_filter = depthwise(total, kernel, dims)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = along_tokens(
-            self.in_proj(x), self.short_filter, self.causal, self.grid, self.form, "hyena_x"
-        )
+        u = self.filtered(self.in_proj(x), self.short_filter)
         *gates, y = u.chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
             y = gate * y
         return self.out_proj(y)
 
 
-class HyenaY(nn.Module):
+class HyenaY(GatedConv):
     """y = out(q · conv(k · v)), [q, k, v] = in(x); x and y are [batch, tokens, dim].
 
     `inner_filter` is a depthwise convolution of `kernel` taps along the tokens. Of `order` n there
@@ -77,12 +108,7 @@ class HyenaY(nn.Module):
         width: int | None = None,
         form: str = "auto",
     ) -> None:
-        super().__init__()
-        _check_order("hyena_y", order)
-        self.causal = causal
-        self.order = order
-        self.grid = check_form("hyena_y", kernel, causal, dims, height, width)
-        self.form = conv_form("hyena_y", form, dims)
+        super().__init__("hyena_y", kernel, causal, order, dims, height, width, form)
         self.in_proj = nn.Linear(dim, (order + 1) * dim)
         self.inner_filter = depthwise(dim, kernel, dims)
         self.out_proj = nn.Linear(dim, dim)
@@ -90,13 +116,11 @@ class HyenaY(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, *gates, y = self.in_proj(x).chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
-            y = along_tokens(
-                gate * y, self.inner_filter, self.causal, self.grid, self.form, "hyena_y"
-            )
+            y = self.filtered(gate * y, self.inner_filter)
         return self.out_proj(q * y)
 
 
-class HyenaSE(nn.Module):
+class HyenaSE(GatedConv):
     """y = out(q · conv(k · v)), [q, k, v] = conv(in(x)); x and y are [batch, tokens, dim].
 
     Both convolutions of the family: `short_filter` on all 3 · dim channels before the split, and
@@ -120,12 +144,7 @@ class HyenaSE(nn.Module):
         width: int | None = None,
         form: str = "auto",
     ) -> None:
-        super().__init__()
-        _check_order("hyena_se", order)
-        self.causal = causal
-        self.order = order
-        self.grid = check_form("hyena_se", kernel, causal, dims, height, width)
-        self.form = conv_form("hyena_se", form, dims)
+        super().__init__("hyena_se", kernel, causal, order, dims, height, width, form)
         total = (order + 1) * dim
         self.in_proj = nn.Linear(dim, total)
         self.short_filter = depthwise(total, kernel, dims)
@@ -133,17 +152,8 @@ class HyenaSE(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = along_tokens(
-            self.in_proj(x), self.short_filter, self.causal, self.grid, self.form, "hyena_se"
-        )
+        u = self.filtered(self.in_proj(x), self.short_filter)
         q, *gates, y = u.chunk(self.order + 1, dim=-1)
         for gate in reversed(gates):
-            y = along_tokens(
-                gate * y, self.inner_filter, self.causal, self.grid, self.form, "hyena_se"
-            )
+            y = self.filtered(gate * y, self.inner_filter)
         return self.out_proj(q * y)
-
-
-def _check_order(operator: str, order: int) -> None:
-    if order < 2:
-        raise ValueError(f"{operator}: order is {order}, wanted at least 2")

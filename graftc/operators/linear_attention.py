@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftc.operators.heads import HeadMixer, broadcast_mask, capped, four_dimensions, hide
+from graftc.operators.heads import (
+    HeadMixer,
+    broadcast_mask,
+    capped,
+    four_dimensions,
+    hide,
+    one_form,
+)
 
 
 class FeatureMap(nn.Module):
@@ -145,6 +152,8 @@ class LinearAttention(FeatureMixer):
     torch.Size([1, 50, 8])
     """
 
+    forms: tuple[str, ...] = ("products",)
+
     def __init__(
         self,
         dim: int,
@@ -159,12 +168,14 @@ class LinearAttention(FeatureMixer):
         norm_over: str | None = None,
         norm_eps: float | None = None,
         norm_affine: bool | None = None,
+        form: str = "auto",
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
         super().__init__(
             "linear_attention", dim, heads, kv_heads, head_dim, rotary, *norm,
             feature=feature, features=features,
         )  # fmt: skip
+        self.form = one_form("linear_attention", form, self.forms)
         self.causal = causal
         self.eps = 1e-6  # relu may leave a token with nothing to see
         self.in_proj = nn.Linear(dim, self.rows)
@@ -195,11 +206,15 @@ class LinearAttention(FeatureMixer):
         # A last column of ones turns into the normaliser, by the same products.
         v = F.pad(v, (0, 1), value=1.0)
         if self.causal:
-            y = causal_sum(q, k, v, chunk=64)
+            y = self.running(q, k, v)
         else:
             state = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
             y = (q.transpose(1, 2) @ state).transpose(1, 2)
         return y[..., :-1] / (y[..., -1:] + self.eps)
+
+    def running(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Σ_{j ≤ i} (q_i · k_j) v_j; the last column of v is ones; each [batch, tokens, heads, width]."""
+        return causal_sum(q, k, v, chunk=64)
 
 
 class LinearWindowAttention(FeatureMixer):

@@ -13,6 +13,7 @@ from graftc.operators.heads import (
     hide,
     make_norm,
     normalise,
+    one_form,
 )
 
 
@@ -101,6 +102,8 @@ def disc_attention(
 class DiscMixer(HeadMixer):
     """Attention inside discs of a grid, and of and to all tokens that are not on the grid."""
 
+    forms: tuple[str, ...] = ("tiles",)
+
     def __init__(
         self,
         dim: int,
@@ -117,6 +120,7 @@ class DiscMixer(HeadMixer):
         radius: int,
         height: int,
         width: int,
+        form: str,
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
         super().__init__(
@@ -126,6 +130,7 @@ class DiscMixer(HeadMixer):
             raise ValueError(f"local_attention_2d: radius is {radius}, wanted at least 1")
         if height < 1 or width < 1:
             raise ValueError(f"local_attention_2d: the grid is {height} x {width}")
+        self.form = one_form("local_attention_2d", form, self.forms)
         self.radius = radius
         self.height = height
         self.width = width
@@ -195,11 +200,13 @@ class LocalAttention2d(DiscMixer):
         scale: float | None = None,
         softcap: float | None = None,
         groups: str | None = None,
+        form: str = "auto",
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
         super().__init__(
-            dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap, radius, height, width
-        )
+            dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap, radius, height, width,
+            form,
+        )  # fmt: skip
         kinds = ["local"] if groups is None else list(parse_groups(groups).values())
         if sorted(kinds) not in (["local"], ["full", "local"]):
             raise ValueError(
@@ -272,11 +279,13 @@ class JointLocalAttention2d(DiscMixer):
         scale: float | None = None,
         softcap: float | None = None,
         kv_heads: int | None = None,
+        form: str = "auto",
     ) -> None:
         norm = (qk_norm, norm_over, norm_eps, norm_affine)
         super().__init__(
-            dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap, radius, height, width
-        )
+            dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap, radius, height, width,
+            form,
+        )  # fmt: skip
         names = [name.strip() for name in streams.split(",")]
         kinds = parse_groups(groups)
         if len(names) != 2 or set(kinds) != set(names):

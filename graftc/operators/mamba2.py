@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graftc.operators.chunks import cut, filled
 from graftc.operators.conv import TokenFilter, along_tokens
+from graftc.operators.heads import one_form
 
 
 def ssd_scan(x: Tensor, decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -118,6 +119,8 @@ class Mamba2(nn.Module):
     torch.Size([1, 5, 8])
     """
 
+    forms: tuple[str, ...] = ("chunks",)
+
     def __init__(
         self,
         dim: int,
@@ -127,8 +130,10 @@ class Mamba2(nn.Module):
         expand: float = 2,
         kernel: int = 4,
         causal: bool = True,
+        form: str = "auto",
     ) -> None:
         super().__init__()
+        self.form = one_form("mamba2", form, self.forms)
         inner = round(expand * dim)
         if state < 1 or kernel < 1:
             raise ValueError(f"mamba2: state is {state}, kernel is {kernel}, wanted at least 1")
@@ -181,8 +186,14 @@ class Mamba2(nn.Module):
         d: Tensor,
     ) -> Tensor:
         """One direction: [x, B, C] before the convolution, and dt, to y."""
-        batch, tokens, _ = mixed.shape
         mixed = F.silu(along_tokens(mixed, filter, causal=True, grid=None))
+        return self.recur(mixed, dt, dt_bias, a_log, d)
+
+    def recur(
+        self, mixed: Tensor, dt: Tensor, dt_bias: Tensor, a_log: Tensor, d: Tensor
+    ) -> Tensor:
+        """[x, B, C] after the convolution, and dt, to y."""
+        batch, tokens, _ = mixed.shape
         wide = torch.promote_types(mixed.dtype, torch.float32)
         size = self.groups * self.state
         x, b, c = mixed.to(wide).split([self.inner, size, size], dim=-1)

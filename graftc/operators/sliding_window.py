@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftc.operators.chunks import cut, filled
-from graftc.operators.heads import HeadMixer, broadcast_mask, capped, hide
+from graftc.operators.heads import HeadMixer, broadcast_mask, capped, hide, one_form
 
 
 class SlidingWindow(HeadMixer):
@@ -24,6 +24,8 @@ class SlidingWindow(HeadMixer):
     >>> SlidingWindow(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
     """
+
+    forms: tuple[str, ...] = ("blocks", "dense")
 
     def __init__(
         self,
@@ -46,9 +48,7 @@ class SlidingWindow(HeadMixer):
         super().__init__(
             "sliding_window", dim, heads, kv_heads, head_dim, rotary, *norm, scale, softcap
         )
-        if form not in ("auto", "blocks", "dense"):
-            raise ValueError(f"sliding_window: unknown form {form!r}, wanted auto, blocks or dense")
-        self.form = "blocks" if form == "auto" else form
+        self.form = one_form("sliding_window", form, self.forms)
         if window < 1:
             raise ValueError(f"sliding_window: window is {window}, wanted at least 1")
         self.window = window
@@ -66,14 +66,17 @@ class SlidingWindow(HeadMixer):
     ) -> Tensor:
         q, k, v = self.split(self.in_proj(x))
         q, k = self.turned(*self.normed(q, k), cos, sin)
-        q = q * self.scale
-        if self.form == "dense" or x.shape[1] == 0:
-            y = self._dense(q, k, v, mask)
-        elif type(x.shape[1]) is int and mask is None:
-            y = self._sliced(q, k, v)
-        else:  # by index: of a length that is a symbol (torch.export), nothing may depend on a remainder
-            y = self._blocks(q, k, v, mask)
-        return self.out_proj(y.flatten(2))
+        return self.out_proj(self.mix(q, k, v, mask).flatten(2))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The weighted means; q, k, v: [batch, tokens, heads, head_dim]."""
+        q, tokens = q * self.scale, q.shape[1]
+        if self.form == "dense" or tokens == 0:
+            return self._dense(q, k, v, mask)
+        if type(tokens) is int and mask is None:
+            return self._sliced(q, k, v)
+        # By index: of a length that is a symbol (torch.export), nothing may depend on a remainder.
+        return self._blocks(q, k, v, mask)
 
     def _sliced(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Block by block, as reshapes and slices; q (scaled), k, v: [batch, tokens, heads, head_dim]."""

@@ -172,6 +172,42 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where a student is to run, as the command line says it.
+
+    `device`: cpu or cuda. `dtype`: fp32, fp16 or bf16. `to`: torch (eager and `torch.compile`), onnx or tensorrt.
+    """
+
+    device: str = "cpu"
+    dtype: str = "fp32"
+    to: str = "torch"
+
+    def __str__(self) -> str:
+        return ", ".join((self.device, self.dtype, self.to))
+
+
+CPU = Machine()
+"""The default: torch on a CPU."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of several formulations of the same function.
+
+    `wanted(arguments, machine, tokens)`: why it is taken there unless a rule says otherwise, None where it is not;
+    `tokens` is None where their count is not known. `cannot(arguments)`: what of them it does not compute, None where
+    nothing. `module`: the class that computes it, where that is not the operator's own. `package`: what it imports
+    beside torch, as (name to import, name to install).
+    """
+
+    name: str
+    wanted: Callable[[Arguments, Machine, int | None], str | None]
+    cannot: Callable[[Arguments], str | None] = lambda arguments: None
+    module: str = ""
+    package: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class OperatorSpec:
     """An operator as data.
 
@@ -189,8 +225,8 @@ class OperatorSpec:
     `variants`: role → the spec that takes this one's place there (another module, other slots).
     `linear`: rows in which the operator is linear while all else stands still, row c of each feeding
     channel c alone of what the last map reads: what alternating least squares fits, in this order.
-    `form`: of several forms of the same function the one for these arguments and this many tokens
-    (None: not known); it fills an argument `form` that is `auto`.
+    `forms`: of an operator with an argument `form`, what it can be; the first that is wanted fills one that is
+    `auto` (`graftc.operators.forms`).
     `fitted`: from the arguments and the site's facts, slots that least squares fits after their
     default where the rule has no `init`: those of an operator that is exact at some sites only.
     `user`: the class of a Python file, for an operator that has no `module` either; what such a spec says
@@ -214,7 +250,7 @@ class OperatorSpec:
     variants: Mapping[str, OperatorSpec] = field(default_factory=_no_variants)
     islands: tuple[str, ...] = ()
     linear: tuple[Slot, ...] = ()
-    form: Callable[[Arguments, int | None], str] | None = None
+    forms: tuple[Form, ...] = ()
     fitted: Callable[[Arguments, Mapping[str, object]], tuple[str, ...]] | None = None
     user: UserClass | None = None
 
@@ -223,6 +259,14 @@ class OperatorSpec:
 
     def slot(self, name: str) -> Slot | None:
         return next((s for s in self.slots if s.name == name), None)
+
+    def form(self, name: object) -> Form | None:
+        return next((f for f in self.forms if f.name == name), None)
+
+    def module_of(self, arguments: Arguments) -> str:
+        """The class that computes with these arguments, as "package.file:Class"."""
+        form = self.form(arguments.get("form"))
+        return form.module if form is not None and form.module else self.module
 
     def is_fixed(self, arguments: Arguments) -> bool:
         """Whether it takes only the token count that it was built for."""

@@ -18,7 +18,7 @@ from graftc.rewrite.match import Match
 def resolve_arguments(
     call: OperatorCall, site: Site, match: Match, drop: tuple[str, ...] = ()
 ) -> dict[str, Value]:
-    """All arguments of `call` at `site`, checked against the operator's spec."""
+    """All arguments of `call` at `site`, checked against the operator's spec; its form not yet chosen."""
     resolved: dict[str, Value] = {}
     facts = own_facts(site, drop)
     _check_known(call, site)
@@ -58,9 +58,6 @@ def resolve_arguments(
             resolved[arg.name] = _checked(arg, fact, call.spec, call.span, site)
         else:
             resolved[arg.name] = arg.default
-    if call.spec.form is not None and resolved.get("form") == "auto":
-        tokens = site.facts.get("tokens")
-        resolved["form"] = call.spec.form(resolved, tokens if isinstance(tokens, int) else None)
     return resolved
 
 

@@ -9,6 +9,7 @@ from graftc.language.rules import CopyOf, Insert, OperatorCall
 from graftc.operators.spec import Cost, OperatorSpec
 from graftc.program.analysis import Site
 from graftc.rewrite.arguments import resolve_arguments
+from graftc.rewrite.chosen_forms import chosen
 from graftc.rewrite.block_parts import part_ref
 from graftc.rewrite.edits import Copied, Edit, NewModule, Place
 from graftc.rewrite.user_files import unread
@@ -74,7 +75,9 @@ def _operator(place: Place, call: OperatorCall, site: Site) -> NewModule:
     arguments = resolve_arguments(call, site, place.match, place.rule.drop)
     call = replace(call, spec=spec_at(call, arguments, site, place.analysis))
     _check_causal(place, call.spec, call.spec.is_causal(arguments), site, call.span)
-    return NewModule(place.fresh(site.path), call.spec, arguments, _role(call.spec, site), site)
+    arguments, choice = chosen(call, arguments, site, place.machine)
+    path, role = place.fresh(site.path), _role(call.spec, site)
+    return NewModule(path, call.spec, arguments, role, site, choice=choice)
 
 
 def _check_causal(place: Place, spec: OperatorSpec, causal: bool, site: Site, span: Span) -> None:

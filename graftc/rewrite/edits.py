@@ -8,10 +8,12 @@ from typing import Any, Literal, NoReturn
 
 from graftc.diagnostics import Span, fail
 from graftc.language.rules import Init, OperatorCall, Remove, Replace, Rule, Skip
-from graftc.operators.spec import Apply, OperatorSpec, Part, Value
+from graftc.operators.forms import Choice
+from graftc.operators.spec import CPU, Apply, Machine, OperatorSpec, Part, Value
 from graftc.program.analysis import Analysis, Site
 from graftc.program.parts import PartRef
 from graftc.rewrite.arguments import check_fits, check_role, resolve_arguments
+from graftc.rewrite.chosen_forms import chosen
 from graftc.rewrite.claims import Claim
 from graftc.rewrite.dataflow.region import Region
 from graftc.rewrite.inputs import kept_inputs
@@ -41,7 +43,8 @@ class NewModule:
 
     `role`: which of the spec's default inits applies. `site`: the site whose parts they speak of.
     `inputs`: parameter of its forward → which argument of the site's call it takes, beside the stream.
-    `copied`: for a copy of a module of the original; its spec then has only a name and a cost.
+    `copied`: for a copy of a module of the original; its spec then has only a name and a cost. `choice`: of an
+    operator that has several forms, which it is, and why.
     """
 
     path: str
@@ -51,6 +54,7 @@ class NewModule:
     site: Site
     inputs: Mapping[str, int] = field(default_factory=dict[str, int])
     copied: Copied | None = None
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +135,8 @@ class Edit:
 class Place:
     """Where a rule matched: what making an edit of it needs to know.
 
-    `index` counts the rule's matches; `taken` are module paths that a new module cannot have.
+    `index` counts the rule's matches; `taken` are module paths that a new module cannot have. `machine`: where the
+    student is to run.
     """
 
     rule: Rule
@@ -139,6 +144,7 @@ class Place:
     index: int
     analysis: Analysis
     taken: set[str]
+    machine: Machine = CPU
 
     def fresh(self, path: str) -> str:
         """`<path>_graft<n>`: a path for a new module beside one that is there."""
@@ -150,7 +156,11 @@ class Place:
 
 
 def edits_of(
-    rule: Rule, matches: tuple[Match, ...], analysis: Analysis, taken: set[str]
+    rule: Rule,
+    matches: tuple[Match, ...],
+    analysis: Analysis,
+    taken: set[str],
+    machine: Machine = CPU,
 ) -> list[Edit]:
     """The edits of a rule, one for each match. Raises GraftError where the model does not allow one.
 
@@ -160,7 +170,7 @@ def edits_of(
 
     edit = rule.edit
     make: Callable[[Place, Any], Edit] = EDITS[type(edit)]
-    edits = [make(Place(rule, m, i, analysis, taken), edit) for i, m in enumerate(matches)]
+    edits = [make(Place(rule, m, i, analysis, taken, machine), edit) for i, m in enumerate(matches)]
     if any(e.stream for e in edits):
         edits = _written_once(edits)
     elif (fold := _fold_of(rule)) is not None:
@@ -194,9 +204,10 @@ def new_module(place: Place, call: OperatorCall, site: Site, path: str) -> NewMo
     passes = [what for what in INPUTS if what not in drop]
     call = replace(call, spec=spec_at(call, arguments, site, place.analysis, passes))
     check_fits(call.spec, arguments, site, call.span, drop)
+    arguments, choice = chosen(call, arguments, site, place.machine)
     check_tokens(call.spec, arguments, site, place.analysis, call.span)
     inputs = kept_inputs(call.spec, arguments, site, drop, call.span)
-    return NewModule(path, call.spec, arguments, site.role, site, inputs)
+    return NewModule(path, call.spec, arguments, site.role, site, inputs, choice=choice)
 
 
 def replace_edit(place: Place, edit: Replace) -> Edit:

@@ -9,6 +9,7 @@ from typing import Any
 
 from graftc.diagnostics import Diagnostic, GraftError, fail
 from graftc.language.rules import Finetune, Rules
+from graftc.operators.spec import CPU, Machine
 from graftc.program.analysis import Analysis
 from graftc.program.cost import parameter_count
 from graftc.program.dropout import noted, told
@@ -21,6 +22,7 @@ from graftc.rewrite.dataflow.own_side import own_side
 from graftc.rewrite.dataflow.proof import proof_text, prove, signature
 from graftc.rewrite.dataflow.view import program_view
 from graftc.rewrite.edits import Edit, edits_of
+from graftc.rewrite.form_texts import form_notes
 from graftc.rewrite.match import Matches, match
 from graftc.rewrite.price import Step, price
 from graftc.rewrite.repeat import Round, pending_notes, round_texts, run_repeated
@@ -33,7 +35,7 @@ class Plan:
 
     `notes`: warnings and notes of the file and of what its rules select; they stop nothing.
     `chains`: the model's overview (`program.overview`), for the drawing. `measured`: what measured selectors were
-    measured on, None where nothing was.
+    measured on, None where nothing was. `machine`: where the student is to run.
     """
 
     steps: tuple[Step, ...]
@@ -46,14 +48,15 @@ class Plan:
     rounds: tuple[Round, ...] = ()
     chains: tuple[Mapping[str, Any], ...] = ()
     measured: MeasuredOn | None = None
+    machine: Machine = CPU
 
     @property
     def edits(self) -> tuple[Edit, ...]:
         return tuple(s.edit for s in self.steps)
 
 
-def make_plan(rules: Rules, analysis: Analysis) -> Plan:
-    """Match all rules on the original Program, check their claims, price them.
+def make_plan(rules: Rules, analysis: Analysis, machine: Machine = CPU) -> Plan:
+    """Match all rules on the original Program, choose forms for `machine`, check claims, price.
 
     Raises GraftError with every rule's first problem.
     """
@@ -81,7 +84,7 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
             if rule.repeat is not None:
                 continue  # it runs on what the others made
             matches = match(rule, analysis, view)
-            edits += edits_of(rule, matches.found, analysis, taken)
+            edits += edits_of(rule, matches.found, analysis, taken, machine)
             notes += selection_notes(matches)
             selections.append(matches)
         except GraftError as error:
@@ -89,6 +92,7 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
     if problems:
         raise GraftError(*problems)
     check_claims([e.claim for e in edits])
+    notes += form_notes(edits, machine)
     # Applied without weights: what cannot be applied is said now, and parameters are counted, not added up.
     student, _ = apply(analysis.program, edits, on_meta=True)
     steps = tuple(price(e, analysis, student) for e in edits)
@@ -111,6 +115,7 @@ def make_plan(rules: Rules, analysis: Analysis) -> Plan:
         rounds,
         chains=tuple(overview(analysis)),
         measured=analysis.measured,
+        machine=machine,
     )
 
 

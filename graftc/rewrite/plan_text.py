@@ -9,6 +9,7 @@ from graftc.language.rules import Rewrite
 from graftc.operators.spec import Arg, OfSite, Value
 from graftc.program.measured import MeasuredOn
 from graftc.rewrite.edits import Edit, NewModule
+from graftc.rewrite.form_texts import form_dict
 from graftc.rewrite.inputs import own_facts
 from graftc.rewrite.measured import Listing
 from graftc.rewrite.plan import Plan
@@ -17,8 +18,10 @@ from graftc.rewrite.price import Candidate, Step
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain data for YAML and JSON."""
+    m = plan.machine
     return {
         "version": 1,
+        "machine": {"device": m.device, "dtype": m.dtype, "to": m.to},
         "edits": [_step_dict(s) for s in plan.steps],
         "filtered": [
             {"rule": m.rule.name, "path": f.path, "reason": f.reason}
@@ -109,6 +112,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
             {"parameter": o.parameter, "from": o.text, "pending": o.pending} for o in step.origins
         ],
         "dropped": list(step.dropped),
+        **({"forms": forms} if (forms := [form_dict(n) for n in edit.new if n.choice]) else {}),
         **(
             {"candidates": [_candidate_dict(c) for c in step.candidates]} if step.candidates else {}
         ),

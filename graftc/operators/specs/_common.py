@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from graftc.operators.spec import SITE, Apply, Arg, Arguments, InitSource, OfSite, Part, Slot
+from collections.abc import Callable
+
+from graftc.operators.spec import (
+    SITE,
+    Apply,
+    Arg,
+    Arguments,
+    Form,
+    InitSource,
+    Machine,
+    OfSite,
+    Part,
+    Slot,
+)
 
 SELF_ATTENTION = "self_attention"
 CROSS_ATTENTION = "cross_attention"
@@ -109,7 +122,38 @@ def form_arg(*forms: str) -> Arg:
         "symbol",
         "auto",
         choices=("auto", *forms),
-        doc="how it is computed; auto: the one that was measured to be faster at this length",
+        doc="how it is computed; auto: by where the student is to run and how many tokens there are",
+    )
+
+
+def otherwise(why: str) -> Callable[[Arguments, Machine, int | None], str | None]:
+    """A form that is taken wherever no earlier one is."""
+    return lambda arguments, machine, tokens: why
+
+
+def by_rule(arguments: Arguments, machine: Machine, tokens: int | None) -> str | None:
+    """A form that is never taken unasked."""
+    return None
+
+
+def on_gpu(why: str) -> Callable[[Arguments, Machine, int | None], str | None]:
+    """A form for torch on a GPU."""
+    return lambda arguments, machine, tokens: (
+        why if machine.device == "cuda" and machine.to == "torch" else None
+    )
+
+
+def flex_form(module: str) -> Form:
+    """The form through FlexAttention."""
+    return Form(
+        "flex",
+        on_gpu("FlexAttention, one kernel on a GPU"),
+        cannot=lambda arguments: (
+            None
+            if integer(arguments, "head_dim") >= 16
+            else f"FlexAttention wants a head_dim of at least 16, found {arguments['head_dim']}"
+        ),
+        module=f"graftc.operators.flex:{module}",
     )
 
 

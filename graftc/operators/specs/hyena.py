@@ -10,6 +10,7 @@ from graftc.operators.spec import (
     Arg,
     Arguments,
     Cost,
+    Form,
     InitSource,
     OperatorSpec,
     Slot,
@@ -17,9 +18,12 @@ from graftc.operators.spec import (
 from graftc.operators.specs._common import (
     DIM,
     SELF_ATTENTION,
+    by_rule,
     form_arg,
     grid_args,
     integer,
+    on_gpu,
+    otherwise,
     part,
     taps,
 )
@@ -30,16 +34,40 @@ _ARGS = (
     Arg("causal", "bool", True, doc="taps on earlier tokens only; false centres them"),
     Arg("order", "int", 2, minimum=2, doc="how many gates; q is the last, k the first ones"),
     *grid_args(),
-    form_arg("conv", "shifts"),
+    form_arg("conv", "shifts", "causal_conv1d"),
 )
 
 
-def _form(arguments: Arguments, tokens: int | None) -> str:
-    """A convolution: on a CPU shifted multiplies take 1.7 times as long in eager mode.
+def _along(arguments: Arguments) -> str | None:
+    return None if arguments["dims"] == 1 else "it is along the tokens, and dims is 2"
 
-    They are there for compilers that fuse them into one kernel (`benchmarks/gpu.py`).
-    """
-    return "conv"
+
+def _kernel(arguments: Arguments) -> str | None:
+    """What causal-conv1d takes: `causal_conv1d_fn` of 2 to 4 taps, channels side by side in eights."""
+    if arguments["dims"] != 1 or not arguments["causal"]:
+        return "causal-conv1d is causal, along the tokens"
+    if integer(arguments, "kernel") not in (2, 3, 4):
+        return f"causal-conv1d takes 2, 3 or 4 taps, found {arguments['kernel']}"
+    return None if integer(arguments, "dim") % 8 == 0 else "causal-conv1d wants dim in eights"
+
+
+def _forms(cls: str) -> tuple[Form, ...]:
+    """On a CPU a convolution: shifted multiplies take 1.7 times as long in eager mode."""
+    return (
+        Form(
+            "shifts",
+            on_gpu("shifted multiplies, which torch.compile fuses with the gates into one kernel"),
+            cannot=_along,
+        ),
+        Form(
+            "causal_conv1d",
+            by_rule,
+            cannot=_kernel,
+            module=f"graftc.operators.kernels:Kernel{cls}",
+            package=("causal_conv1d", "causal-conv1d"),
+        ),
+        Form("conv", otherwise("a depthwise convolution")),
+    )
 
 
 def _rows(arguments: Arguments) -> tuple[int, ...]:
@@ -111,7 +139,7 @@ def _spec(name: str, cls: str, summary: str, *, short: bool, inner: bool) -> Ope
         keeps=("causal",),
         length="dims=2",
         linear=_linear(short=short, inner=inner),
-        form=_form,
+        forms=_forms(cls),
         source="Grafting (arXiv 2506.05340), table 3; Hyena-SE/X of StripedHyena 2",
     )
 

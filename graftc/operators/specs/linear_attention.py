@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from graftc.operators.spec import Apply, Arg, Arguments, Const, Cost, OperatorSpec, Slot
+from graftc.operators.spec import (
+    Apply,
+    Arg,
+    Arguments,
+    Const,
+    Cost,
+    Form,
+    Machine,
+    OperatorSpec,
+    Slot,
+)
 from graftc.operators.specs._common import (
     QK_NORM,
     ROTARY,
@@ -12,8 +22,11 @@ from graftc.operators.specs._common import (
     attention_args,
     attention_projections,
     attention_sizes,
+    form_arg,
     integer,
     norm_params,
+    on_gpu,
+    otherwise,
 )
 from graftc.operators.specs.attention import COPIES, FITTED, LINEAR, SLOTS
 
@@ -62,6 +75,11 @@ def _window_cost(arguments: Arguments, tokens: int) -> Cost:
     return Cost(linear.params + heads, operator, linear.featuriser_flops)
 
 
+def _causal_on_gpu(arguments: Arguments, machine: Machine, tokens: int | None) -> str | None:
+    why = on_gpu("flash-linear-attention's kernel, which agrees here")
+    return why(arguments, machine, tokens) if arguments["causal"] else None
+
+
 SPECS = (
     OperatorSpec(
         name="linear_attention",
@@ -81,6 +99,7 @@ SPECS = (
             *attention_args(),
             ROTARY,
             *QK_NORM,
+            form_arg("products", "fla"),
         ),
         slots=(*SLOTS, *_MAPS),
         inits={SELF_ATTENTION: {**FITTED[SELF_ATTENTION], **_MAP_INITS}},
@@ -88,6 +107,20 @@ SPECS = (
         keeps=("key_mask", "rotary", "causal", "groups"),
         linear=LINEAR,
         groups={"feature_maps": ("feature_q", "feature_k")},
+        forms=(
+            Form(
+                "fla",
+                _causal_on_gpu,
+                cannot=lambda arguments: (
+                    None
+                    if arguments["causal"]
+                    else "flash-linear-attention's kernel is a causal sum, and this is not causal"
+                ),
+                module="graftc.operators.kernels:KernelLinearAttention",
+                package=("fla", "flash-linear-attention"),
+            ),
+            Form("products", otherwise("plain products, in chunks where causal")),
+        ),
         source="arXiv 2006.16236 (elu + 1); Sana, arXiv 2410.10629 (relu); Hedgehog, arXiv 2402.04347",
     ),
     OperatorSpec(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftc.operators.spec import Arg, Arguments, Cost, OfSite, OperatorSpec, Slot
+from graftc.operators.spec import Arg, Arguments, Cost, Form, OfSite, OperatorSpec, Slot
 from graftc.operators.specs._common import (
     DIM,
     JOINT_ATTENTION,
@@ -14,14 +14,18 @@ from graftc.operators.specs._common import (
     attention_args,
     attention_projections,
     attention_sizes,
+    flex_form,
+    form_arg,
     integer,
     norm_params,
     norm_slots,
+    otherwise,
     own_or_one,
     part,
 )
 from graftc.operators.specs.attention import FITTED, LINEAR, SLOTS
 
+_TILES = Form("tiles", otherwise("tiles of the grid, each with what its discs touch"))
 _RADIUS = Arg("radius", "int", required=True, minimum=1, doc="tokens less than this away are seen")
 _HEIGHT = Arg("height", "int", OfSite("grid_height"), minimum=1, doc="rows of the token grid")
 _WIDTH = Arg("width", "int", OfSite("grid_width"), minimum=1, doc="columns of the token grid")
@@ -106,6 +110,7 @@ _JOINT = OperatorSpec(
         SCALE,
         SOFTCAP,
         ROTARY,
+        form_arg("tiles", "flex"),
     ),
     slots=(
         *(
@@ -127,6 +132,7 @@ _JOINT = OperatorSpec(
     cost=_joint_cost,
     keeps=("mask", "rotary", "groups", "context"),
     length="fixed",
+    forms=(flex_form("FlexJointLocalAttention2d"), _TILES),
     source="CLEAR, arXiv 2412.16112",
 )
 
@@ -151,6 +157,7 @@ SPECS = (
             *QK_NORM,
             SCALE,
             SOFTCAP,
+            form_arg("tiles", "flex"),
         ),
         slots=SLOTS,
         inits=FITTED,
@@ -158,6 +165,7 @@ SPECS = (
         keeps=("mask", "rotary", "groups"),
         linear=LINEAR,
         length="groups=None",
+        forms=(flex_form("FlexLocalAttention2d"), _TILES),
         source="CLEAR, arXiv 2412.16112",
         variants={JOINT_ATTENTION: _JOINT},
     ),

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from graftc.operators.spec import Apply, Arg, Arguments, Cost, OperatorSpec, Slot
-from graftc.operators.specs._common import DIM, SELF_ATTENTION, fitted, integer, number
+from graftc.operators.spec import Apply, Arg, Arguments, Cost, Form, OperatorSpec, Slot
+from graftc.operators.specs._common import (
+    DIM,
+    SELF_ATTENTION,
+    fitted,
+    form_arg,
+    integer,
+    number,
+    on_gpu,
+    otherwise,
+)
 
 
 def sizes(arguments: Arguments) -> tuple[int, ...]:
@@ -49,6 +58,7 @@ SPECS = (
             Arg("expand", "float", 2, above=0, doc="inner width as a multiple of dim"),
             Arg("kernel", "int", 4, minimum=1, doc="taps of the convolution on x, B and C"),
             Arg("causal", "bool", True, doc="one scan; false adds one from the end"),
+            form_arg("chunks", "mamba_ssm"),
         ),
         slots=(
             Slot("in_proj", "in_proj", doc="rows z, x, B, C, dt"),
@@ -80,6 +90,15 @@ SPECS = (
         },
         cost=_cost,
         keeps=("causal",),
+        forms=(
+            Form(
+                "mamba_ssm",
+                on_gpu("mamba-ssm's kernel, which agrees here"),
+                module="graftc.operators.kernels:KernelMamba2",
+                package=("mamba_ssm", "mamba-ssm"),
+            ),
+            Form("chunks", otherwise("products in chunks")),
+        ),
         source="arXiv 2405.21060; Grafting (arXiv 2506.05340), table 3; mamba_ssm.Mamba2",
     ),
 )

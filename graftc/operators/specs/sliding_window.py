@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftc.operators.spec import Arg, Arguments, Cost, OperatorSpec
+from graftc.operators.spec import Arg, Arguments, Cost, Form, Machine, OperatorSpec
 from graftc.operators.specs._common import (
     QK_NORM,
     ROTARY,
@@ -12,9 +12,11 @@ from graftc.operators.specs._common import (
     attention_args,
     attention_projections,
     attention_sizes,
+    flex_form,
     form_arg,
     integer,
     norm_params,
+    otherwise,
 )
 from graftc.operators.specs.attention import FITTED, LINEAR, SLOTS
 
@@ -30,18 +32,25 @@ def _cost(arguments: Arguments, tokens: int) -> Cost:
     )
 
 
-def _form(arguments: Arguments, tokens: int | None) -> str:
+def _dense(arguments: Arguments, machine: Machine, tokens: int | None) -> str | None:
     """Dense where there are hardly more tokens than a block of queries sees: cutting costs more than it spares.
 
     Measured on a CPU, in eager mode and in ONNX Runtime (`benchmarks/operators.py --forms`).
 
-    >>> _form({"window": 4, "causal": False}, 64), _form({"window": 4, "causal": False}, 256)
-    ('dense', 'blocks')
+    >>> from graftc.operators.spec import CPU
+    >>> _dense({"window": 4, "causal": False}, CPU, 64)
+    'few tokens: at most 135'
     """
     window = integer(arguments, "window")
-    seen = max(window, 16) + (1 if arguments["causal"] else 2) * window
-    return "dense" if tokens is not None and tokens < seen + 112 else "blocks"
+    most = max(window, 16) + (1 if arguments["causal"] else 2) * window + 111
+    return f"few tokens: at most {most}" if tokens is not None and tokens <= most else None
 
+
+_FORMS = (
+    Form("dense", _dense),
+    flex_form("FlexWindow"),
+    Form("blocks", otherwise("blocks of queries, whatever the length")),
+)
 
 SPECS = (
     OperatorSpec(
@@ -54,7 +63,7 @@ SPECS = (
             Arg("window", "int", required=True, minimum=1, doc="tokens seen to each side"),
             *attention_args(),
             ROTARY,
-            form_arg("blocks", "dense"),
+            form_arg("blocks", "dense", "flex"),
             *QK_NORM,
             SCALE,
             SOFTCAP,
@@ -64,7 +73,7 @@ SPECS = (
         cost=_cost,
         keeps=("mask", "rotary", "causal", "groups"),
         linear=LINEAR,
-        form=_form,
+        forms=_FORMS,
         source="Grafting (arXiv 2506.05340), table 3; arXiv 2004.05150",
     ),
 )
