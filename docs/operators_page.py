@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 
 from graftc.operators.build import operator_class
 from graftc.operators.source_text import text
-from graftc.operators.spec import WHOLE, Arg, InitSource, OfSite, OperatorSpec
+from graftc.operators.spec import (
+    CPU,
+    WHOLE,
+    Arg,
+    Form,
+    InitSource,
+    Machine,
+    OfSite,
+    OperatorSpec,
+)
 from graftc.operators.specs import MERGES, SPECS
 
 _HEAD = """# The operators
@@ -29,6 +38,24 @@ mixer of neighbours (Hyena, a window) on both streams put end to end would let i
 scan in one direction would let nothing reach the text; each would run, and lose what the prompt says. So these are refused (G124), with the
 two that fit. Linear attention over both streams would be sound, and is not written yet. In `local_attention_2d` with `groups = {text: full, image: local}` the image is local and the text still sees, and is seen
 by, all. A single-stream block of such a model is self-attention, and takes every mixer.
+
+## Forms
+Some operators have several *forms*: formulations of the same function, with the same parameters, which agree to 1e-5 (tested). `graftc plan`
+and `graftc compile` choose one at each site by where the student is to run and by the number of tokens, and print it with its reason; the plan
+holds both. `--device cuda`, `--dtype bf16` and `--to onnx` (or `tensorrt`) say where; without them it is torch on a CPU in fp32. `form = …` in a
+rule forces one.
+
+- `flex` is FlexAttention: one kernel on a GPU, in eager mode and under `torch.compile`; masks, rotary positions, groups of heads and softcap are in it.
+  On a CPU in eager mode, and in an export, the operator's own blocks compute the same, so that a student of this form trains, exports and runs anywhere.
+- `shifts` writes a short convolution as shifted multiplies, which `torch.compile` fuses with the gates into one kernel
+  (`tests/operators/test_compiled.py` counts inductor's kernels on a CPU). In eager mode a convolution is faster.
+- `mamba_ssm`, `fla` and `causal_conv1d` call the kernels of these packages on a GPU, and the operator's own form elsewhere. The first two are chosen only on a
+  machine that has the package and the GPU, where the kernel was run beside the operator's own form with the site's arguments, forward and backward, and
+  agreed; `causal_conv1d` only where a rule says so. A rule's form whose package is not installed is an error (G821), and one that was not seen to agree a
+  warning (G822). The student's `config.yaml` names the package under `needs_on_a_gpu`.
+
+None of the forms for a GPU has run on one yet: they were tested on a CPU (FlexAttention's eager implementation and its compiled CPU kernel; the packages by
+stand-ins of their published signatures), and `pytest -m gpu tests/gpu` and `benchmarks/gpu.py` are there for who has one.
 """
 
 
@@ -70,11 +97,26 @@ def _facts(spec: OperatorSpec) -> Iterator[str]:
     for role, sources in spec.inits.items():
         if sources:
             yield f"- First weights at a {role}: {_sources(sources)}."
+    if spec.forms:
+        where = "; ".join(f"`{f.name}`" + _where(f) for f in spec.forms)
+        yield f"- Forms, the first that fits being taken: {where}."
     if spec.groups:
         yield "- Trainable groups: " + ", ".join(f"`{g}`" for g in spec.groups) + "."
     if spec.source:
         yield f"- Source: {spec.source}."
     yield ""
+
+
+def _where(form: Form) -> str:
+    """Where a form is taken unasked, told by asking it."""
+    unasked = {"causal": True, "window": 0, "dims": 1}
+    if form.wanted(unasked, CPU, None):
+        return ""
+    if form.wanted(unasked, CPU, 1):
+        return " where there are few tokens"
+    gpu = form.wanted(unasked, Machine("cuda"), None)
+    package = f" by the package `{form.package[1]}`" if form.package else ""
+    return package + (" for torch on a GPU" if gpu else " where a rule says so")
 
 
 def _sources(sources: Mapping[str, InitSource]) -> str:

@@ -85,7 +85,7 @@ class KernelMamba2(Mamba2):
         y = ssd_kernel()(
             x.unflatten(-1, (self.heads, self.head_dim)),
             dt,
-            -a_log.float().exp(),
+            -a_log.to(torch.promote_types(a_log.dtype, torch.float32)).exp(),
             b.unflatten(-1, (self.groups, self.state)),
             c.unflatten(-1, (self.groups, self.state)),
             chunk_size=self.chunk,
