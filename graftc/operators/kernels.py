@@ -75,9 +75,7 @@ class KernelMamba2(Mamba2):
     forms = ("mamba_ssm",)
     needs = "mamba-ssm"
 
-    def recur(
-        self, mixed: Tensor, dt: Tensor, dt_bias: Tensor, a_log: Tensor, d: Tensor
-    ) -> Tensor:
+    def recur(self, mixed: Tensor, dt: Tensor, dt_bias: Tensor, a_log: Tensor, d: Tensor) -> Tensor:
         if not mixed.numel() or not on_gpu(mixed):
             return super().recur(mixed, dt, dt_bias, a_log, d)
         size = self.groups * self.state
@@ -124,9 +122,7 @@ class KernelConv(GatedConv):
     def filtered(self, x: Tensor, filter: TokenFilter | nn.Conv2d) -> Tensor:
         if not x.numel() or not on_gpu(x):
             return super().filtered(x, filter)
-        y = conv_kernel()(
-            x.transpose(1, 2), filter.weight.squeeze(1), filter.bias, activation=None
-        )
+        y = conv_kernel()(x.transpose(1, 2), filter.weight.squeeze(1), filter.bias, activation=None)
         return y.transpose(1, 2)
 
 

@@ -189,9 +189,7 @@ class Mamba2(nn.Module):
         mixed = F.silu(along_tokens(mixed, filter, causal=True, grid=None))
         return self.recur(mixed, dt, dt_bias, a_log, d)
 
-    def recur(
-        self, mixed: Tensor, dt: Tensor, dt_bias: Tensor, a_log: Tensor, d: Tensor
-    ) -> Tensor:
+    def recur(self, mixed: Tensor, dt: Tensor, dt_bias: Tensor, a_log: Tensor, d: Tensor) -> Tensor:
         """[x, B, C] after the convolution, and dt, to y."""
         batch, tokens, _ = mixed.shape
         wide = torch.promote_types(mixed.dtype, torch.float32)

@@ -137,11 +137,11 @@ def of_blocks(mask: torch_flex.BlockMask, tokens: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("before", [1, 127, 128, 129, 300])
 def test_the_table_of_a_window_names_the_blocks_that_are_seen(tokens: int, before: int) -> None:
     for after in (0, before):
-        found, right = of_blocks(
-            window_blocks(tokens, before, after, torch.device("cpu")), tokens
-        )
+        found, right = of_blocks(window_blocks(tokens, before, after, torch.device("cpu")), tokens)
         assert (found | ~right).all()
-        inner = found[: tokens // 128, : tokens // 128]  # the last one is filled up, and may be named
+        inner = found[
+            : tokens // 128, : tokens // 128
+        ]  # the last one is filled up, and may be named
         assert torch.equal(inner, right[: tokens // 128, : tokens // 128])
 
 

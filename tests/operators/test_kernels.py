@@ -22,7 +22,15 @@ from graftc.operators.mamba2 import ssd_scan
 from graftc.operators.spec import Form, Machine, OperatorSpec
 from graftc.operators.specs import SPECS
 
-SITE = {"dim": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "causal": True, "rotary": "none", "tokens": 64}
+SITE = {
+    "dim": 16,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 4,
+    "causal": True,
+    "rotary": "none",
+    "tokens": 64,
+}
 CASES = {
     "mamba_ssm": ("mamba2", {"head_dim": 8, "groups": 2}),
     "mamba_ssm, both ways": ("mamba2", {"head_dim": 8, "causal": False}),
@@ -57,7 +65,9 @@ def chunk_linear_attn(
     assert not normalize
     assert q.is_contiguous()
     assert v.is_contiguous()
-    scores = torch.einsum("bihd,bjhd->bhij", q * (q.shape[-1] ** -0.5 if scale is None else scale), k)
+    scores = torch.einsum(
+        "bihd,bjhd->bhij", q * (q.shape[-1] ** -0.5 if scale is None else scale), k
+    )
     return torch.einsum("bhij,bjhe->bihe", scores.tril(), v), None
 
 
