@@ -23,9 +23,11 @@ import torch
 from timing import Report
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from graftc.operators.agreement import disagreement
 from graftc.operators.build import arguments_at, build
+from graftc.operators.forms import missing
+from graftc.operators.spec import Machine
 from graftc.operators.specs import SPECS
 
 OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,10 +36,16 @@ OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "hyena_y, shifts": ("hyena_y", {"form": "shifts"}),
     "hyena_se, shifts": ("hyena_se", {"form": "shifts"}),
     "sliding_window(64), blocks": ("sliding_window", {"window": 64, "form": "blocks"}),
-    "local_attention_2d(8), tiles": ("local_attention_2d", {"radius": 8}),
+    "sliding_window(64), flex": ("sliding_window", {"window": 64, "form": "flex"}),
+    "local_attention_2d(8), tiles": ("local_attention_2d", {"radius": 8, "form": "tiles"}),
+    "local_attention_2d(8), flex": ("local_attention_2d", {"radius": 8, "form": "flex"}),
     "linear_attention": ("linear_attention", {}),
+    "linear_attention, causal": ("linear_attention", {"causal": True, "form": "products"}),
+    "linear_attention, causal, fla": ("linear_attention", {"causal": True, "form": "fla"}),
     "linear_window_attention(64)": ("linear_window_attention", {"window": 64}),
-    "mamba2": ("mamba2", {"head_dim": 16}),
+    "hyena_x, causal_conv1d": ("hyena_x", {"form": "causal_conv1d"}),
+    "mamba2": ("mamba2", {"head_dim": 64, "form": "chunks"}),
+    "mamba2, mamba_ssm": ("mamba2", {"head_dim": 64, "form": "mamba_ssm"}),
 }
 
 
@@ -69,35 +77,32 @@ GPU = Setup()
 DRY = Setup("cpu", torch.float32, 32, 2, (16, 64), 64, 28, 8, 24, "eager", figures=False)
 
 
+def site(setup: Setup, tokens: int = 0) -> dict[str, Any]:
+    """The facts of an attention of the setup's width, the tokens as a square."""
+    side = math.isqrt(tokens)
+    return {
+        "dim": setup.dim, "heads": setup.heads, "kv_heads": setup.heads, "head_dim": setup.dim // setup.heads,
+        "causal": False, "rotary": "none", "grid_height": side, "grid_width": side,
+    }  # fmt: skip
+
+
 def make(setup: Setup, operator: str, given: dict[str, Any], tokens: int = 0) -> nn.Module:
     """An operator at the setup's width, on its device; the tokens as a square, where it wants a grid."""
-    spec, head_dim, side = SPECS[operator], setup.dim // setup.heads, math.isqrt(tokens)
-    site: dict[str, Any] = {
-        "dim": setup.dim, "heads": setup.heads, "kv_heads": setup.heads, "head_dim": head_dim, "causal": False,
-        "rotary": "none", "grid_height": side, "grid_width": side,
-    }  # fmt: skip
-    return build(spec, arguments_at(spec, site, given)).to(setup.device, setup.dtype)
+    arguments = arguments_at(SPECS[operator], site(setup, tokens), given)
+    return build(SPECS[operator], arguments).to(setup.device, setup.dtype)
 
 
-class FlexWindow(nn.Module):
-    """The weights of a `sliding_window`, through FlexAttention."""
-
-    def __init__(self, operator: Any, tokens: int, device: str) -> None:
-        super().__init__()
-        self.operator = operator
-        window = operator.window
-        self.mask = create_block_mask(
-            lambda b, h, q, k: (q - k).abs() <= window, None, None, tokens, tokens, device=device
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        o: Any = self.operator
-        q, k, v = (
-            t.unflatten(-1, (o.heads, o.head_dim)).transpose(1, 2)
-            for t in o.in_proj(x).chunk(3, dim=-1)
-        )
-        y: Any = flex_attention(q, k, v, block_mask=self.mask)
-        return o.out_proj(y.transpose(1, 2).flatten(2))
+def not_run(setup: Setup, operator: str, given: dict[str, Any]) -> str | None:
+    """Why a form of an installed package is not measured: it is not there, or does not agree here."""
+    spec = SPECS[operator]
+    form = spec.form(given.get("form"))
+    if form is None or form.package is None or not setup.figures:
+        return None  # in a dry run on the CPU the operator's own form stands in
+    if (package := missing(form)) is not None:
+        return f"NOT RUN: {package} is not installed"
+    arguments = arguments_at(spec, site(setup), given)
+    why = disagreement(spec, form, arguments, Machine(setup.device, "bf16"))
+    return None if why is None else f"NOT RUN: {why}"
 
 
 def milliseconds(setup: Setup, run: Callable[[], Any], rounds: int = 30) -> float:
@@ -123,8 +128,6 @@ def both_ways(setup: Setup, module: Any, x: torch.Tensor) -> tuple[float, float]
     """(forward, forward + backward) in milliseconds."""
     with torch.no_grad():
         forward = milliseconds(setup, lambda: module(x))
-    if x.device.type == "cpu" and isinstance(module, FlexWindow):
-        return forward, forward  # FlexAttention has no backward on a CPU
     trained = x.detach().requires_grad_()
 
     def step() -> None:
@@ -138,16 +141,11 @@ def rows(setup: Setup) -> Iterator[tuple[str, ...]]:
         x = setup.random(max(1, setup.samples // tokens), tokens, setup.dim)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             full = both_ways(setup, setup.compiled(make(setup, "attention", {})), x)
-        candidates = {n: make(setup, *given, tokens) for n, given in OPERATORS.items()}
-        window = make(setup, "sliding_window", {"window": 64})
-        candidates["sliding_window(64), FlexAttention"] = FlexWindow(window, tokens, setup.device)
-        for name, module in candidates.items():
-            module = (
-                module
-                if setup is DRY and isinstance(module, FlexWindow)
-                else setup.compiled(module)
-            )
-            own = both_ways(setup, module, x)
+        for name, (operator, given) in OPERATORS.items():
+            if (why := not_run(setup, operator, given)) is not None:
+                yield name, f"{tokens:,}", why, "", "", f"{full[0]:.3g} ms"
+                continue
+            own = both_ways(setup, setup.compiled(make(setup, operator, given, tokens)), x)
             figures = (
                 f"{full[0] / own[0]:.2f}x", f"{full[1] / own[1]:.2f}x", f"{own[0]:.3g} ms", f"{full[0]:.3g} ms",
             )  # fmt: skip

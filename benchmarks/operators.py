@@ -2,6 +2,7 @@
 
     python benchmarks/operators.py
     python benchmarks/operators.py --forms   # the forms of one function against each other
+    python benchmarks/operators.py --bound   # mamba2's multiplications against attention's: nothing is run
 
 Each operator is the module that a student carries, in the form that `form = auto` takes on that path.
 Goals (attention's time / operator's, at 1,024 and 4,096 tokens): sliding window 1.5 and 4.6, Hyena 2.5
@@ -134,6 +135,29 @@ def forms(rounds: int) -> Iterator[tuple[str, ...]]:
         yield f"{operator}{shown}", f"{second} / {first}", f"{tokens:,}", *ratios
 
 
+def bound() -> Iterator[tuple[str, ...]]:
+    """Multiplications a token that attention and mamba2 spend in products: the most that equal speed allows.
+
+    Element-wise work, which attention hardly has and a scan has much of, is not counted.
+    """
+    for tokens, goal in zip(TOKENS, (1.6, 4.4), strict=True):
+        full = 4 * DIM * DIM + 2 * tokens * DIM
+        for expand in (2, 1):
+            given = arguments_at(SPECS["mamba2"], {**SITE, "tokens": tokens}, {"expand": expand})
+            op: Any = build(SPECS["mamba2"], given)
+            maps = sum(m.weight.numel() for m in (op.in_proj, op.out_proj))
+            inside = op.chunk * (op.groups * op.state + op.inner)  # c bᵀ, and that times x
+            states = 2 * op.state * op.inner  # b xᵀ, and c times the state
+            chunks = -(-tokens // op.chunk)
+            carry = chunks * chunks * op.state * op.inner // tokens  # the states over the chunks
+            taps = op.conv1d.weight.numel()
+            own = maps + inside + states + carry + taps
+            yield (
+                f"mamba2, expand = {expand}", f"{tokens:,}", f"{full:,}", f"{maps:,}", f"{own:,}",
+                f"{full / maps:.2f}x", f"{full / own:.2f}x", f"{goal}x",
+            )  # fmt: skip
+
+
 def report(found: list[dict[str, Any]]) -> Report:
     """The table: rows of operators, ratios at each length."""
     lines: list[tuple[str, ...]] = []
@@ -178,8 +202,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", help="operators whose name holds this")
     parser.add_argument("--forms", action="store_true")
+    parser.add_argument("--bound", action="store_true")
     words = parser.parse_args()
     torch.set_num_threads(THREADS)
+    if words.bound:
+        columns = (
+            "operator", "tokens", "attention", "its two projections", "all of it",
+            "attention / projections", "attention / all", "goal",
+        )  # fmt: skip
+        note = f"`python benchmarks/operators.py --bound`: multiplications a token in products, width {DIM}."
+        print(Report("What products allow", columns, tuple(bound()), (note,)).markdown())
+        return
     if words.forms:
         columns = ("operator", "forms", "tokens", "torch eager", "ONNX Runtime")
         note = f"`python benchmarks/operators.py --forms`, time of the one over the other's, medians of {words.rounds} rounds, likewise."

@@ -9,8 +9,8 @@ from graftc.language.rules import CopyOf, Insert, OperatorCall
 from graftc.operators.spec import Cost, OperatorSpec
 from graftc.program.analysis import Site
 from graftc.rewrite.arguments import resolve_arguments
-from graftc.rewrite.chosen_forms import chosen
 from graftc.rewrite.block_parts import part_ref
+from graftc.rewrite.chosen_forms import chosen
 from graftc.rewrite.edits import Copied, Edit, NewModule, Place
 from graftc.rewrite.user_files import unread
 from graftc.rewrite.user_operator import spec_at

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from graftc.operators.agreement import disagreement
 from graftc.operators.build import arguments_at, build
+from graftc.operators.forms import missing
+from graftc.operators.spec import Machine
 from graftc.operators.specs import SPECS
 
 DEVICE = os.environ.get("GRAFTC_GPU", "cuda")
@@ -34,7 +37,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("depthwise_conv", {"kernel": 7, "init": "random"}),
     ("sliding_window", {"window": 9, "form": "blocks"}),
     ("sliding_window", {"window": 9, "form": "dense"}),
+    ("sliding_window", {"window": 9, "form": "flex"}),
+    ("sliding_window", {"window": 150, "form": "flex", "causal": True, "kv_heads": 2, "softcap": 5.0}),
     ("local_attention_2d", {"radius": 3}),
+    ("local_attention_2d", {"radius": 3, "form": "flex"}),
     ("linear_attention", {}),
     ("linear_attention", {"causal": True}),
     ("linear_window_attention", {"window": 16}),
@@ -45,7 +51,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("latent_attention", {"rank": 16}),
     ("mlp", {"ratio": 3}),
     ("mlp_hyena_x", {}),
-]
+]  # fmt: skip
 
 
 def _made(operator: str, given: dict[str, Any]) -> torch.nn.Module:
@@ -66,22 +72,54 @@ def test_the_device_computes_what_the_cpu_does(operator, given, compiled, dtype,
     assert (made.cpu().double() - wanted).norm() <= limit * wanted.norm()
 
 
-def test_flex_attention_is_the_sliding_window():
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _gradients(module: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(module(x).square().mean(), list(module.parameters())))
 
-    module: Any = _made("sliding_window", {"window": 9}).to(DEVICE)
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("operator", "given"),
+    [("sliding_window", {"window": 9}), ("local_attention_2d", {"radius": 3})],
+)
+def test_flex_has_the_gradients_and_takes_the_masks_of_the_own_form(operator, given, compiled):
+    own: Any = _made(operator, given).to(DEVICE)
+    flex: Any = _made(operator, {**given, "form": "flex"}).to(DEVICE)
+    run = torch.compile(flex) if compiled else flex
     x = torch.randn(2, TOKENS, DIM, device=DEVICE)
-    mask = create_block_mask(
-        lambda b, h, q, k: (q - k).abs() <= 9, None, None, TOKENS, TOKENS, device=DEVICE
-    )
+    seen = torch.rand(2, 1, 1, TOKENS, device=DEVICE) > 0.3
+    bias = torch.randn(1, HEADS, TOKENS, TOKENS, device=DEVICE)
     with torch.no_grad():
-        q, k, v = (
-            t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in module.in_proj(x).chunk(3, dim=-1)
-        )
-        made: Any = torch.compile(flex_attention)(q, k, v, block_mask=mask)
-        torch.testing.assert_close(
-            module.out_proj(made.transpose(1, 2).flatten(2)), module(x), rtol=1e-2, atol=1e-3
-        )
+        for mask in (seen, bias):
+            torch.testing.assert_close(run(x, mask), own(x, mask), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(run(x), own(x), rtol=1e-2, atol=1e-3)
+    for a, b in zip(_gradients(flex, x), _gradients(own, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+INSTALLED = [
+    ("mamba2", "mamba_ssm", {}),
+    ("mamba2", "mamba_ssm", {"causal": False, "groups": 2}),
+    ("linear_attention", "fla", {"causal": True}),
+    ("linear_attention", "fla", {"causal": True, "feature": "softmax_pair"}),
+    ("hyena_x", "causal_conv1d", {}),
+    ("hyena_se", "causal_conv1d", {"kernel": 3}),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("operator", "name", "given"), INSTALLED)
+def test_an_installed_kernel_agrees(operator, name, given, dtype):
+    """Forward and every gradient, against the operator's own form in float64."""
+    spec = SPECS[operator]
+    form = spec.form(name)
+    assert form is not None
+    if missing(form) is not None:
+        pytest.skip(f"{missing(form)} is not installed")
+    arguments = arguments_at(spec, SITE, {**given, "form": name})
+    why = disagreement(spec, form, arguments, Machine(DEVICE, dtype))
+    if dtype == "fp32" and why is not None and "off here" in why:
+        pytest.skip(f"in float32 {why}: it computes in TF32, and is not chosen")
+    assert why is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm not installed")

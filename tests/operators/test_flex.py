@@ -118,7 +118,7 @@ def test_discs_are_those_of_the_tiles() -> None:
         x = [torch.randn(3, n, DIM, dtype=torch.float64) for n in lengths]
         (found, wanted) = (m(*x) for m in (other, one))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-        for m, y in ((one, wanted), (other, found)):
+        for y in (wanted, found):
             sum(t.square().mean() for t in (y if isinstance(y, tuple) else (y,))).backward()
         for a, b in zip(other.parameters(), one.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
