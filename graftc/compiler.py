@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graftc import __version__
-from graftc.diagnostics import fail, render
+from graftc.diagnostics import Diagnostic, fail, render
 from graftc.distillation.about import Noise, noise_of
 from graftc.distillation.targets import Targets, to_dict
 from graftc.emit.build import Build, write_build
@@ -204,12 +204,13 @@ def compile_build(
     )
     compiled = compile_model(rules, loaded, seed, on, machine)
     targets, student, plan = compiled.targets, compiled.student, plan_dict(compiled.plan)
+    fitted: tuple[Diagnostic, ...] = ()
     if student_weights is not None:
         student = _released(student, student_weights, loaded.module)
         plan = _from_file(plan, student_weights)
         targets = replace(targets, sites=tuple(replace(s, pending=()) for s in targets.sites))
     elif data is not None and any(s.pending for s in targets.sites):
-        targets = _solve(compiled, data, task, loaded, seed)
+        targets, fitted = _solve(compiled, data, task, loaded, seed)
     targets = replace(targets, noise=_noise(task if task is not None else loaded.task))
     return write_build(
         output,
@@ -230,7 +231,7 @@ def compile_build(
             "data": _named(data, "DATA"),
             "task": _task_entry(task, loaded.task),
             "checks": list(compiled.checks),
-            "notes": [render(n) for n in compiled.plan.notes],
+            "notes": [render(n) for n in (*compiled.plan.notes, *fitted)],
             "forms": forms(compiled.plan, compiled.analysis, student, loaded),
         },
         copy_teacher=copy_teacher or not isinstance(model, str),
@@ -306,7 +307,9 @@ def check_weights(module: nn.Module) -> None:
             fail("G207", f"`{name}` holds values that are no numbers", site="MODEL")
 
 
-def _solve(compiled: Compiled, data: Any, task: Any, model: Model, seed: int) -> Targets:
+def _solve(
+    compiled: Compiled, data: Any, task: Any, model: Model, seed: int
+) -> tuple[Targets, tuple[Diagnostic, ...]]:
     """First weights that need data, solved on the teacher's activations."""
     from graftc.distillation.first_weights import solve_first_weights
     from graftc.loading import load_data, load_task

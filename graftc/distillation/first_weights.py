@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.diagnostics import Diagnostic
 from graftc.distillation.budget import site_plans
 from graftc.distillation.data import Task, open_data
 from graftc.distillation.generation import Generation, Setting
@@ -17,8 +18,10 @@ from graftc.distillation.targets import Targets
 
 def solve_first_weights(
     targets: Targets, teacher: nn.Module, student: nn.Module, data: Any, task: Task, *, seed: int
-) -> Targets:
-    """Solve every pending weight of `student` in place, inner sites first; returns what is still pending.
+) -> tuple[Targets, tuple[Diagnostic, ...]]:
+    """Solve every pending weight of `student` in place, inner sites first.
+
+    Returns the targets with what is still pending, and a warning where DATA is a single sample (G828).
 
     `teacher` and `student` may be Programs' roots: any modules that `capture_graph` can read. A site
     that is distilled after others keeps its weights pending too: they are solved again, from the
@@ -38,6 +41,9 @@ def solve_first_weights(
         )
         for _ in solve_pending(generation, f"init.{number}"):
             pass
-    return replace(
-        targets, sites=tuple(s if s.after else replace(s, pending=()) for s in targets.sites)
-    )
+    told = ()
+    if source.size == 1:
+        told = (Diagnostic("G828", "first weights are fitted to a single sample: DATA has no more", site="DATA",
+                           help="give more samples: 512 are read at most", severity="warning"),)  # fmt: skip
+    sites = tuple(s if s.after else replace(s, pending=()) for s in targets.sites)
+    return replace(targets, sites=sites), told

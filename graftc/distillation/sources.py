@@ -170,7 +170,7 @@ class Stream:
             self._in_epoch += 1
             return value
         fail("G520", "DATA has no sample left to train on", site="DATA",
-             found=f"{self.skip} samples, all held out" if self.skip else "no samples",
+             found=f"{self.skip} sample{'s' * (self.skip != 1)}, all held out" if self.skip else "no samples",
              help="give more samples, or `validation=` from elsewhere; where there are more, DATA can be read only "
                   "once: its `__iter__` must begin anew" if self.skip else None)  # fmt: skip
 

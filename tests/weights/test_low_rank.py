@@ -62,3 +62,13 @@ def test_data_at_compile_time_whitens_it(tmp_path: Path) -> None:
             wanted = made.teacher().eval()(**given)
             errors.append(float((made.student().eval()(**given) - wanted).norm()))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_first_weights_fitted_to_a_single_sample_are_said_to_be(tmp_path: Path) -> None:
+    digits = Path(__file__).parents[2] / "examples/digits"
+    file = tmp_path / "r.graft"
+    file.write_text((RULE % "calibration").replace("linear in mlp", "linear in mlp in blocks {1}"))
+    one = [{"latent": torch.rand(1, 8, 8), "label": torch.tensor(3)}]
+    made = verbs.compile(file, f"{digits}/model.py:teacher", tmp_path / "build", data=one)
+    (told,) = made.manifest["notes"]
+    assert "warning[G828]: first weights are fitted to a single sample" in told
