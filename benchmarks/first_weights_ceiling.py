@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import first_weights as measured
 import torch
-from first_weights import Case
+from first_weights_cases import Case, cases
 
 LONG = 800
 """Steps of stage 1: beside 100 and 400 they show what more still bring."""
@@ -35,7 +35,7 @@ WANTED = (
 
 
 def wanted(only: str | None) -> Iterator[Case]:
-    known = {case.key: case for case in measured.cases()}
+    known = {case.key: case for case in cases()}
     for title, policy in WANTED:
         case = known[f"{title} | {policy}"]
         if only is None or only in case.key:

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from first_weights import CONSTANT, FRECHET, PLACES
+from first_weights import FRECHET
+from first_weights_cases import CONSTANT, PLACES
 
 CONTROL = "token_linear() | least squares"
 REFERENCE = "random, AdamW"

@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 import first_weights as measured
 import torch
-from first_weights import BATCH, SITES, Case
+from first_weights import BATCH, SITES
+from first_weights_cases import Case, cases
 from torch import Tensor, nn
 
 from graftc.weights import alternating
@@ -265,7 +266,7 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="the row whose key is that text")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    known = {case.key: case for case in measured.cases()}
+    known = {case.key: case for case in cases()}
     for title, policy in OPERATORS.items():
         for how in TRIED:
             key = f"{title} | {how.name}"
