@@ -31,7 +31,8 @@ from graftc.distillation.generation import Generation, Setting
 from graftc.distillation.optim import Schedule
 from graftc.distillation.stage2 import finetune_module
 from graftc.distillation.students import students_of
-from graftc.distillation.targets import Stage2, Targets, from_dict
+from graftc.distillation.targets import Stage2, Targets
+from graftc.distillation.targets_file import from_dict
 from graftc.loading import load_data, task_of
 
 ROOT = Path(__file__).parents[1]

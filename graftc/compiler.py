@@ -16,7 +16,8 @@ from torch import nn
 from graftc import __version__
 from graftc.diagnostics import Diagnostic, fail, render
 from graftc.distillation.about import Noise, noise_of
-from graftc.distillation.targets import Targets, to_dict
+from graftc.distillation.targets import Targets
+from graftc.distillation.targets_file import to_dict
 from graftc.emit.build import Build, write_build
 from graftc.emit.files import file_hash
 from graftc.forms import forms

@@ -38,7 +38,7 @@ def targets(
     if (to is None) != (output is None):
         raise typer.BadParameter("--to and -o go together: --to modelopt -o FILE.py")
     if to is None or output is None:
-        from graftc.distillation.targets import load_targets, to_dict
+        from graftc.distillation.targets_file import load_targets, to_dict
 
         found = load_targets(directory)
         print_json(to_dict(found)) if format == "json" else _show(found)

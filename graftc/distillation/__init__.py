@@ -12,7 +12,8 @@ from graftc.distillation.run import Progress, RunResult, SiteResult, finished, l
 from graftc.distillation.sources import call_data
 from graftc.distillation.stage1 import distill, plan_distill
 from graftc.distillation.stage2 import Finetuned, finetune_module
-from graftc.distillation.targets import Targets, from_dict, load_targets, save_targets, to_dict
+from graftc.distillation.targets import Targets
+from graftc.distillation.targets_file import from_dict, load_targets, save_targets, to_dict
 
 __all__ = [
     "UNTRAINED",

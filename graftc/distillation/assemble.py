@@ -15,7 +15,7 @@ from graftc.distillation.identity import Identity, digest, fingerprint, problems
 from graftc.distillation.optim import align
 from graftc.distillation.reuse import apart, result_of, state_as_chosen, take
 from graftc.distillation.run import Build, RunResult, open_run
-from graftc.distillation.targets import from_dict
+from graftc.distillation.targets_file import from_dict
 
 
 @dataclass(frozen=True)

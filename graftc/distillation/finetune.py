@@ -22,7 +22,8 @@ from graftc.distillation.run import Build, Progress, RunResult, finished, latest
 from graftc.distillation.scopes import usable_device, using_threads
 from graftc.distillation.sharing import sharing2
 from graftc.distillation.stage2 import Which, finetune_module, terms_of
-from graftc.distillation.targets import Lora, Only, Site, Stage2, Targets, Train, from_dict
+from graftc.distillation.targets import Lora, Only, Site, Stage2, Targets, Train
+from graftc.distillation.targets_file import from_dict
 from graftc.distillation.tensorboard import board_of
 
 UNTRAINED = "untrained"

@@ -20,7 +20,8 @@ from graftc.diagnostics import fail
 from graftc.distillation.budget import site_plans
 from graftc.distillation.candidates import candidate_name, candidate_site
 from graftc.distillation.data import Task, open_data
-from graftc.distillation.targets import Candidate, Site, Targets, to_dict
+from graftc.distillation.targets import Candidate, Site, Targets
+from graftc.distillation.targets_file import to_dict
 
 _NOT_KEY = ("name", "rule", "origin", "operator", "teacher", "student", "trainable", "pending", "after", "exact", "candidates", "sample", "init")  # fmt: skip
 """Fields of a site that its key has in another form, or that change nothing of what is trained."""

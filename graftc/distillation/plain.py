@@ -21,7 +21,8 @@ from graftc.distillation.pending import solve_pending
 from graftc.distillation.run import Build
 from graftc.distillation.scopes import without_dropout
 from graftc.distillation.students import Student, students_of
-from graftc.distillation.targets import Cut, Site, Targets, from_dict
+from graftc.distillation.targets import Cut, Site, Targets
+from graftc.distillation.targets_file import from_dict
 
 GATE, OUTPUT = "gate", "output"
 """Names of the values of a cut beside its inputs."""

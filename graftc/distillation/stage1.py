@@ -24,7 +24,7 @@ from graftc.distillation.stacked import Mode
 from graftc.distillation.stage1_run import Stage1Run
 from graftc.distillation.stage1_sites import Stage1Sites
 from graftc.distillation.supply import costs_of
-from graftc.distillation.targets import from_dict
+from graftc.distillation.targets_file import from_dict
 from graftc.distillation.tensorboard import board_of
 from graftc.distillation.work import Work, open_work
 

@@ -141,8 +141,6 @@ class Stage1Sites(Stage1Run):
             self.run.lines.clear()
         self._carried = []
 
-    _carried: list[dict[str, Any]] = []
-
     def _begun(self) -> None:
         # From here on all of them have a checkpoint of this part, or it is begun anew.
         self.team.meet()
@@ -164,6 +162,7 @@ class Stage1Sites(Stage1Run):
         self.run.save(tensors, facts)
 
     def _load(self) -> tuple[int, State | None, dict[str, Tensor]]:
+        self._carried: list[dict[str, Any]] = []  # every run begins here
         found = self.run.load()
         others = [load_tensors(p) for p in sorted(self.run.path.glob(f"{BRANCH}*.safetensors"))]
         self.team.barrier()  # all have read before any writes

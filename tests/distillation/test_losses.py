@@ -17,7 +17,8 @@ from graftc.distillation.bins import BinSums, edges_of
 from graftc.distillation.loss import Moments, chosen, regression
 from graftc.distillation.student_inputs import StudentInputs, share_at
 from graftc.distillation.students import students_of
-from graftc.distillation.targets import Budget, Loss, from_dict, to_dict
+from graftc.distillation.targets import Budget, Loss
+from graftc.distillation.targets_file import from_dict, to_dict
 from tests.distillation import tiny
 
 

@@ -21,8 +21,8 @@ from graftc.distillation.targets import (
     Site,
     Stage2,
     Targets,
-    to_dict,
 )
+from graftc.distillation.targets_file import to_dict
 
 DIM, TOKENS, DEPTH = 16, 8, 4
 

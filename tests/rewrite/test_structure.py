@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from graftc.compiler import Compiled, compile_model
 from graftc.diagnostics import Diagnostic, GraftError
-from graftc.distillation.targets import Only, from_dict, to_dict
+from graftc.distillation.targets import Only
+from graftc.distillation.targets_file import from_dict, to_dict
 from graftc.emit.package import load_package, write_package
 from graftc.language.check import check
 from graftc.program.model import Model

@@ -10,7 +10,7 @@ from torch import nn
 
 import graftc.verbs as verbs
 from graftc.distillation.cuts import extract
-from graftc.distillation.targets import from_dict
+from graftc.distillation.targets_file import from_dict
 from graftc.distillation.teacher_parts import mlp_parts
 from graftc.operators.mlp import Mlp
 from graftc.program.model import Model
