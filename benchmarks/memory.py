@@ -1,19 +1,19 @@
 """Resident memory of stage 1 in each mode, against what the planner predicts before it starts.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py
+    python benchmarks/memory.py
 
 Each mode runs in a process of its own. What Python and torch take before the run is measured there and taken off;
-the peak is the kernel's (VmHWM, reset before the run). Linux only. `--only MODE …` measures some of them.
+the peak is the kernel's (VmHWM, reset before the run). Linux only. `--only NAME …` measures some models or modes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,16 @@ from timing import Report
 
 import graftc
 import graftc.verbs as verbs
-from graftc.distillation.planner import size_text
+from graftc.distillation.resident import CODE, HOLES
 from graftc.emit.build import Build
+from graftc.units import size_text
 
-SHAPE = {"dim": 256, "depth": 4, "num_heads": 4, "size": 16}
+SHAPES: dict[str, dict[str, int]] = {
+    "digits": {"dim": 64, "depth": 8, "num_heads": 4},
+    "width 256": {"dim": 256, "depth": 4, "num_heads": 4, "size": 16},
+    "width 384": {"dim": 384, "depth": 12, "num_heads": 6, "size": 16},
+}
+BATCHES = {"digits": 64, "width 256": 16, "width 384": 8}
 RULE = """
 rule hyena {
     match   a = self_attention in blocks odd
@@ -34,8 +40,8 @@ rule hyena {
     distill l1
 }
 """
-BATCH, STEPS, SAMPLES = 16, 4, 80
-OPTIONS: dict[str, Any] = {"batch": BATCH, "steps": STEPS, "stacked": "never", "threads": 1}
+STEPS, SAMPLES = 8, 320
+OPTIONS: dict[str, Any] = {"stacked": "never", "threads": 1, "steps": STEPS}
 MODES: dict[str, dict[str, Any]] = {
     "stream": {},
     "replay, used twice": {"reuse": 2},
@@ -47,13 +53,10 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-
-
-def data() -> list[dict[str, torch.Tensor]]:
+def data(size: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
-        {"latent": torch.randn(1, 16, 16, generator=generator), "label": torch.tensor(i % 10)}
+        {"latent": torch.randn(1, size, size, generator=generator), "label": torch.tensor(i % 10)}
         for i in range(SAMPLES)
     ]
 
@@ -72,7 +75,7 @@ def resident(name: str) -> int:
     raise RuntimeError(f"the system does not tell {name}")
 
 
-def child(folder: str, options: dict[str, Any]) -> None:
+def child(folder: str, size: int, options: dict[str, Any]) -> None:
     """One run: what it took over what was there before, as JSON."""
     import torch._dynamo  # pyright: ignore[reportUnusedImport]  optimisers import it at their first step
 
@@ -81,71 +84,77 @@ def child(folder: str, options: dict[str, Any]) -> None:
     optimiser = torch.optim.AdamW(layer.parameters(), fused=True)
     layer(torch.randn(256, 64)).square().mean().backward()
     optimiser.step()  # kernels and threads that any run has
-    build, samples, made = Build.open(Path(folder)), data(), task()
+    build, samples, made = Build.open(Path(folder)), data(size), task()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     graftc.distill(build, samples, task=made, **OPTIONS, **options)
     print(json.dumps({"before": before, "peak": resident("VmHWM")}))
 
 
-def _run(folder: Path, options: dict[str, Any], environment: dict[str, str]) -> int:
+def _run(folder: Path, size: int, options: dict[str, Any]) -> int:
     """Bytes that a run in a process of its own took at most, over what was there before."""
     for kept in (folder / "runs", folder.parent / "cache"):
         shutil.rmtree(kept, ignore_errors=True)
-    command = [sys.executable, __file__, str(folder), json.dumps(options)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment
-    )
+    command = [sys.executable, __file__, "--child", str(folder), str(size), json.dumps(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return found["peak"] - found["before"]
 
 
 def measure(only: tuple[str, ...] = ()) -> Report:
-    """The table, or the rows of some modes."""
-    from student import make_model
-
+    """The table, or the rows of some models and modes."""
     rows: list[tuple[str, ...]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "r.graft").write_text(RULE)
-        build = verbs.compile(
-            folder / "r.graft", make_model(SHAPE), folder / "b", copy_teacher=True
-        )
-        streamed = graftc.plan_distill(build, data(), task=task(), **OPTIONS)
-        batch = streamed.groups[0][0].kept
-        for mode, wanted in MODES.items():
-            if only and mode not in only:
-                continue
-            options = dict(wanted)
-            if options.get("memory") == "SPILL":
-                options["memory"] = streamed.peak + 2 * batch
-            if "cache" in options:
-                options["cache"] = str(folder / "cache")
-            plan = graftc.plan_distill(build, data(), task=task(), **OPTIONS, **options)
-            taken = [_run(build.path, options, {}), _run(build.path, options, MAPPED)]
-            ratios = [plan.peak / t - 1 for t in taken]
-            short = "" if abs(ratios[1]) <= 0.2 else " (short)"
-            rows.append((mode, size_text(plan.peak), size_text(taken[1]), f"{100 * ratios[1]:+.0f} %{short}",
-                         size_text(taken[0]), f"{100 * ratios[0]:+.0f} %", f"{plan.groups[0][1].window.batches} of {size_text(batch)}"))  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
+    models = [m for m in SHAPES if m in only] or list(SHAPES)
+    modes = [m for m in MODES if m in only] or list(MODES)
+    for model in models:
+        with tempfile.TemporaryDirectory() as name:
+            rows += _rows(model, modes, Path(name))
     return Report(
         "Memory of stage 1 against the planner's prediction",
-        ("mode", "predicted", "resident, large blocks mapped", "prediction against it (goal within 20 %)", "resident, glibc as it comes", "prediction against it", "batches kept"),
+        ("model", "mode", "tensors alive", "predicted", "resident", "prediction against it (goal within 20 %)", "batches kept"),
         tuple(rows),
         (
-            f"`OMP_NUM_THREADS=1 python benchmarks/memory.py`. {STEPS} steps of batch {BATCH}, {SHAPE['depth']} blocks of width {SHAPE['dim']} with 256 tokens, "
-            "attention in odd blocks to Hyena-X, first weights reused (the inside of a solve is not predicted). A process for each run; the kernel's peak "
-            "(VmHWM, reset before the run) less the resident memory before it, which is Python, torch, DATA and a warm-up. The planner counts tensors. "
-            "With MALLOC_MMAP_THRESHOLD_=65536 each tensor is mapped and goes back to the system when it is freed, so that what is resident is "
-            "what is alive; as glibc comes, its heap keeps holes between tensors, which is the rest.",
+            f"`python benchmarks/memory.py`. {STEPS} steps, attention in odd blocks to Hyena-X, first weights reused; "
+            + "; ".join(f"{m}: {SHAPES[m]['depth']} blocks, {SHAPES[m].get('size', 8) ** 2} tokens, batch {BATCHES[m]}" for m in models)
+            + ". A process for each run, with glibc's settings as they come; the kernel's peak (VmHWM, reset before the run) less the resident "
+            "memory before it, which is Python, torch, DATA and a warm-up. Tensors alive: what the planner counts. Predicted: what it makes of them, "
+            f"{size_text(CODE)} for code that is read the first time and {HOLES} times what comes and goes in glibc's heap.",
         ),
     )  # fmt: skip
+
+
+def _rows(model: str, modes: list[str], folder: Path) -> Iterator[tuple[str, ...]]:
+    from student import make_model
+
+    (folder / "r.graft").write_text(RULE)
+    build = verbs.compile(
+        folder / "r.graft", make_model(SHAPES[model]), folder / "b", copy_teacher=True
+    )
+    size = SHAPES[model].get("size", 8)
+    own: dict[str, Any] = {"batch": BATCHES[model]}
+    streamed = graftc.plan_distill(build, data(size), task=task(), **OPTIONS, **own)
+    batch = streamed.groups[0][0].kept
+    for mode in modes:
+        options = {**own, **MODES[mode]}
+        if options.get("memory") == "SPILL":
+            options["memory"] = streamed.peak + 2 * batch
+        if "cache" in options:
+            options["cache"] = str(folder / "cache")
+        plan = graftc.plan_distill(build, data(size), task=task(), **OPTIONS, **options)
+        taken = _run(build.path, size, options)
+        made = max((choice for _, choice in plan.groups), key=lambda one: one.peak)
+        ratio = plan.peak / taken - 1
+        short = "" if abs(ratio) <= 0.2 else " (short)"
+        row = (model, mode, size_text(made.tensors), size_text(plan.peak), size_text(taken),
+               f"{100 * ratio:+.0f} %{short}", f"{made.window.batches} of {size_text(batch)}")  # fmt: skip
+        print(row, file=sys.stderr, flush=True)
+        yield row
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--only"]:
         print(measure(tuple(sys.argv[2:])).markdown())
-    elif len(sys.argv) > 1:
-        child(sys.argv[1], json.loads(sys.argv[2]))
+    elif sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))
     else:
         print(measure().markdown())

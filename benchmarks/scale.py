@@ -17,7 +17,6 @@ from timing import Report
 from torch import nn
 
 from graftc.distillation.budget import samples_of, site_plans, stage2_plan
-from graftc.distillation.planner import size_text
 from graftc.distillation.targets import Lora, Stage2, Targets
 from graftc.language.check import check
 from graftc.loading import as_model
@@ -25,6 +24,7 @@ from graftc.program.analysis import analyse
 from graftc.program.capture import capture
 from graftc.rewrite.plan import make_plan
 from graftc.targets import make_targets
+from graftc.units import size_text
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "scale.md"

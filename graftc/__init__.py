@@ -9,7 +9,7 @@ _WHERE = {
     **dict.fromkeys(["inspect", "check", "plan", "compile", "distill", "finetune"], "verbs"),
     **dict.fromkeys(["explain", "export", "verify", "doctor", "report", "test_files"], "verbs"),
     **dict.fromkeys(["load_targets", "load_data", "check_distill", "plan_distill"], "verbs"),
-    "export_targets": "verbs",
+    **dict.fromkeys(["plan_finetune", "export_targets"], "verbs"),
     **dict.fromkeys(["install", "from_pretrained"], "installation"),
     "cached": "distillation.shards",
     "Model": "program.model",

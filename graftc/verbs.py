@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from graftc.distillation.overfit import SiteCheck
     from graftc.distillation.plain import Distillation
     from graftc.distillation.planner import TrainingPlan
+    from graftc.distillation.planner2 import Stage2Plan
     from graftc.emit.build import Build
     from graftc.emit.verify import Verification
     from graftc.language.rules import Rules
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from graftc.rewrite.whynot import Explanation
 
 __all__ = [
-    "assemble", "bench", "check", "check_distill", "compile", "distill", "doctor", "explain", "export", "export_targets", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "plan_distill", "report", "serve_editor", "test_files", "verify",
+    "assemble", "bench", "check", "check_distill", "compile", "distill", "doctor", "explain", "export", "export_targets", "finetune", "format_files", "inspect", "load_data", "load_targets", "plan", "plan_distill", "plan_finetune", "report", "serve_editor", "test_files", "verify",
 ]  # fmt: skip
 
 
@@ -348,7 +349,7 @@ def plan_distill(
 
 def _sizes(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with byte limits that were given as text read."""
-    from graftc.distillation.planner import read_size
+    from graftc.units import read_size
 
     limits = {"memory": "--memory", "disk": "--disk"}
     return {
@@ -364,6 +365,16 @@ def finetune(
     from graftc.distillation import finetune as engine
 
     return _train(engine, build, data, task, options)
+
+
+def plan_finetune(
+    build: str | Path | Build, data: str | Any, *, task: str | Any = None, **options: Any
+) -> Stage2Plan:
+    """What `finetune` with these options would take, in time, memory and disk; nothing is written. Raises GraftError."""
+    from graftc.distillation import plan_finetune as planned
+
+    opened = as_build(build)
+    return planned(opened, load_data(data), task_of(opened, task), **options)
 
 
 def _train(

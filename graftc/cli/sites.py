@@ -164,6 +164,7 @@ def show_assembly(build: Build, found: Assembly) -> None:
 
 def _show(entries: list[Entry]) -> None:
     from graftc.cli.render import wide_console, wide_table
+    from graftc.units import size_text
 
     rows = wide_table("site", "operator", "error at start", "error at end", "steps", "from", "key")
     for e in entries:
@@ -178,8 +179,7 @@ def _show(entries: list[Entry]) -> None:
         )
     if entries:
         wide_console().print(rows)
-    size = sum(e.bytes for e in entries)
-    print(f"{_entries(len(entries))}, {size / 2**20:.1f} MiB")
+    print(f"{_entries(len(entries))}, {size_text(sum(e.bytes for e in entries))}")
 
 
 def _show_merged(merged: list[tuple[Path, Merged]]) -> None:

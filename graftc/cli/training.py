@@ -71,6 +71,10 @@ ResumeOption = Annotated[
     str | None, typer.Option("--resume", metavar="ID", help="go on with an interrupted run")
 ]
 
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="show time, memory and disk, and stop there")
+]
+
 
 @app.command()
 def distill(
@@ -105,9 +109,7 @@ def distill(
     compile_teacher: Annotated[
         bool, typer.Option("--compile", help="the teacher's pass through torch.compile (fullgraph)")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show time, memory and disk, and stop there")
-    ] = False,
+    dry_run: DryRunOption = False,
     parallel: Annotated[
         str | None,
         typer.Option(
@@ -124,7 +126,7 @@ def distill(
     from functools import partial
 
     from graftc import verbs
-    from graftc.cli.render import show_training_plan
+    from graftc.cli.plans import show_training_plan
 
     check_format(format)
     options: dict[str, Any] = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
@@ -207,17 +209,34 @@ def finetune(
             help="how the ranks of `torchrun` have the model: data (DDP) or pieces (FSDP2)",
         ),
     ] = None,
+    dry_run: DryRunOption = False,
     format: FormatOption = "text",
 ) -> None:
     """Stage 2: train the whole student on the task's loss, and on the teacher where it is asked to."""
+    from functools import partial
+
+    from graftc import verbs
+    from graftc.cli.plans import show_stage2_plan
+
     check_format(format)
     options: dict[str, Any] = {
-        "run": run, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "resume": resume, "warmup": warmup,
+        "run": run, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "warmup": warmup,
         "ema": ema, "clip": clip, "task_weight": task_weight, "teacher_weight": teacher_weight,
         "features_weight": features_weight, "train": train, "precision": precision, "device": device,
-        "checkpointing": checkpointing or None, "preview": preview, "tensorboard": tensorboard or None,
-        "preview_options": None if preview_steps is None else {"steps": preview_steps}, "parallel": parallel,
+        "checkpointing": checkpointing or None, "preview": preview,
+        "preview_options": None if preview_steps is None else {"steps": preview_steps},
     }  # fmt: skip
+    if dry_run:
+        given = {k: v for k, v in options.items() if v is not None}
+        plan = verbs.plan_finetune(directory, data, task=task, **given)
+        print_json(plan.to_dict()) if format == "json" else show_stage2_plan(plan)
+        return
+    options |= {
+        "resume": resume,
+        "announce": partial(show_stage2_plan, to_stderr=True),
+        "tensorboard": tensorboard or None,
+        "parallel": parallel,
+    }
     _training("finetune", directory, data, task, options, as_json=format == "json")
 
 

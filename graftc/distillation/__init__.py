@@ -7,7 +7,7 @@ files.
 
 from graftc.distillation.cuts import capture_graph, extract
 from graftc.distillation.data import open_data
-from graftc.distillation.finetune import UNTRAINED, finetune
+from graftc.distillation.finetune import UNTRAINED, finetune, plan_finetune
 from graftc.distillation.run import Progress, RunResult, SiteResult, finished, latest, runs
 from graftc.distillation.sources import call_data
 from graftc.distillation.stage1 import distill, plan_distill
@@ -34,6 +34,7 @@ __all__ = [
     "load_targets",
     "open_data",
     "plan_distill",
+    "plan_finetune",
     "runs",
     "save_targets",
     "to_dict",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from graftc.distillation.planner import Choice, Costs, Window, bytes_of, choice, size_text, smaller
+from graftc.distillation.planner import Choice, Costs, Window, bytes_of, choice, smaller
 from graftc.distillation.recompute import blocks_of
 from graftc.distillation.targets import Lora, Stage2
+from graftc.units import size_text
 
 
 def stage1_advice(costs: Costs, made: Choice | None) -> tuple[str, str]:

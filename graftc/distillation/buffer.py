@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail
 from graftc.distillation.checkpoint import save_tensors
+from graftc.units import size_text
 
 Kind = Literal["device", "memory", "disk"]
 Tensors = Mapping[str, Tensor]
@@ -44,6 +46,10 @@ class Shelf(Protocol):
         """Forget the batches of numbers below `below`."""
         ...
 
+    def rest(self) -> None:
+        """Let go of what only reading needed."""
+        ...
+
 
 @dataclass
 class Memory:
@@ -62,7 +68,8 @@ class Memory:
         size = nbytes(tensors)
         if self.used + size > self.limit:
             return False
-        self._held[number] = {n: _alone(t.to(self.device)) for n, t in tensors.items()}
+        kept = paged if self.device == "cpu" else _alone
+        self._held[number] = {n: kept(t.to(self.device)) for n, t in tensors.items()}
         self.used += size
         return True
 
@@ -72,6 +79,9 @@ class Memory:
     def read(self, number: int, name: str, rows: slice) -> Tensor:
         tensor = self._held[number][name]
         return tensor[rows] if tensor.ndim else tensor
+
+    def rest(self) -> None:
+        pass
 
     def drop(self, below: int) -> None:
         for number in [n for n in self._held if n < below]:
@@ -111,7 +121,7 @@ class Disk:
             save_tensors(path, {n: t.contiguous() for n, t in tensors.items()}, self.facts)
         except (OSError, GraftError) as error:
             why = error.diagnostics[0].found if isinstance(error, GraftError) else str(error)
-            notes = (Note(f"{self.used / 1e6:.0f} MB of whole shards are kept"),)
+            notes = (Note(f"{size_text(self.used)} of whole shards are kept"),)
             told = Diagnostic("G594", f"cannot write `{path.name}` of the teacher's batches", site=str(path),
                               found=why, notes=notes,
                               help="free some space, then resume; or give a smaller --disk, or no --cache")  # fmt: skip
@@ -140,6 +150,10 @@ class Disk:
             self._open[number] = safe_open(self.path(number), framework="pt")
         return self._open[number]
 
+    def rest(self) -> None:
+        """Close the shards: the pages that were read of a mapped file count as the process's memory."""
+        self._open.clear()
+
     def drop(self, below: int) -> None:
         for path in self.folder.glob("[0-9]*.safetensors"):
             if int(path.stem) < below:
@@ -157,8 +171,8 @@ class Shelves:
     def put(self, number: int, tensors: Tensors) -> None:
         """Keep a batch. Raises GraftError where no place has room (G591)."""
         if not any(place.put(number, tensors) for place in self.places):
-            used = ", ".join(f"{p.used / 1e6:.0f} MB on {p.kind}" for p in self.places)
-            fail("G591", f"there is no room for a teacher batch of {nbytes(tensors) / 1e6:.1f} MB",
+            used = ", ".join(f"{size_text(p.used)} on {p.kind}" for p in self.places)
+            fail("G591", f"there is no room for a teacher batch of {size_text(nbytes(tensors))}",
                  site="the buffer", found=used or "no place at all",
                  help="give a larger --memory or --disk, or a smaller --reuse; --dry-run shows what fits")  # fmt: skip
 
@@ -187,6 +201,10 @@ class Shelves:
         for place in self.places:
             place.drop(below)
 
+    def rest(self) -> None:
+        for place in self.places:
+            place.rest()
+
     def _of(self, number: int) -> Shelf:
         return next(place for place in self.places if place.has(number))
 
@@ -199,3 +217,19 @@ def nbytes(tensors: Tensors) -> int:
 def _alone(tensor: Tensor) -> Tensor:
     """The tensor, copied where it is a view that would keep a larger one alive."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def paged(tensor: Tensor) -> Tensor:
+    """A copy in pages of its own, so that what is kept for long makes no holes in the heap of what comes and goes.
+
+    >>> paged(torch.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    size = tensor.nbytes
+    if not size or size > tensor.untyped_storage().nbytes():  # an expanded one is kept as it is
+        return tensor
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    pages = torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
+    return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from graftc.distillation.checkpoint import load_tensors
 from graftc.distillation.data import Task
 from graftc.distillation.optim import align
 from graftc.distillation.out_of_memory import memory_told
+from graftc.distillation.planner2 import Stage2Plan
 from graftc.distillation.preview import Preview
 from graftc.distillation.ranks import device_of, joined
 from graftc.distillation.run import Build, Progress, RunResult, finished, latest, open_run
 from graftc.distillation.scopes import usable_device, using_threads
 from graftc.distillation.sharing import sharing2
-from graftc.distillation.stage2 import Which, finetune_module, terms_of
+from graftc.distillation.stage2 import Which, finetune_module, plan_module, terms_of
 from graftc.distillation.targets import Lora, Only, Site, Stage2, Targets, Train
 from graftc.distillation.targets_file import from_dict
 from graftc.distillation.tensorboard import board_of
@@ -62,6 +63,7 @@ def finetune(
     parallel: str | None = None,
     sources: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    announce: Callable[[Stage2Plan], None] | None = None,
 ) -> RunResult:
     """Finetune a build's student end to end on the task's loss; the run is `DIR/runs/ID`.
 
@@ -72,6 +74,7 @@ def finetune(
     `checkpointing`, `preview` (a sheet of samples every so many steps, drawn with `preview_options` for
     the Task's `sample`); `resume`, `tensorboard` and `sources` as in `distill`. The
     result's weights are the EMA ones; its metrics are the task's loss over the held-out samples.
+    `announce` gets the plan with its predictions before anything is trained (`plan_finetune` stops there).
 
     Under `torchrun` each process takes its rows of every batch (`docs/scale.md`): with the whole model in each by
     `parallel="data"` (DDP), or with student and teacher in pieces by "pieces" (FSDP2). A run may be resumed with
@@ -79,9 +82,7 @@ def finetune(
     """
     usable_device(device_of(device))
     targets = from_dict(build.targets)
-    parent = None
-    if model == "student" and resume is None and run != UNTRAINED:
-        parent = run or latest(build.path, "distill")
+    parent = _parent(build, run, model) if resume is None else None
     given: dict[str, Any] = {
         "seed": seed,
         "steps": steps,
@@ -123,35 +124,22 @@ def finetune(
         if (done := opened.result()) is not None:
             return done
         chosen = opened.options
-        changes = {name: chosen.get(name) for name in _TERMS}
-        if isinstance(changes["train"], str):
-            changes["train"] = train_of(changes["train"], targets.stage2)
-        terms = terms_of(targets.stage2, changes)
         board = board_of(opened, tensorboard and ranks.first)
         room = memory_told("--device", lambda: loading_advice(device))
         with using_threads(chosen["threads"]), board, room:
             mode = sharing2(ranks, parallel, opened)
             module = _module(build, model, opened.facts["parent"])
-            needed = terms.teacher > 0 or terms.features > 0 or terms.preview is not None
             result = finetune_module(
                 module,
                 task,
                 data,
-                stage2=terms,
-                inserted=_inserted(targets, model),
-                inputs=targets.inputs,
-                seed=chosen["seed"],
-                steps=chosen["steps"],
-                batch=chosen["batch"],
-                lr=chosen["lr"],
+                **_arguments(build, targets, chosen, model),
                 validation=validation,
                 device=ranks.device if ranks.size > 1 else device,
                 run=opened,
                 checkpoint_every=checkpoint_every,
                 progress=progress if ranks.first else None,
-                teacher=align(build.teacher()) if needed else None,
-                sites=_sites(targets, model),
-                preview=_preview(terms, chosen.get("preview_options")),
+                announce=announce if ranks.first and mode != "pieces" else None,
                 ranks=ranks,
                 pieces=mode == "pieces",
             )
@@ -160,6 +148,62 @@ def finetune(
         weights = opened.path / f"{model}.safetensors"
         made = RunResult(opened.id, opened.path, stage, weights, result.steps, result.seconds, metrics=metrics, warnings=result.warnings)  # fmt: skip
         return opened.finish(module.state_dict(), made)
+
+
+def plan_finetune(
+    build: Build,
+    data: Any,
+    task: Task,
+    *,
+    run: str | None = None,
+    model: Which = "student",
+    validation: Any = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    **options: Any,
+) -> Stage2Plan:
+    """What `finetune` with these options would take; one step is run, to time it, and nothing is written.
+
+    Raises GraftError as `finetune`, and where the sizes of a step cannot be computed (G841).
+    """
+    usable_device(device)
+    parent = _parent(build, run, model)
+    room = memory_told("--device", lambda: loading_advice(device))
+    with using_threads(threads or torch.get_num_threads()), room:
+        module = _module(build, model, parent)
+        named = {name.removesuffix("_weight"): value for name, value in options.items()}
+        given = _arguments(build, from_dict(build.targets), {"seed": 0} | named, model)
+        return plan_module(module, task, data, **given, validation=validation, device=device)
+
+
+def _parent(build: Build, run: str | None, model: Which) -> str | None:
+    """The run of stage 1 that stage 2 starts from."""
+    if model != "student" or run == UNTRAINED:
+        return None
+    return run or latest(build.path, "distill")
+
+
+def _arguments(
+    build: Build, targets: Targets, chosen: Mapping[str, Any], model: Which
+) -> dict[str, Any]:
+    """What `finetune_module` is called with, of a build and the options that were chosen."""
+    changes = {name: chosen.get(name) for name in _TERMS}
+    if isinstance(changes["train"], str):
+        changes["train"] = train_of(changes["train"], targets.stage2)
+    terms = terms_of(targets.stage2, changes)
+    needed = terms.teacher > 0 or terms.features > 0 or terms.preview is not None
+    return {
+        "stage2": terms,
+        "inserted": _inserted(targets, model),
+        "inputs": targets.inputs,
+        "seed": chosen["seed"],
+        "steps": chosen.get("steps"),
+        "batch": chosen.get("batch"),
+        "lr": chosen.get("lr"),
+        "teacher": align(build.teacher()) if needed else None,
+        "sites": _sites(targets, model),
+        "preview": _preview(terms, chosen.get("preview_options")),
+    }
 
 
 _TERMS = (

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,9 @@ from torch import nn
 
 from graftc.diagnostics import Diagnostic, Note, fail, to_json
 from graftc.distillation.replay import Window
+from graftc.distillation.resident import Allocator, Bytes
 from graftc.distillation.sizes import Layout, PassCost, StudentCost
+from graftc.units import size_text
 
 Mode = Literal["stream", "replay", "cache"]
 MOST_KEPT = 64
@@ -99,22 +101,31 @@ class Costs:
     held: int
     solve: int = 0
     seconds: tuple[float, float] | None = None
+    allocator: Allocator = field(default_factory=Allocator)
 
     @property
     def kept(self) -> int:
         """Bytes of one teacher batch: the inputs and the values of all cuts."""
+        return self.one_batch.alive
+
+    @property
+    def one_batch(self) -> Bytes:
         layout: Layout = self.teacher.layout
-        return layout.nbytes(tuple(layout.places))
+        return layout.amount(tuple(layout.places))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one group gets its teacher batches, and what that takes. `places`: bytes of batches by place."""
+    """How one group gets its teacher batches, and what that takes. `places`: bytes of batches by place.
+
+    `tensors`: bytes of tensors alive at most; `peak`: what the device's memory has of them, holes and all.
+    """
 
     mode: Mode
     window: Window
     places: Mapping[str, int]
     passes: int
+    tensors: int
     peak: int
     disk: int
     seconds: float | None
@@ -138,16 +149,22 @@ class Choice:
         return choice(costs, mode, window, places)
 
 
-def peak(costs: Costs, kept: int, reuse: int) -> int:
-    """Bytes alive at most on the device, where `kept` bytes of batches are there too."""
-    batch = costs.kept
+def peak(costs: Costs, kept: int, reuse: int, allocator: Allocator | None = None) -> int:
+    """Bytes that a group takes at most on the device, where `kept` bytes of batches are there too.
+
+    `allocator`: the group's own if None; `Allocator()` counts tensors alone.
+    """
+    batch = costs.one_batch
     own = 0 if reuse == 1 else kept
     # The batch in use is among the kept ones when it is new, and a mixture of them afterwards.
-    making = max(0, own - batch) + costs.teacher.peak
-    using = own + batch + costs.student.peak
-    measuring = own + max(costs.teacher.peak, batch + costs.student.evaluation)
-    work = max(making, using, measuring, costs.solve + costs.teacher.peak)
-    return costs.weights + costs.state + costs.held + work
+    ways = [costs.teacher.peak, batch + costs.student.peak, batch + costs.student.evaluation]
+    solving = Bytes(costs.solve) + max(costs.teacher.peak, costs.student.evaluation, key=_alive)
+    stays = costs.weights + costs.state + costs.held + own
+    return (allocator or costs.allocator).resident(stays, [*ways, solving])
+
+
+def _alive(one: Bytes) -> int:
+    return one.alive
 
 
 def choice(costs: Costs, mode: Mode, window: Window, places: Mapping[str, int]) -> Choice:
@@ -159,8 +176,10 @@ def choice(costs: Costs, mode: Mode, window: Window, places: Mapping[str, int]) 
         teacher, step = costs.seconds
         measured = VALIDATIONS * math.ceil(_held_out(costs) / costs.batch)
         seconds = passes * teacher + costs.steps * step + measured * step / 3
-    found = peak(costs, on_device, 1 if mode != "replay" else window.reuse)
-    return Choice(mode, window, places, passes, found, places.get("disk", 0), seconds)
+    reuse = 1 if mode != "replay" else window.reuse
+    alive = peak(costs, on_device, reuse, Allocator())
+    found = peak(costs, on_device, reuse)
+    return Choice(mode, window, places, passes, alive, found, places.get("disk", 0), seconds)
 
 
 def _held_out(costs: Costs) -> int:
@@ -326,6 +345,7 @@ def _group(costs: Costs, made: Choice, machine: Machine) -> dict[str, Any]:
         "places": dict(made.places),
         "teacher_passes": made.passes,
         "peak_memory": made.peak,
+        "peak_tensors": made.tensors,
         "disk": made.disk,
         "seconds": made.seconds,
         "batch_bytes": costs.kept,
@@ -364,36 +384,3 @@ def bytes_of(*modules: nn.Module) -> int:
         for t in (*module.parameters(), *module.buffers())
     }
     return sum(found.values())
-
-
-_UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9, "t": 1e12, "tb": 1e12,
-          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
-
-
-def read_size(text: str | int, site: str) -> int:
-    """Bytes from `8GB`, `512MiB` or a plain number. Raises GraftError (G590) for anything else.
-
-    >>> read_size("1.5GB", "--memory"), read_size("2 KiB", "--memory")
-    (1500000000, 2048)
-    """
-    if isinstance(text, int):
-        return text
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    unit = text.strip()[len(number) :].strip().lower()
-    try:
-        size = float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        size = -1.0
-    if not (math.isfinite(size) and size > 0):
-        fail("G590", f"`{text}` is no size", site=site, wanted="bytes: 8GB, 512MiB, 1000000",
-             found=text)  # fmt: skip
-    return int(size)
-
-
-def size_text(size: int) -> str:
-    """`1.50 GB`; without the space, `read_size` and a shell read it as one word.
-
-    >>> size_text(1_500_000_000), size_text(2_100)
-    ('1.50 GB', '0.01 MB')
-    """
-    return f"{size / 1e9:.2f} GB" if size >= 5e8 else f"{math.ceil(size / 1e4) / 100:.2f} MB"

@@ -86,6 +86,12 @@ class Replay:
         first, turn, place = self.window.at(step)
         if not self.cache:
             self.shelves.drop(below=first)
+        try:
+            return self._at(cuts, step, first, turn, place)
+        finally:
+            self.shelves.rest()
+
+    def _at(self, cuts: Sequence[Cut], step: int, first: int, turn: int, place: int) -> Batch:
         names = self.layout.wanted(cuts)
         if turn == 0:
             number = first + place

@@ -56,7 +56,7 @@ _TRIM, _MMAP = -1, -3
 """M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h."""
 
 _DEFAULT = 128 * 2**10
-_MOST_HEAP, _MOST_KEPT = 32 * 2**20, 2**31 - 1
+MOST_HEAP, _MOST_KEPT = 32 * 2**20, 2**31 - 1
 
 
 @contextmanager
@@ -71,12 +71,17 @@ def keeping_freed_memory() -> Generator[None]:
     if tune is None:
         yield
         return
-    tune(_MMAP, _MOST_HEAP)
+    tune(_MMAP, MOST_HEAP)
     tune(_TRIM, _MOST_KEPT)
     try:
         yield
     finally:
         tune(_TRIM, _DEFAULT)
+
+
+def heap_is_tuned() -> bool:
+    """Whether `keeping_freed_memory` changes anything here."""
+    return _mallopt() is not None
 
 
 def _mallopt() -> Callable[[int, int], int] | None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from graftc.distillation.activations import Teacher
+from graftc.distillation.resident import Bytes, bytes_of_sizes, is_small
 from graftc.distillation.students import Student
 from graftc.distillation.targets import Cut
 
@@ -34,9 +35,14 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
-        self.peak = 0
+        self.now = self.peak = 0
+        self._small, self._most_small = 0, 0
         self._known: set[int] = set()
+
+    @property
+    def most(self) -> Bytes:
+        """The most that was alive, and the most of it that is cut out of a heap."""
+        return Bytes(self.peak, self._most_small)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -53,13 +59,19 @@ class Live(TorchDispatchMode):
         if key in self._known:
             return
         self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._count(size)
         weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        self._count(size, -1)
+
+    def _count(self, size: int, sign: int = 1) -> None:
+        self.now += sign * size
+        self.peak = max(self.peak, self.now)
+        if is_small(size):
+            self._small += sign * size
+            self._most_small = max(self._most_small, self._small)
 
 
 def _plain(value: Any) -> bool:
@@ -96,7 +108,11 @@ class Layout:
         return tuple(n for n in self.tensors if n in chosen or n.startswith("input."))
 
     def nbytes(self, cuts: Sequence[Cut]) -> int:
-        return sum(self.tensors[name].nbytes for name in self.wanted(cuts))
+        return self.amount(cuts).alive
+
+    def amount(self, cuts: Sequence[Cut]) -> Bytes:
+        """What a batch takes: the inputs, and all that `cuts` need."""
+        return bytes_of_sizes(self.tensors[name].nbytes for name in self.wanted(cuts))
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class PassCost:
     """
 
     layout: Layout
-    peak: int
+    peak: Bytes
     flops: int
 
 
@@ -115,8 +131,8 @@ class PassCost:
 class StudentCost:
     """A step of students, forward and backward. `peak` leaves out the teacher's values and the weights."""
 
-    peak: int
-    evaluation: int
+    peak: Bytes
+    evaluation: Bytes
     flops: int
 
 
@@ -145,9 +161,9 @@ def pass_cost(
                 places[cut] = tuple(names[_identity(value)] for value in values)
             found.append(tensors)
         larger, exact = found
-        entering = sum(v.nbytes for n, v in exact.items() if n.startswith("input."))
+        entering = bytes_of_sizes(v.nbytes for n, v in exact.items() if n.startswith("input."))
         layout = {n: _value(t, larger[n], batch) for n, t in exact.items()}
-        return PassCost(Layout(layout, places), live.peak + entering, int(flops.get_total_flops()))
+        return PassCost(Layout(layout, places), live.most + entering, int(flops.get_total_flops()))
 
 
 def student_cost(
@@ -158,7 +174,7 @@ def student_cost(
 ) -> StudentCost:
     """The cost of one step of `students` together, on the teacher's values of these shapes."""
     if not students:
-        return StudentCost(0, 0, 0)
+        return StudentCost(Bytes(0), Bytes(0), 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         given = [
             [
@@ -170,14 +186,15 @@ def student_cost(
         parameters = [p for s in students for p in s.parameters.values()]
         with FlopCounterMode(display=False) as flops, Live() as live:
             torch.autograd.grad(loss(students, given), parameters, allow_unused=True)
-        most = 0
+        most = Bytes(0)
         for student, rows in zip(students, given, strict=True):
             with Live() as alone, torch.no_grad():
                 output = student.region(*student.inputs(rows))
-                size = output.numel()
-            most = max(most, alone.peak, output.nbytes + 3 * 8 * size)  # errors are in float64
+                exact = 8 * output.numel()
+            errors = bytes_of_sizes([output.nbytes, exact, exact, exact])  # they are in float64
+            most = max(most, alone.most, errors, key=lambda one: one.alive)
             del output
-    return StudentCost(live.peak, most, int(flops.get_total_flops()))
+    return StudentCost(live.most, most, int(flops.get_total_flops()))
 
 
 def _of_batch(value: Tensor, batch: int) -> Tensor:

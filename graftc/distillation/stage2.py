@@ -6,26 +6,27 @@ graft costs is told only against the teacher given the same stage 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from graftc.diagnostics import fail
+from graftc.diagnostics import GraftError, fail
 from graftc.distillation import lora
 from graftc.distillation.budget import stage2_plan
 from graftc.distillation.data import Task, open_data
 from graftc.distillation.optim import named
 from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.pieces import held, in_pieces
+from graftc.distillation.planner2 import Stage2Plan
 from graftc.distillation.preview import Preview
 from graftc.distillation.ranks import ALONE, Ranks
 from graftc.distillation.recompute import recomputed
 from graftc.distillation.run import Progress, Run
 from graftc.distillation.saving import Saver, silent
-from graftc.distillation.scopes import random_of
+from graftc.distillation.scopes import keeping_freed_memory, random_of
 from graftc.distillation.stage2_run import Finetuned, Stage2Run, sheets
 from graftc.distillation.students import is_under
 from graftc.distillation.targets import Lora, ModelInput, Site, Stage2
@@ -57,6 +58,7 @@ def finetune_module(
     preview: Preview | None = None,
     ranks: Ranks = ALONE,
     pieces: bool = False,
+    announce: Callable[[Stage2Plan], None] | None = None,
 ) -> Finetuned:
     """Train `module` in place on `task.loss`; it ends with the EMA weights, in its own mode.
 
@@ -70,6 +72,7 @@ def finetune_module(
     `preview` (or `stage2.preview`) asks for them. Of `stage2`'s terms, `teacher` and `features` need the
     teacher, and the second the sites. What is measured and returned is the task's loss alone.
 
+    `announce` gets the plan with its predictions before anything is trained (`plan_module` stops there).
     `ranks` share each batch, with the whole model in each (DDP), or in `pieces` (FSDP2); of a model that was in pieces
     rank 0 alone has the weights at the end.
 
@@ -90,6 +93,86 @@ def finetune_module(
     >>> done.loss_end < done.loss_start
     True
     """
+    with _opened(
+        module, task, data, stage2=stage2, inserted=inserted, inputs=inputs, seed=seed, steps=steps, batch=batch, lr=lr,
+        validation=validation, device=device, run=run, teacher=teacher, sites=sites, preview=preview, ranks=ranks, pieces=pieces,
+    ) as opened:  # fmt: skip
+        engine, own = opened.engine, opened.engine.own
+        if announce is not None and not engine.resumes:
+            _announce(engine, announce)
+        again = (
+            recomputed(own.module, engine.loss.graphs)
+            if engine.terms.checkpointing
+            else nullcontext()
+        )
+        with again, memory_told("stage 2", engine.smaller), keeping_freed_memory():
+            result = engine.run_all(
+                Saver(checkpoint_every),
+                progress or silent,
+                sheets(engine, opened.preview, opened.teacher),
+            )
+    if own.give_back(module) and isinstance(engine.terms.train, Lora):
+        if run is not None and ranks.first:
+            lora.save(module, run.path / ADAPTER)
+        was_training = module.training
+        lora.merge(module)
+        module.requires_grad_(True)
+        module.train(was_training)
+    return result
+
+
+def plan_module(module: nn.Module, task: Task, data: Any, **given: Any) -> Stage2Plan:
+    """What `finetune_module` with these arguments would take; one step is run, to time it, and `module` is as it was.
+
+    But for adapters, which stay in it. Raises GraftError (G841) where sizes cannot be computed.
+    """
+    with _opened(module, task, data, **given) as opened:
+        return opened.engine.planned()
+
+
+def _announce(engine: Stage2Run, announce: Callable[[Stage2Plan], None]) -> None:
+    """Tell the plan; where sizes cannot be computed, nothing depends on them: record that."""
+    try:
+        announce(engine.planned())
+    except GraftError as error:
+        if error.diagnostics[0].code != "G841":
+            raise
+        if engine.run is not None:
+            engine.run.record(plan=f"none: {error.diagnostics[0].message}")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run of stage 2 that is ready to begin."""
+
+    engine: Stage2Run
+    preview: Preview | None
+    teacher: nn.Module | None
+
+
+@contextmanager
+def _opened(
+    module: nn.Module,
+    task: Task,
+    data: Any,
+    *,
+    stage2: Stage2 | None = None,
+    inserted: Sequence[str] = (),
+    inputs: Sequence[ModelInput] = (),
+    seed: int = 0,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    validation: Any = None,
+    device: str = "cpu",
+    run: Run | None = None,
+    teacher: nn.Module | None = None,
+    sites: Sequence[Site] = (),
+    preview: Preview | None = None,
+    ranks: Ranks = ALONE,
+    pieces: bool = False,
+) -> Generator[_Opened]:
+    """Choose what trains, put it where it runs, and give the module back as it was."""
     terms = stage2 or Stage2()
     source = open_data(
         data, seed=seed, fraction=terms.data, samples=terms.samples, validation=validation
@@ -97,7 +180,6 @@ def finetune_module(
     plan = stage2_plan(terms, source.size, steps=steps, batch=batch, lr=lr)
     ranks.enough(plan.batch)
     was_training = module.training
-    adapted = isinstance(terms.train, Lora)
     if isinstance(terms.train, Lora):
         with random_of(seed, "lora"):
             names = lora.inject(module, terms.train)
@@ -125,22 +207,12 @@ def finetune_module(
     try:
         loss = Terms(own, task, terms, teacher=teacher, sites=sites, device=device)
         engine = Stage2Run(own, loss, source, terms, plan, names, inputs, seed, device, run)
-        again = recomputed(own.module, loss.graphs) if terms.checkpointing else nullcontext()
-        with again, memory_told("stage 2", engine.smaller):
-            result = engine.run_all(
-                Saver(checkpoint_every), progress or silent, sheets(engine, preview, teacher)
-            )
+        engine.beside = teacher
+        yield _Opened(engine, preview, teacher)
     finally:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(before[name])
         module.train(was_training)
-    if own.give_back(module) and adapted:
-        if run is not None and ranks.first:
-            lora.save(module, run.path / ADAPTER)
-        lora.merge(module)
-        module.requires_grad_(True)
-        module.train(was_training)
-    return result
 
 
 def terms_of(stage2: Stage2, changes: Mapping[str, Any]) -> Stage2:

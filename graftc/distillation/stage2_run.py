@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,8 +23,10 @@ from graftc.distillation.held_out import shares
 from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop
 from graftc.distillation.pieces import Rows, Whole
+from graftc.distillation.planner import Machine
+from graftc.distillation.planner2 import Stage2Plan, seconds_of, stage2_costs
 from graftc.distillation.preview import Preview, draw, write_sheet
-from graftc.distillation.run import Progress, Run
+from graftc.distillation.run import CHECKPOINT, Progress, Run
 from graftc.distillation.saving import Saver
 from graftc.distillation.scopes import random_of
 from graftc.distillation.targets import ModelInput, Stage2
@@ -82,6 +85,8 @@ class Stage2Run:
         self.task = loss.task
         self.terms, self.inputs, self.seed, self.device = terms, inputs, seed, device
         self.run = run
+        self.beside: nn.Module | None = None
+        """A teacher that is in memory too, whatever the loss needs of it."""
         chosen = {name: own.parameters[name] for name in names}
         # A process may have no row of a small parameter.
         self.parameters = {n: p for n, p in chosen.items() if n not in own.rows or len(own.rows[n])}
@@ -137,6 +142,37 @@ class Stage2Run:
             total, self.state.skipped, self.state.loss_start, raw, end,
             round(self._elapsed(), 2), curve, lines(warned),
         )  # fmt: skip
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.run is not None and (self.run.path / CHECKPOINT).is_file()
+
+    def planned(self) -> Stage2Plan:
+        """What the run will take, for one process that has the whole model. Raises GraftError (G841)."""
+        if self.own.rows:
+            fail("G841", "the sizes of a model in pieces are not computed", site="stage 2")
+
+        def first() -> Any:
+            plan = self.plan
+            made = self.data.prepared(self.task, 0, plan.batch, PHASE, self.rows)
+            return self._checked(made, "the first batch")
+
+        loss = self.loss.alone()
+        prepared = first()
+        sizes = stage2_costs(self.module, loss, self.parameters, prepared, self.device, self.beside)
+        seconds = seconds_of(self.module, loss, list(self.parameters.values()), first, self.seed)
+        costs = replace(
+            sizes,
+            steps=self.plan.steps,
+            batch=len(self.rows),
+            held_out=len(self.data.held_out),
+            previews=self.terms.preview is not None,
+            ranks=self.ranks.size,
+            seconds=seconds,
+        )
+        folder = Path.cwd() if self.run is None else self.run.path
+        return Stage2Plan(costs, Machine.read(self.device, folder))
 
     def smaller(self) -> tuple[str, str]:
         """What this run takes before any activation, and the next smaller setting."""

@@ -26,6 +26,7 @@ from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.pending import MEMORY, SAMPLES
 from graftc.distillation.planner import Choice, Costs, Wanted, bytes_of
 from graftc.distillation.replay import Replay
+from graftc.distillation.resident import allocator_of
 from graftc.distillation.scopes import random_of, training_only
 from graftc.distillation.sizes import pass_cost, student_cost
 from graftc.distillation.students import Student, losses
@@ -76,6 +77,7 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
         2 * total + matrices + 2 * (total - matrices),
         int(min(held, HELD_MEMORY)),
         int(solve),
+        allocator=allocator_of(setting.device),
     )
     if not measured:
         return costs

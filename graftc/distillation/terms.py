@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -73,10 +74,10 @@ class Terms:
         if not (stage2.task > 0 or wanted):
             fail("G553", "stage 2 has no term: every weight is 0", site="stage2.task",
                  wanted="task, teacher or features above 0")  # fmt: skip
-        self._teacher = teacher.eval().to(device) if teacher is not None and wanted else None
+        self.teacher = teacher.eval().to(device) if teacher is not None and wanted else None
         self.graphs: list[nn.Module] = []
-        if stage2.features > 0 and self._teacher is not None:
-            self._teacher = capture_graph(self._teacher, [s.teacher for s in sites], result=True)
+        if stage2.features > 0 and self.teacher is not None:
+            self.teacher = capture_graph(self.teacher, [s.teacher for s in sites], result=True)
             cuts = [s.student for s in sites]
             self.graphs = [capture_graph(held.module, cuts, result=True)]
         self._running = held.running(self.graphs[0] if self.graphs else held.module)
@@ -90,9 +91,9 @@ class Terms:
             parts: dict[str, Tensor] = {}
             if weights.task > 0:
                 parts["task"] = self._part(self.task_loss, share, outputs, prepared)
-            if self._teacher is not None:
+            if self.teacher is not None:
                 with torch.no_grad():
-                    wanted, wanted_features = self._run(self._teacher, prepared)
+                    wanted, wanted_features = self._run(self.teacher, prepared)
                 if weights.teacher > 0:
                     parts["teacher"] = self._imitation(share, outputs, wanted, prepared)
                 if weights.features > 0:
@@ -101,6 +102,15 @@ class Terms:
                     parts["features"] = torch.stack(errors).mean()
             total = [getattr(weights, name) * part for name, part in parts.items()]
             return torch.stack([wide(t).reshape(()) for t in total]).sum(), parts
+
+    def alone(self) -> Terms:
+        """The same loss without the other processes: what a step of this one takes is told without asking them."""
+        if self.ranks.size == 1:
+            return self
+        made = copy.copy(self)
+        made.ranks = ALONE
+        made._running = self.graphs[0] if self.graphs else self.module
+        return made
 
     def cast(self) -> Any:
         """The precision of the forward passes: bfloat16 by autocast, weights and optimiser in float32."""
