@@ -1,4 +1,4 @@
-"""Resident memory of stage 1 in each mode, against what the planner predicts before it starts.
+"""Resident memory of both stages in each mode, against what the planner predicts before it starts.
 
     python benchmarks/memory.py
 
@@ -22,7 +22,7 @@ from timing import Report
 
 import graftc
 import graftc.verbs as verbs
-from graftc.distillation.resident import CODE, HOLES
+from graftc.distillation.resident import CODE, HOLES, Allocator
 from graftc.emit.build import Build
 from graftc.units import size_text
 
@@ -50,6 +50,11 @@ MODES: dict[str, dict[str, Any]] = {
     "cache": {"cache": "CACHE"},
     "site by site": {"site_by_site": True},
     "site by site, used twice": {"site_by_site": True, "reuse": 2},
+}
+STAGE2: dict[str, dict[str, Any]] = {
+    "stage 2": {},
+    "stage 2, checkpointed": {"checkpointing": True},
+    "stage 2, teacher and features too": {"teacher_weight": 1.0, "features_weight": 1.0},
 }
 
 
@@ -87,7 +92,10 @@ def child(folder: str, size: int, options: dict[str, Any]) -> None:
     build, samples, made = Build.open(Path(folder)), data(size), task()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    graftc.distill(build, samples, task=made, **OPTIONS, **options)
+    if options.pop("stage") == 2:
+        graftc.finetune(build, samples, task=made, steps=STEPS, threads=1, **options)
+    else:
+        graftc.distill(build, samples, task=made, **OPTIONS, **options)
     print(json.dumps({"before": before, "peak": resident("VmHWM")}))
 
 
@@ -105,12 +113,13 @@ def measure(only: tuple[str, ...] = ()) -> Report:
     """The table, or the rows of some models and modes."""
     rows: list[tuple[str, ...]] = []
     models = [m for m in SHAPES if m in only] or list(SHAPES)
-    modes = [m for m in MODES if m in only] or list(MODES)
+    every = [*MODES, *STAGE2]
+    modes = [m for m in every if m in only] or every
     for model in models:
         with tempfile.TemporaryDirectory() as name:
             rows += _rows(model, modes, Path(name))
     return Report(
-        "Memory of stage 1 against the planner's prediction",
+        "Memory against the planner's prediction",
         ("model", "mode", "tensors alive", "predicted", "resident", "prediction against it (goal within 20 %)", "batches kept"),
         tuple(rows),
         (
@@ -135,18 +144,27 @@ def _rows(model: str, modes: list[str], folder: Path) -> Iterator[tuple[str, ...
     streamed = graftc.plan_distill(build, data(size), task=task(), **OPTIONS, **own)
     batch = streamed.groups[0][0].kept
     for mode in modes:
-        options = {**own, **MODES[mode]}
-        if options.get("memory") == "SPILL":
-            options["memory"] = streamed.peak + 2 * batch
-        if "cache" in options:
-            options["cache"] = str(folder / "cache")
-        plan = graftc.plan_distill(build, data(size), task=task(), **OPTIONS, **options)
+        if mode in STAGE2:
+            options = {**own, **STAGE2[mode]}
+            planned = graftc.plan_finetune(build, data(size), task=task(), steps=STEPS, **options)
+            predicted, alive, kept = planned.peak, planned.costs.peak(allocator=Allocator()), "none"
+            options["stage"] = 2
+        else:
+            options = {**own, **MODES[mode]}
+            if options.get("memory") == "SPILL":
+                options["memory"] = streamed.peak + 2 * batch
+            if "cache" in options:
+                options["cache"] = str(folder / "cache")
+            plan = graftc.plan_distill(build, data(size), task=task(), **OPTIONS, **options)
+            made = max((choice for _, choice in plan.groups), key=lambda one: one.peak)
+            predicted, alive = plan.peak, made.tensors
+            kept = f"{made.window.batches} of {size_text(batch)}"
+            options["stage"] = 1
         taken = _run(build.path, size, options)
-        made = max((choice for _, choice in plan.groups), key=lambda one: one.peak)
-        ratio = plan.peak / taken - 1
+        ratio = predicted / taken - 1
         short = "" if abs(ratio) <= 0.2 else " (short)"
-        row = (model, mode, size_text(made.tensors), size_text(plan.peak), size_text(taken),
-               f"{100 * ratio:+.0f} %{short}", f"{made.window.batches} of {size_text(batch)}")  # fmt: skip
+        row = (model, mode, size_text(alive), size_text(predicted), size_text(taken),
+               f"{100 * ratio:+.0f} %{short}", kept)  # fmt: skip
         print(row, file=sys.stderr, flush=True)
         yield row
 

@@ -226,7 +226,8 @@ def paged(tensor: Tensor) -> Tensor:
     [0, 1, 2]
     """
     size = tensor.nbytes
-    if not size or size > tensor.untyped_storage().nbytes():  # an expanded one is kept as it is
+    expanded = size > tensor.untyped_storage().nbytes()
+    if expanded or not size or tensor.device.type != "cpu":
         return tensor
     private = (
         {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}

@@ -26,7 +26,12 @@ from graftc.distillation.optim import (
     gradient_norm,
 )
 from graftc.distillation.ranks import ALONE, Ranks
-from graftc.distillation.scopes import keeping_freed_memory, random_of, training_only
+from graftc.distillation.scopes import (
+    give_back_freed_memory,
+    keeping_freed_memory,
+    random_of,
+    training_only,
+)
 from graftc.distillation.stacked import Mode, Stack, alike, decide
 from graftc.distillation.student_inputs import StudentInputs, share_at
 from graftc.distillation.students import Student, check_teacher, cuts_of, losses
@@ -253,6 +258,7 @@ class Generation:
         every = max(1, -(-(self._whole or total) // _VALIDATIONS))
         stacks: list[Stack] = []
         active: list[Student] = []
+        give_back_freed_memory()  # of first weights and validations, which leave other holes than a step
         with training_only(self._trainable()), keeping_freed_memory():
             for step in range(self.state.step, total):
                 training = self.training(step)
@@ -371,3 +377,4 @@ class Generation:
             for parameter in student.parameters.values():
                 parameter.grad = None
         gc.collect()
+        give_back_freed_memory()

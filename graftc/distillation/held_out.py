@@ -14,6 +14,7 @@ import torch
 
 from graftc.distillation.activations import Teacher, Values
 from graftc.distillation.bins import BinSums, edges_of, times_of
+from graftc.distillation.buffer import paged
 from graftc.distillation.loss import Moments, Scale, change_from, counted, squared_error
 from graftc.distillation.ranks import Ranks
 from graftc.distillation.student_inputs import StudentInputs, ends_with_own
@@ -65,7 +66,7 @@ class HeldOut:
             values = list(self._teacher.run(cuts_of(students), prepared, where).values)
             size += sum(v.nbytes for given in values for v in given)
             if size <= HELD_MEMORY:
-                kept.append(values)
+                kept.append([[paged(v) for v in given] for given in values])
             yield where, values
         # All processes keep theirs, or none: they may have to run the teacher together.
         if not self._ranks.total([[float(size > HELD_MEMORY)]])[0][0]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from graftc.diagnostics import GraftError, fail
+from graftc.diagnostics import fail
 from graftc.distillation.planner import Machine, bytes_of
 from graftc.distillation.recompute import blocks_of, recomputed
 from graftc.distillation.resident import Allocator, Bytes, allocator_of
@@ -154,8 +154,6 @@ def stage2_costs(
                 step(terms.checkpointing)
             with torch.no_grad(), Live() as live:
                 module(**prepared.inputs)
-    except GraftError:
-        raise
     except Exception as error:  # whatever a model or a task raises on a fake tensor
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail("G841", f"the sizes of a step of stage 2 cannot be computed: {first}", site="stage 2",
@@ -172,7 +170,7 @@ def seconds_of(
     module: nn.Module,
     loss: Terms,
     parameters: Sequence[nn.Parameter],
-    prepared: Callable[[], Any],
+    prepared: Any,
     seed: int,
 ) -> float:
     """Seconds of a forward and a backward pass: run twice, and nothing is learned from it."""
@@ -184,7 +182,7 @@ def seconds_of(
         with random_of(seed, "measure"), again:
             for _ in range(2):
                 started = time.perf_counter()
-                value, _parts = loss(prepared())
+                value, _parts = loss(prepared)
                 torch.autograd.grad(value, parameters, allow_unused=True)
                 value.item()  # a device has done its work
                 seconds = time.perf_counter() - started

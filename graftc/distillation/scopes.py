@@ -79,6 +79,12 @@ def keeping_freed_memory() -> Generator[None]:
         tune(_TRIM, _DEFAULT)
 
 
+def give_back_freed_memory() -> None:
+    """Let the system have what glibc's heap holds and nobody uses: between two phases that need other sizes."""
+    if heap_is_tuned():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def heap_is_tuned() -> bool:
     """Whether `keeping_freed_memory` changes anything here."""
     return _mallopt() is not None

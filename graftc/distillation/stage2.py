@@ -98,14 +98,14 @@ def finetune_module(
         validation=validation, device=device, run=run, teacher=teacher, sites=sites, preview=preview, ranks=ranks, pieces=pieces,
     ) as opened:  # fmt: skip
         engine, own = opened.engine, opened.engine.own
-        if announce is not None and not engine.resumes:
-            _announce(engine, announce)
         again = (
             recomputed(own.module, engine.loss.graphs)
             if engine.terms.checkpointing
             else nullcontext()
         )
         with again, memory_told("stage 2", engine.smaller), keeping_freed_memory():
+            if announce is not None and not engine.resumes:
+                _announce(engine, announce)
             result = engine.run_all(
                 Saver(checkpoint_every),
                 progress or silent,
@@ -126,7 +126,10 @@ def plan_module(module: nn.Module, task: Task, data: Any, **given: Any) -> Stage
 
     But for adapters, which stay in it. Raises GraftError (G841) where sizes cannot be computed.
     """
-    with _opened(module, task, data, **given) as opened:
+    with (
+        _opened(module, task, data, **given) as opened,
+        memory_told("stage 2", opened.engine.smaller),
+    ):
         return opened.engine.planned()
 
 

@@ -153,15 +153,12 @@ class Stage2Run:
         if self.own.rows:
             fail("G841", "the sizes of a model in pieces are not computed", site="stage 2")
 
-        def first() -> Any:
-            plan = self.plan
-            made = self.data.prepared(self.task, 0, plan.batch, PHASE, self.rows)
-            return self._checked(made, "the first batch")
-
-        loss = self.loss.alone()
-        prepared = first()
+        made = self.data.prepared(self.task, 0, self.plan.batch, PHASE, self.rows)
+        prepared, loss = self._checked(made, "the first batch"), self.loss.alone()
+        trained = list(self.parameters.values())
+        # Run first: what is wrong with model, task or DATA is told as itself, not as sizes that are not known.
+        seconds = seconds_of(self.module, loss, trained, prepared, self.seed)
         sizes = stage2_costs(self.module, loss, self.parameters, prepared, self.device, self.beside)
-        seconds = seconds_of(self.module, loss, list(self.parameters.values()), first, self.seed)
         costs = replace(
             sizes,
             steps=self.plan.steps,
