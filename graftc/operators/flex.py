@@ -125,6 +125,7 @@ def flex(
     k and v may have fewer heads, shared by groups of q's. A mask is one that `four_dimensions` takes.
     """
     given = None if mask is None else four_dimensions(mask)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of q and k gives float32
 
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         s = s if softcap is None else softcap * torch.tanh(s / softcap)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
+from graftc.diagnostics import GraftError
 from graftc.program.program import Program, graphs, join
 from graftc.rewrite.apply_common import class_name, exists, parent_path
 from graftc.rewrite.apply_dtypes import follow_new_weights
@@ -57,7 +58,13 @@ def apply(
     before = {p: m.graph for p, m in graphs(program.root) if p in {e.graph for e in chosen}}
     for edit in chosen:
         if edit.ops is None:
-            APPLY[edit.kind](root, program, edit, on_meta)
+            try:
+                APPLY[edit.kind](root, program, edit, on_meta)
+            except GraftError as error:  # of what is built there, which knows no line
+                span = edit.rule.edit.span
+                raise GraftError(
+                    *(d if d.span else replace(d, span=span) for d in error.diagnostics)
+                ) from error
             if edit.stream is not None:
                 fold_stream(root, program, edit.stream)
     # Ops after sites: opening a module moves nodes, which an edit of sites finds by name.

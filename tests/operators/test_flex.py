@@ -89,6 +89,13 @@ def test_a_window_is_its_definition(case: str) -> None:
             strict=True,
         ):
             assert (a - b).norm() <= 1e-10 * max(b.norm(), tangent.norm())
+    with torch.no_grad():
+        long = torch.randn(1, 1024, DIM, dtype=torch.float64)
+        mask = None if masked is None else masked(1, 1024)
+        mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+        found, wanted = op(long, mask), dense(op, long, mask)
+        assert (found - wanted).norm() <= 1e-10 * wanted.norm()
+    mask = None if masked is None else masked(1, 300)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         low, y = FlexWindow(DIM, HEADS, **given).to(dtype), x.detach().to(dtype)
         low.load_state_dict(op.state_dict())

@@ -6,14 +6,18 @@ The packages are stood in for by modules that compute by those signatures; `pyte
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
+import graftc.verbs as verbs
+from graftc.emit.package import load_package
 from graftc.operators import agreement, kernels
 from graftc.operators.agreement import disagreement
 from graftc.operators.build import arguments_at, build
@@ -21,7 +25,9 @@ from graftc.operators.forms import choose
 from graftc.operators.mamba2 import ssd_scan
 from graftc.operators.spec import Form, Machine, OperatorSpec
 from graftc.operators.specs import SPECS
+from graftc.program.model import Model
 
+ON_GPU = kernels.on_gpu
 SITE = {
     "dim": 16,
     "heads": 4,
@@ -200,3 +206,43 @@ def test_a_student_without_its_package_runs_on_a_cpu_and_says_on_a_gpu_what_it_n
         module(torch.zeros(1, 5, 16))
     assert "another `form`" in str(caught.value)
     assert module.needs == package[1]
+
+
+RULE = """
+rule scan {
+    match   a = self_attention
+    replace a with %s
+    distill l2
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("operator", "package"),
+    [
+        ("mamba2(head_dim = 8, form = mamba_ssm)", "mamba-ssm"),
+        ("hyena_x(form = causal_conv1d)", "causal-conv1d"),
+        ("linear_attention(causal = true, form = fla)", "flash-linear-attention"),
+    ],
+)
+@pytest.mark.usefixtures("stand_ins")
+def test_a_rule_forces_a_kernel_and_the_student_names_its_package(
+    operator: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning where it was not seen to agree; the package runs alone, on a CPU, without what it names."""
+    monkeypatch.setattr(kernels, "on_gpu", ON_GPU)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True).eval()
+    model = Model(torch.nn.ModuleList([layer])[0], {"src": torch.randn(2, 40, 16)})
+    file = tmp_path / "scan.graft"
+    file.write_text(RULE % operator)
+    if not torch.cuda.is_available():
+        (note,) = (n for n in verbs.plan(file, model, device="cuda").notes if n.code == "G822")
+        assert note.found == "no CUDA device here to compare it on"
+    made = verbs.compile(file, model, tmp_path / "build", device="cuda", copy_teacher=True)
+    assert made.plan["edits"][0]["forms"][0]["why"] == "the rule says so"
+    config = yaml.safe_load((made.path / "student/config.yaml").read_text())
+    assert config["needs_on_a_gpu"] == [package]
+    student = load_package(made.path / "student")
+    assert student(torch.zeros(2, 40, 16)).shape == (2, 40, 16)
+    assert "graftc." not in (made.path / "student/model.py").read_text()
