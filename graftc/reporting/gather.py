@@ -62,6 +62,11 @@ class RunFacts:
         return list((self.info.get("result") or {}).get("sites") or [])
 
     @property
+    def warnings(self) -> list[str]:
+        """What to know of its figures: that its DATA was a single sample."""
+        return [str(w) for w in (self.info.get("result") or {}).get("warnings") or []]
+
+    @property
     def metrics(self) -> Mapping[str, Any]:
         return (self.info.get("result") or {}).get("metrics") or {}
 

@@ -225,6 +225,7 @@ def _curves(runs: Sequence[RunFacts]) -> str:
         if run.curves:
             title = f"run {run.id}, {run.info.get('stage', '')}, by step"
             out += f'<div class="wide">{lines(run.curves, title)}</div>'
+        out += "".join(_note(f"Warning, run {run.id}: {told}.") for told in run.warnings)
         if run.metrics:
             out += _table(
                 ("metric", "value"),

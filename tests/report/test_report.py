@@ -272,6 +272,13 @@ def test_a_run_without_bins_says_why(tmp_path: Path) -> None:
     assert "A new run records it" in said
 
 
+def test_what_a_run_warned_of_stands_with_its_curves(tmp_path: Path) -> None:
+    build = make(tmp_path)
+    build.made[1].info["result"]["warnings"] = ["G826: DATA has a single sample"]
+    said = Read(page(gather(build))).sections["curves"]
+    assert "Warning, run 0002-finetune: G826: DATA has a single sample." in said
+
+
 def test_bins_of_a_site_from_a_bank_are_those_of_the_bank(tmp_path: Path) -> None:
     build = make(tmp_path, bins=False)
     site = build.made[0].info["result"]["sites"][1]
