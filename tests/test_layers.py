@@ -16,6 +16,7 @@ FORBIDDEN = {
     "language": ["torch"],
     "editor": ["torch"],
     "reporting": ["torch", "graftc.language", "graftc.emit", "graftc.distillation"],
+    "verbs": ["graftc.cli"],
     "program": ["graftc.language"],
     "rewrite": ["graftc.distillation", "graftc.emit"],
     "operators": ["graftc.program", "graftc.rewrite"],

@@ -45,7 +45,7 @@ def test_a_loss_is_one_for_a_prediction_of_zero(work):
 def test_the_emitted_loop_trains_and_its_weights_load(build, work, monkeypatch):
     """The file in the build, run as it stands."""
     example = runpy.run_path(str(build.path / "distill_example.py"))
-    monkeypatch.setattr(graftc.verbs, "task_of", lambda *_: Noisy())
+    monkeypatch.setattr(graftc.verbs.training, "task_of", lambda *_: Noisy())
     done = example["train"](tokens(), steps=12, batch=8)
     values = work.capture()(**next(work.batches(tokens(seed=9), batch=16)))
     before, after = (
