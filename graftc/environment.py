@@ -26,7 +26,22 @@ def doctor() -> list[dict[str, str]]:
     ):  # fmt: skip
         package = "scikit-learn" if name == "sklearn" else name
         findings.append(_package(package, f"pip install 'graftc[{extra}]'"))
-    return findings
+    return [*findings, *_kernels()]
+
+
+def _kernels() -> list[dict[str, str]]:
+    """The packages whose kernels are forms of operators on a GPU; nothing else wants them."""
+    from graftc.operators.specs import SPECS
+
+    forms: dict[str, list[str]] = {}
+    for spec in SPECS.values():
+        for form in spec.forms:
+            if form.package is not None:
+                forms.setdefault(form.package[1], []).append(f"{spec.name}(form = {form.name})")
+    return [
+        _package(package, f"on a GPU alone, for {', '.join(uses)}: pip install {package}")
+        for package, uses in forms.items()
+    ]
 
 
 def _nvidia() -> list[dict[str, str]]:

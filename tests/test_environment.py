@@ -23,6 +23,13 @@ def test_no_runtime(monkeypatch):
     assert said["rung: checker, reference evaluator"][0] == "ok"
 
 
+def test_packages_of_kernels_say_which_form_wants_them(monkeypatch):
+    state, detail = found(monkeypatch)["mamba-ssm"]
+    assert state == "missing"
+    assert detail == "on a GPU alone, for mamba2(form = mamba_ssm): pip install mamba-ssm"
+    assert found(monkeypatch, mamba_ssm="2.3.0")["mamba-ssm"] == ("ok", "2.3.0")
+
+
 def test_both_runtimes(monkeypatch):
     said = found(monkeypatch, onnxruntime="1.20.0", onnxruntime_gpu="1.22.0")
     assert said["onnxruntime"][0] == "problem"

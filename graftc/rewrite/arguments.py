@@ -218,7 +218,9 @@ def check_fits(
             found="causal = false"
             if spec.arg("causal")
             else f"`{spec.name}`, which cannot be causal",
-            help=f"write `{spec.name}(…, causal = true)`"
+            help="on a grid (`dims = 2`) its taps are centred: leave `dims` out, and write `causal = true`"
+            if arguments.get("dims") == 2
+            else f"write `{spec.name}(…, causal = true)`"
             if spec.arg("causal")
             else "choose a causal operator",
         )

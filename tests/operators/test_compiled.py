@@ -21,9 +21,8 @@ pytestmark = pytest.mark.slow
 def kernels(module: torch.nn.Module) -> int:
     """How many kernels inductor writes for a forward pass; products are calls of a library, and none of them."""
     torch._dynamo.reset()
-    torch._inductor.config.force_disable_caches = True
     x = torch.randn(2, 96, 32)
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         made, code = run_and_get_code(torch.compile(module.eval(), fullgraph=True), x)
         torch.testing.assert_close(made, module(x), rtol=1e-4, atol=1e-5)
     text = "\n".join(code)
