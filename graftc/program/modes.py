@@ -106,10 +106,10 @@ def reads_of_training() -> Generator[dict[nn.Module, None]]:
             frame = frame.f_back  # a record of what a block reads stands between
         if _computes(frame.f_code.co_filename):
             found[self] = None
-        return self.__dict__["training"]
+        return object.__getattribute__(self, "__dict__")["training"]  # unseen by such a record
 
     def write(self: nn.Module, training: bool) -> None:
-        self.__dict__["training"] = training
+        object.__getattribute__(self, "__dict__")["training"] = training
 
     before = vars(every).get("training", _ABSENT)
     every.training = property(read, write)

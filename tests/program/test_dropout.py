@@ -149,6 +149,27 @@ def test_a_model_in_train_mode_that_only_drops_is_taken(tmp_path: Path) -> None:
     assert not package(model, tmp_path).training
 
 
+class Counted(nn.Module):
+    """A block that counts how often its class runs, and reads its mode."""
+
+    runs = 0
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index, self.linear = index, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.runs += 1
+        return x + F.dropout(self.linear(x), 0.1, self.training)
+
+
+def test_each_mode_costs_one_trace_of_each_kind_of_block() -> None:
+    blocks = nn.Sequential(*(Counted(i) for i in range(5)))
+    Counted.runs = 0
+    assert told(captured(Model(blocks.eval(), {"input": X}))) == "dropout p = 0.1 at 5 places"
+    assert Counted.runs == 2
+
+
 def test_what_is_never_open_is_no_choice() -> None:
     program = captured(Model(Layerdrop(0.0).eval(), {"x": X}))
     assert (told(program), program.facts.warnings) == ("dropout p = 0.1 at 1 place", ())
