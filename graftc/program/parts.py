@@ -18,11 +18,11 @@ from torch import Tensor, fx
 
 from graftc.diagnostics import fail
 from graftc.program.analysis import Analysis
-from graftc.program.evaluate import data_operands, evaluate
+from graftc.program.evaluate import CannotEvaluateError, data_operands, evaluate
 from graftc.program.flat import Op, strip
 from graftc.program.joint import streams_of
 from graftc.program.ops import MOVEMENTS
-from graftc.program.program import ATEN, Program, size_hint
+from graftc.program.program import ATEN, Program, size_hint, tensor_of
 from graftc.program.qk import Norm
 from graftc.program.roles import Attention
 
@@ -35,7 +35,8 @@ class PartRef:
 
     None for rows or columns means all, in order. `transposed`: stored [in, out] (Conv1D). `plus` is added to
     the weight: a norm may be stored as what its scale differs from one by. `identity`: no parameter, but the
-    identity of this width. `bias_rows`: the piece of `bias` that is meant, before `rows`.
+    identity of this width. `bias_rows`: the piece of `bias` that is meant, before `rows`. `computed`: the op that makes the
+    weight of parameters alone (weight_norm, spectral_norm); `weight` is then the first of them.
     """
 
     weight: str
@@ -46,13 +47,14 @@ class PartRef:
     plus: float = 0.0
     identity: int = 0
     bias_rows: tuple[int, ...] | None = None
+    computed: Op | None = None
 
     def tensors(self, program: Program) -> tuple[Tensor, Tensor | None]:
         """(weight [out, in], bias [out] or None), copied."""
         if self.identity:
             like = next(program.root.parameters())
             return torch.eye(self.identity, dtype=like.dtype, device=like.device), None
-        weight = program.root.get_parameter(self.weight).detach()
+        weight = self._stored(program)
         weight = weight.t() if self.transposed else weight
         bias = program.root.get_parameter(self.bias).detach() if self.bias else None
         if bias is not None and self.bias_rows is not None:
@@ -64,6 +66,17 @@ class PartRef:
         if self.columns is not None:
             weight = weight[:, torch.tensor(self.columns, device=weight.device)]
         return weight + self.plus, bias
+
+    def _stored(self, program: Program) -> Tensor:
+        if self.computed is None:
+            return program.root.get_parameter(self.weight).detach()
+        with torch.no_grad():
+            try:
+                return evaluate(self.computed, {}, parameters=lambda n: tensor_of(program, n))
+            except CannotEvaluateError:  # on the meta device
+                like = self.computed.tensor
+                sizes = [size_hint(s) for s in like.shape]
+                return torch.empty(sizes, dtype=like.dtype, device="meta")
 
 
 def part_refs(analysis: Analysis, path: str) -> Mapping[str, PartRef | str]:
@@ -193,7 +206,11 @@ def _ref(
     weight = linear.args[2] if conv1d else linear.args[1]
     bias = linear.args[0] if conv1d else linear.argument(2, "bias")
     if weight.kind != "param":
-        return "the linear's weight is computed, not a parameter"
+        made_of = _parameters_of(weight)
+        if not made_of or (bias is not None and bias.kind != "param"):
+            return "the linear's weight is computed of the inputs"
+        name = bias.fqn if bias is not None else None
+        return PartRef(made_of[0].fqn, name, rows, columns, conv1d, computed=weight)
     if bias is None or bias.kind == "param":
         name = bias.fqn if bias is not None else None
         return PartRef(weight.fqn, name, rows, columns, conv1d)
@@ -201,6 +218,23 @@ def _ref(
     if made is None:
         return "the linear's bias is computed, not a parameter"
     return PartRef(weight.fqn, made[0].fqn, rows, columns, conv1d, bias_rows=made[1])
+
+
+def _parameters_of(value: Op) -> list[Op]:
+    """The parameters that a value is computed of; none where something else is read too."""
+    found: list[Op] = []
+    stack, seen = [value], set[int]()
+    while stack:
+        op = stack.pop()
+        if op.index in seen:
+            continue
+        seen.add(op.index)
+        if op.kind == "param":
+            found.append(op)
+        elif op.kind != "op":
+            return []
+        stack += data_operands(op)
+    return sorted(found, key=lambda o: o.index)
 
 
 def _piece(value: Op) -> tuple[Op, tuple[int, ...]] | None:

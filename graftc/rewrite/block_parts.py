@@ -45,8 +45,10 @@ def part_ref(analysis: Analysis, match: Match, part: Part, span: Span) -> PartRe
     site = bound_site(analysis, match, part.site, span)
     refs = part_refs(analysis, site.path)
     found = refs.get(part.name or "")
-    if isinstance(found, PartRef):
+    if isinstance(found, PartRef) and found.computed is None:
         return found
+    if isinstance(found, PartRef):
+        found = "its weight is computed of others (weight_norm); make it one parameter first"
     fail(
         "G451",
         f"`{part.site}.{part.name}` is no affine map at {site.path}"

@@ -176,7 +176,7 @@ def _linears(
     found = {
         r.weight: (r.weight, r.bias, r.transposed)
         for n in _FIRST_LINEARS
-        if isinstance(r := refs.get(n), PartRef)
+        if isinstance(r := refs.get(n), PartRef) and r.computed is None
     }
     given = analysis.flat.first_calls[site.path].args[site.stream]
     assert isinstance(given, Op)

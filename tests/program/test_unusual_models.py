@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler import compile_model
 from graftc.diagnostics import GraftError
+from graftc.emit.package import write_package
+from graftc.language.check import check
 from graftc.program.analysis import analyse
 from graftc.program.capture import capture
 from graftc.program.model import Model
@@ -397,3 +400,45 @@ def test_complex_numbers_are_real_ones_in_the_graph() -> None:
     program = capture(Model(Rotated(), {"x": X}))
     ops = {str(n.target) for _, m in program.graphs() for n in m.graph.nodes}
     assert "aten.view_as_complex.default" not in ops
+
+
+class Reparametrised(nn.Module):
+    """An MLP whose first weight is made of others in each call."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.up, self.down, self.by = nn.Linear(6, 12), nn.Linear(12, 6), by
+        if by in ("weight_norm", "spectral_norm"):
+            getattr(nn.utils.parametrizations, by)(self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.up.weight
+        if self.by == "hand":
+            weight = weight / weight.norm(dim=1, keepdim=True)
+        return self.down(nn.functional.gelu(nn.functional.linear(x, weight, self.up.bias)))
+
+
+@pytest.mark.parametrize("by", ["weight_norm", "spectral_norm", "hand"])
+def test_a_weight_that_is_computed_of_parameters_is_copied(by: str) -> None:
+    module = nn.Sequential(Reparametrised(by)).eval()
+    made = compile_model(
+        check("rule same {\n match m = mlp\n replace m with mlp(ratio = 2)\n}"),
+        Model(module, {"input": X[None]}),
+    )
+    torch.testing.assert_close(made.student.root(X[None])[0], module(X[None]))
+
+
+def test_a_weight_of_double_complex_numbers_cannot_be_written(tmp_path: Path) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.ones(6, dtype=torch.complex128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (self.turn * self.turn.conj()).real.float()
+
+    with pytest.raises(GraftError) as caught:
+        write_package(capture(Model(Turned(), {"x": X})), tmp_path)
+    (told,) = caught.value.diagnostics
+    assert (told.code, told.site) == ("G817", "turn")
+    assert "make it complex64" in str(told.help)

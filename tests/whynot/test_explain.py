@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import graftc
 from graftc.cli.main import main
@@ -126,3 +128,10 @@ def test_warnings_are_printed_at_check_and_plan(
     assert code == 0
     assert "warning[G413]" in err
     assert f"{file}:3:13" in err
+
+
+def test_an_mlp_on_vectors_says_that_the_role_is_for_tokens() -> None:
+    layer = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    model = graftc.Model(nn.Sequential(layer), {"input": torch.zeros(3, 4)})
+    (explained,) = graftc.explain("rule r {\n match m = mlp\n remove m\n}", model)
+    assert "it works on [batch, features]" in explained.misses[0].changes[0].text

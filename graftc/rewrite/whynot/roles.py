@@ -6,7 +6,7 @@ from graftc.diagnostics import Span
 from graftc.language.vocabulary import ATTENTION
 from graftc.program.analysis import ATTENTION_ROLES, Site
 from graftc.program.flat import Op
-from graftc.program.ops import MOVEMENTS
+from graftc.program.ops import ACTIVATIONS, MOVEMENTS
 from graftc.program.refusals import op_name
 from graftc.program.roles import is_linear
 from graftc.rewrite.whynot.change import Change, source_line
@@ -37,10 +37,21 @@ def role_change(role: str, site: Site, places: Places, span: Span) -> Change | N
         text = f"is no {role}: {refusal.reason}"
         return Change("role", 1.0, text, span, fix, source_line(refusal.op))
     if kind == "mlp" and site.role == "unknown" and (between := _between_linears(site, places)):
-        text = f"is no mlp: between its linears stands {op_name(between)}, no activation that graftc knows"
+        text = f"is no mlp: {_why_no_mlp(between)}"
         return Change("role", 1.1, text, span, fix, source_line(between))
     found = "of no role that graftc knows" if site.role == "unknown" else site.role
     return Change("role", 4.0, f"is {found}, wanted {role}", span, fix)
+
+
+def _why_no_mlp(between: Op) -> str:
+    """What keeps the op between two linears from making them an MLP."""
+    known = between.target in ACTIVATIONS
+    if known and between.tensor is not None and between.tensor.ndim < 3:
+        return (
+            "it works on [batch, features], and the role is for tokens, [batch, tokens, features]"
+        )
+    what = "with other linears around it" if known else "no activation that graftc knows"
+    return f"between its linears stands {op_name(between)}, {what}"
 
 
 def _between_linears(site: Site, places: Places) -> Op | None:
