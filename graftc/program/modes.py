@@ -18,7 +18,7 @@ from torch import fx, nn
 from graftc.diagnostics import Diagnostic, GraftError, Note, fail
 from graftc.program import reads
 from graftc.program.capture import capture, trained
-from graftc.program.dropout import drops, line_of, take_notes
+from graftc.program.dropout import drops, line_of, noted, take_notes
 from graftc.program.model import Model
 from graftc.program.program import Program
 from graftc.program.saved import Saved
@@ -64,9 +64,10 @@ def captured(model: Model) -> Program:
             help="call `.eval()`; where every edit is local, the installed student keeps the original's train mode, and what "
             "training draws at random (label dropout) belongs to the Task",
         )
+    kept = ", with the dropout of train mode" if noted(program) else ""
     told = Diagnostic(
         "G814",
-        "the student is what the model computes in eval mode, with its dropout; in train mode the original does more",
+        f"the student is what the model computes in eval mode{kept}; in train mode the original does more",
         site="MODEL",
         notes=notes,
         help="an installed student in the modules form keeps it; what training draws at random belongs to the Task",
