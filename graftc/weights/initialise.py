@@ -236,6 +236,7 @@ def _fill(submodule: nn.Module, item: Assignment, value: Affine, context: Contex
                 site=context.path,
                 wanted=f"{name} {list(target.shape)}",
                 found=f"{name} {list(new.shape)}",
+                help=_pooled(item, context),
             )
         target.copy_(new)
     if value.bias is not None and "bias" not in dict(submodule.named_parameters(recurse=False)):
@@ -243,6 +244,18 @@ def _fill(submodule: nn.Module, item: Assignment, value: Affine, context: Contex
             "G404",
             f"the source of `{slot.name}` has a bias, and `{context.operator}` has no place for it",
         )
+
+
+def _pooled(item: Assignment, context: Context) -> str | None:
+    """How k or v of a site with more key-value heads than the operator's becomes that of fewer."""
+    source, wanted = item.source, context.arguments.get("kv_heads")
+    if not isinstance(source, Part) or source.name is None or not isinstance(wanted, int):
+        return None
+    heads = context.heads.get(context.name(source.site))
+    if source.name.rstrip("_12") not in ("k", "v") or heads is None or heads.kv_heads <= wanted:
+        return None
+    named = text(source, context.binding)
+    return f"write `{item.slot.name} = mean_pool({named}, groups = {wanted})`"
 
 
 def _fill_constant(module: nn.Module, item: Assignment, context: Context) -> None:

@@ -394,6 +394,7 @@ def test_refusals_name_operator_slot_and_site():
         "found: weight [12, 12]",
         clauses=[("in_proj", Part("a", "q"))],
     )
+    _refused("G404", "does not fit `k`", "write `k = mean_pool(site.k, groups = 2)`", kv_heads=2)
     _refused("G405", "`median` is no init policy", clauses=[("q", Apply("median"))])
     _refused(
         "G405",
