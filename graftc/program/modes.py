@@ -6,6 +6,7 @@ A Program is what the model computes in eval mode. Dropout, the common differenc
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterable
@@ -45,7 +46,7 @@ def captured(model: Model) -> Program:
         return capture(model)
     with in_mode(module, training=False), reads_of_training() as readers:
         program = capture(model)
-    if not readers or all(_is_no_dropout(m) for m in readers):
+    if all(_drops_nothing(m, lines) for m, lines in readers.items()):
         return program
     lines = _add_dropout(program, model)
     if not lines:
@@ -90,23 +91,25 @@ def in_mode(module: nn.Module, training: bool) -> Generator[None]:
 
 
 @contextmanager
-def reads_of_training() -> Generator[dict[nn.Module, None]]:
-    """Within, the modules whose `training` is read are collected: no other can tell train mode from eval mode.
+def reads_of_training() -> Generator[dict[nn.Module, set[str]]]:
+    """Within, the modules whose `training` is read are collected, with the lines that read it: no other module can
+    tell train mode from eval mode.
 
     >>> with reads_of_training() as readers:
     ...     _ = nn.Sequential(nn.Dropout(0.5), nn.ReLU())(__import__("torch").zeros(1))
     >>> list(readers)
     [Dropout(p=0.5, inplace=False)]
     """
-    found: dict[nn.Module, None] = {}
+    found: dict[nn.Module, set[str]] = {}
     every: Any = nn.Module
 
     def read(self: nn.Module) -> bool:
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_code.co_filename == reads.__file__:
             frame = frame.f_back  # a record of what a block reads stands between
-        if _computes(frame.f_code.co_filename):
-            found[self] = None
+        file = frame.f_code.co_filename
+        if _computes(file):
+            found.setdefault(self, set()).add(linecache.getline(file, frame.f_lineno))
         return object.__getattribute__(self, "__dict__")["training"]  # unseen by such a record
 
     def write(self: nn.Module, training: bool) -> None:
@@ -131,9 +134,17 @@ def _computes(file: str) -> bool:
     return is_own(file) or ("/torch/nn/" in file and not file.endswith("modules/module.py"))
 
 
-def _is_no_dropout(module: nn.Module) -> bool:
-    """A dropout of torch's that never drops."""
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+def _drops_nothing(module: nn.Module, lines: Iterable[str]) -> bool:
+    """Whether a module asks for its mode for the sake of dropout alone, and every rate that it has is 0."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p == 0
+    held = {**vars(module), **module._modules}
+    rates = [getattr(v, "p", v) for name, v in held.items() if "drop" in name.lower()]
+    return (
+        bool(rates)
+        and all("drop" in line.lower() for line in lines)
+        and all(type(r) in (int, float) and r == 0 for r in rates)
+    )
 
 
 def _add_dropout(program: Program, model: Model) -> list[str]:
