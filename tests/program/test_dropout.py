@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +22,7 @@ from graftc.program.dropout import noted, told
 from graftc.program.model import Model
 from graftc.program.modes import captured
 from graftc.program.program import structure_hash
+from graftc.tasks.base import Prepared, primary
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
 
@@ -229,3 +231,44 @@ def test_stage_one_leaves_it_off_and_gives_it_back(tmp_path: Path) -> None:
     assert torch.equal(drawn(student, 1, src=X), drawn(student, 2, src=X))
     merged = work.merge().train()
     assert not torch.equal(drawn(merged, 1, src=X), drawn(merged, 2, src=X))
+
+
+class Reversed:
+    """A task on tokens: give them back the other way round."""
+
+    def prepare(self, sample: Mapping[str, Tensor], generator: torch.Generator) -> Prepared:
+        return Prepared({"src": sample["x"]}, {"wanted": sample["x"].flip(1)})
+
+    def loss(self, outputs: Any, prepared: Prepared) -> Tensor:
+        return (primary(outputs) - prepared.targets["wanted"]).square().mean()
+
+    def sample(self, model: Any, *, count: int, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+    def metrics(self, outputs: Any, prepared: Prepared) -> dict[str, float]:
+        return {}
+
+
+def test_stage_two_trains_with_it_and_gives_the_same_bits_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "wide.graft"
+    file.write_text(
+        "rule wide {\n match m = mlp in blocks {0}\n replace m with mlp(ratio = 4)\n}\n"
+        "finetune {\n epochs = 1\n batch = 4\n}"
+    )
+    build = graftc.compile(file, encoder(), tmp_path / "out", task=Reversed())
+    modes: list[bool] = []
+    plain = nn.Dropout.forward
+
+    def seen(self: nn.Dropout, x: Tensor) -> Tensor:
+        modes.append(self.training)
+        return plain(self, x)
+
+    monkeypatch.setattr(nn.Dropout, "forward", seen)
+    data = [{"x": x} for x in torch.randn(16, 6, 16)]
+    for _ in range(2):
+        graftc.finetune(build, data, task=Reversed(), seed=1)
+    assert set(modes) == {True, False}  # steps, and validations
+    first, second = (load_file(p) for p in sorted(tmp_path.glob("out/runs/*/student.safetensors")))
+    assert all(torch.equal(first[n], second[n]) for n in first)
