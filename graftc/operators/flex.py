@@ -2,7 +2,7 @@
 
 On a GPU it is one kernel that leaves out the blocks of keys that no query of a block sees. What it leaves out is told
 by the distance between blocks: nothing of tokens · tokens is ever made, and under `torch.compile` the table is a part
-of the graph, one for all layers of a length. (FlexAttention, arXiv 2412.05496.)
+of the graph. (FlexAttention, arXiv 2412.05496.)
 """
 
 from __future__ import annotations
