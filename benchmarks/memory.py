@@ -145,7 +145,7 @@ def _rows(model: str, modes: list[str], folder: Path) -> Iterator[tuple[str, ...
     batch = streamed.groups[0][0].kept
     for mode in modes:
         if mode in STAGE2:
-            options = {**own, **STAGE2[mode]}
+            options = {**own, **STAGE2[mode], "run": "untrained"}
             planned = graftc.plan_finetune(build, data(size), task=task(), steps=STEPS, **options)
             predicted, alive, kept = planned.peak, planned.costs.peak(allocator=Allocator()), "none"
             options["stage"] = 2

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from graftc.distillation.planner import Choice, Costs, Window, bytes_of, choice, smaller
+from graftc.distillation.planner2 import Stage2Costs
 from graftc.distillation.recompute import blocks_of
 from graftc.distillation.targets import Lora, Stage2
 from graftc.units import size_text
@@ -23,20 +24,30 @@ def loading_advice(device: str) -> tuple[str, str]:
 
 
 def stage2_advice(
-    module: nn.Module, terms: Stage2, batch: int, trained: int, device: str
+    module: nn.Module,
+    terms: Stage2,
+    batch: int,
+    trained: int,
+    device: str,
+    costs: Stage2Costs | None = None,
 ) -> tuple[str, str]:
-    """What stage 2 takes before any activation, and the next smaller setting.
+    """What stage 2 takes, and the next smaller setting.
 
     `trained`: bytes of the parameters that train; each has a gradient, AdamW's two moments and an average.
-    Settings that change nothing in what is learned come first.
+    `costs`: what was predicted, None where sizes cannot be computed: then what there is before any activation. Settings that change nothing in what is learned come first.
 
     >>> stage2_advice(nn.Linear(1, 1), Stage2(), 64, 8, "cpu")[1]
     '--batch 32, in a new run'
     """
     wanted = f"{size_text(bytes_of(module) + 4 * trained)} before any activation"
+    if costs is not None:
+        wanted = f"{size_text(costs.peak())} predicted"
     on_gpu = torch.device(device).type != "cpu"
     if not terms.checkpointing and blocks_of(module):
-        return wanted, "--checkpointing, in a new run: the same gradients, and one block's values"
+        again = None if costs is None else costs.checkpointed
+        there = "" if again is None or costs is None else f"; {size_text(costs.peak(again))}"
+        help = "--checkpointing, in a new run: the same gradients, and one block's values"
+        return wanted, help + there
     if terms.precision == "float32" and on_gpu:
         return wanted, "--precision bfloat16, in a new run: half the bytes of an activation"
     if batch > 1:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from graftc.diagnostics import Note, fail
+from graftc.diagnostics import GraftError, Note, fail
 from graftc.distillation import checkpoint_pieces
 from graftc.distillation.advice import stage2_advice
 from graftc.distillation.budget import Plan
@@ -24,7 +24,7 @@ from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop
 from graftc.distillation.pieces import Rows, Whole
 from graftc.distillation.planner import Machine
-from graftc.distillation.planner2 import Stage2Plan, seconds_of, stage2_costs
+from graftc.distillation.planner2 import Stage2Costs, Stage2Plan, seconds_of, stage2_costs
 from graftc.distillation.preview import Preview, draw, write_sheet
 from graftc.distillation.run import CHECKPOINT, Progress, Run
 from graftc.distillation.saving import Saver
@@ -150,31 +150,40 @@ class Stage2Run:
 
     def planned(self) -> Stage2Plan:
         """What the run will take, for one process that has the whole model. Raises GraftError (G841)."""
-        if self.own.rows:
-            fail("G841", "the sizes of a model in pieces are not computed", site="stage 2")
-
-        made = self.data.prepared(self.task, 0, self.plan.batch, PHASE, self.rows)
-        prepared, loss = self._checked(made, "the first batch"), self.loss.alone()
+        prepared, loss = self._first(), self.loss.alone()
         trained = list(self.parameters.values())
         # Run first: what is wrong with model, task or DATA is told as itself, not as sizes that are not known.
         seconds = seconds_of(self.module, loss, trained, prepared, self.seed)
+        costs = replace(self._costs(prepared), seconds=seconds)
+        folder = Path.cwd() if self.run is None else self.run.path
+        return Stage2Plan(costs, Machine.read(self.device, folder))
+
+    def _first(self) -> Any:
+        made = self.data.prepared(self.task, 0, self.plan.batch, PHASE, self.rows)
+        return self._checked(made, "the first batch")
+
+    def _costs(self, prepared: Any) -> Stage2Costs:
+        if self.own.rows:
+            fail("G841", "the sizes of a model in pieces are not computed", site="stage 2")
+        loss = self.loss.alone()
         sizes = stage2_costs(self.module, loss, self.parameters, prepared, self.device, self.beside)
-        costs = replace(
+        return replace(
             sizes,
             steps=self.plan.steps,
             batch=len(self.rows),
             held_out=len(self.data.held_out),
             previews=self.terms.preview is not None,
             ranks=self.ranks.size,
-            seconds=seconds,
         )
-        folder = Path.cwd() if self.run is None else self.run.path
-        return Stage2Plan(costs, Machine.read(self.device, folder))
 
     def smaller(self) -> tuple[str, str]:
-        """What this run takes before any activation, and the next smaller setting."""
+        """What this run was expected to take, and the next smaller setting."""
+        try:
+            costs = self._costs(self._first())
+        except (GraftError, RuntimeError, MemoryError):
+            costs = None  # no room, or no way, to compute it: what is known without is told
         trained = sum(p.nbytes for p in self.parameters.values())
-        return stage2_advice(self.module, self.terms, self.plan.batch, trained, self.device)
+        return stage2_advice(self.module, self.terms, self.plan.batch, trained, self.device, costs)
 
     def _step(self, step: int) -> tuple[float, float, bool, dict[str, float]]:
         self.module.train()
