@@ -1,6 +1,6 @@
 """What a run of stage 2 will take, before it starts: time, memory and disk, by what takes it.
 
-Bytes and FLOPs come from a step on fake tensors, seconds from one step that is run twice.
+Bytes and FLOPs come from a step on fake tensors, seconds from one step that is run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from graftc.diagnostics import fail
 from graftc.distillation.planner import Machine, bytes_of
 from graftc.distillation.recompute import blocks_of, recomputed
-from graftc.distillation.resident import Allocator, Bytes, allocator_of
+from graftc.distillation.resident import MEASURED_STEPS, Allocator, Bytes, allocator_of
 from graftc.distillation.scopes import random_of
 from graftc.distillation.sizes import Live
 from graftc.distillation.terms import Terms
@@ -62,7 +62,8 @@ class Stage2Costs:
         """Bytes that the device's memory has at most; `Allocator()` counts tensors alone."""
         sampled = Bytes(self.trained) + self.forward if self.previews else self.forward
         ways = [step or self.step, sampled]
-        return (allocator or self.allocator).resident(self.stays, ways)
+        own = self.allocator if step is None else self.allocator.unmeasured()
+        return (allocator or own).resident(self.stays, ways)
 
     @property
     def disk(self) -> int:
@@ -173,14 +174,14 @@ def seconds_of(
     prepared: Any,
     seed: int,
 ) -> float:
-    """Seconds of a forward and a backward pass: run twice, and nothing is learned from it."""
+    """Seconds of a forward and a backward pass: run a few times, and nothing is learned from it."""
     buffers: list[tuple[Tensor, Tensor]] = [(b, b.detach().clone()) for b in module.buffers()]
     seconds, was_training = 0.0, module.training
     again = recomputed(module, loss.graphs) if loss.stage2.checkpointing else nullcontext()
     module.train()
     try:
         with random_of(seed, "measure"), again:
-            for _ in range(2):
+            for _ in range(MEASURED_STEPS):
                 started = time.perf_counter()
                 value, _parts = loss(prepared)
                 torch.autograd.grad(value, parameters, allow_unused=True)

@@ -26,6 +26,7 @@ from graftc.distillation.pieces import Rows, Whole
 from graftc.distillation.planner import Machine
 from graftc.distillation.planner2 import Stage2Costs, Stage2Plan, seconds_of, stage2_costs
 from graftc.distillation.preview import Preview, draw, write_sheet
+from graftc.distillation.resident import allocator_of, heap_seen
 from graftc.distillation.run import CHECKPOINT, Progress, Run
 from graftc.distillation.saving import Saver
 from graftc.distillation.scopes import random_of
@@ -153,8 +154,10 @@ class Stage2Run:
         prepared, loss = self._first(), self.loss.alone()
         trained = list(self.parameters.values())
         # Run first: what is wrong with model, task or DATA is told as itself, not as sizes that are not known.
-        seconds = seconds_of(self.module, loss, trained, prepared, self.seed)
-        costs = replace(self._costs(prepared), seconds=seconds)
+        with heap_seen(allocator_of(self.device)) as seen:
+            seconds = seconds_of(self.module, loss, trained, prepared, self.seed)
+            allocator = seen()
+        costs = replace(self._costs(prepared), seconds=seconds, allocator=allocator)
         folder = Path.cwd() if self.run is None else self.run.path
         return Stage2Plan(costs, Machine.read(self.device, folder))
 

@@ -26,7 +26,7 @@ from graftc.distillation.out_of_memory import memory_told
 from graftc.distillation.pending import MEMORY, SAMPLES
 from graftc.distillation.planner import Choice, Costs, Wanted, bytes_of
 from graftc.distillation.replay import Replay
-from graftc.distillation.resident import allocator_of
+from graftc.distillation.resident import MEASURED_STEPS, allocator_of, heap_seen
 from graftc.distillation.scopes import random_of, training_only
 from graftc.distillation.sizes import pass_cost, student_cost
 from graftc.distillation.students import Student, losses
@@ -38,7 +38,7 @@ _SLACK = 1.02
 
 
 def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> Costs:
-    """What a part costs. `measured`: run one step twice, and time the second.
+    """What a part costs. `measured`: run one step a few times, time the last, and see what the heap takes.
 
     Raises GraftError (G597) where the teacher or a student cannot run on fake tensors.
     """
@@ -81,8 +81,12 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
     )
     if not measured:
         return costs
-    with memory_told(costs.sites[0], lambda: stage1_advice(costs, None)):
-        return replace(costs, seconds=_seconds(generation, trained))
+    with (
+        memory_told(costs.sites[0], lambda: stage1_advice(costs, None)),
+        heap_seen(costs.allocator) as seen,
+    ):
+        seconds = _seconds(generation, trained)
+        return replace(costs, seconds=seconds, allocator=seen())
 
 
 def _loss(students: Any, values: Any, scales: Any = None) -> Tensor:
@@ -96,7 +100,7 @@ def _seconds(generation: Generation, trained: list[Student]) -> tuple[float, flo
     found = (0.0, 0.0)
     setting = generation.setting
     with training_only(trained), random_of(setting.seed, "measure"):
-        for _ in range(2):
+        for _ in range(MEASURED_STEPS):
             prepared = generation.train_batch(0, generation.phase)
             start = _now(setting.device)
             values = generation.values(trained, prepared, "step 0")

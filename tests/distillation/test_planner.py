@@ -69,7 +69,8 @@ def test_peak_memory_is_predicted_within_a_fifth(tmp_path, mode, monkeypatch):
 def test_modes_differ_in_memory_as_they_should(tmp_path):
     def peak(**options):
         given = {"batch": 256, "stacked": "never", **options}
-        return plan_distill(build(tmp_path / "b"), tiny.latents(1600), tiny.Denoise(), **given).peak
+        made = plan_distill(build(tmp_path / "b"), tiny.latents(1600), tiny.Denoise(), **given)
+        return max(choice.tensors for _, choice in made.groups)
 
     assert peak(site_by_site=True) < peak() < peak(reuse=4)
     assert peak(cache=tmp_path / "c") == peak()
@@ -81,6 +82,9 @@ def test_what_passes_takes_more_of_a_heap_and_what_is_large_does_not():
     tensors, small = Bytes(2 * 10**6), Bytes(2 * 10**6, small=10**6)
     assert heap.resident(7, [tensors]) == 100 + 7 + tensors.alive
     assert heap.resident(7, [small]) == 100 + 7 + 10**6 + 2 * 10**6
+    seen = replace(heap, heap=5 * 10**6)  # steps were run
+    assert seen.resident(7, [small]) == 100 + 7 + 10**6 + 5 * 10**6
+    assert seen.unmeasured() == heap
     live = Live()
     with live:
         kept = [
