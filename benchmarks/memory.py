@@ -22,7 +22,7 @@ from timing import Report
 
 import graftc
 import graftc.verbs as verbs
-from graftc.distillation.resident import CODE, HOLES, Allocator
+from graftc.distillation.resident import CODE, MEASURED_STEPS, Allocator
 from graftc.emit.build import Build
 from graftc.units import size_text
 
@@ -127,7 +127,7 @@ def measure(only: tuple[str, ...] = ()) -> Report:
             + "; ".join(f"{m}: {SHAPES[m]['depth']} blocks, {SHAPES[m].get('size', 8) ** 2} tokens, batch {BATCHES[m]}" for m in models)
             + ". A process for each run, with glibc's settings as they come; the kernel's peak (VmHWM, reset before the run) less the resident "
             "memory before it, which is Python, torch, DATA and a warm-up. Tensors alive: what the planner counts. Predicted: what it makes of them, "
-            f"{size_text(CODE)} for code that is read the first time and {HOLES} times what comes and goes in glibc's heap.",
+            f"{size_text(CODE)} for code that is read the first time and what the heap was seen to grow to while {MEASURED_STEPS} steps were run.",
         ),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,6 +163,19 @@ def peak(costs: Costs, kept: int, reuse: int, allocator: Allocator | None = None
     return (allocator or costs.allocator).resident(stays, [*ways, solving])
 
 
+_AROUND = 2**16
+"""Bytes that Linux maps of a file where one is read."""
+
+
+def _read(costs: Costs, disk: int) -> int:
+    """Pages of shards that a step reads: a row of each sample, and what is mapped around it."""
+    if not disk or not costs.allocator.code:  # on a GPU, they are not in its memory
+        return 0
+    batches = math.ceil(disk / max(1, costs.kept))
+    sizes = [value.nbytes for value in costs.teacher.layout.tensors.values()]
+    return sum(min(batches * n, max(n, costs.batch * _AROUND)) for n in sizes)
+
+
 def _alive(one: Bytes) -> int:
     return one.alive
 
@@ -178,7 +191,7 @@ def choice(costs: Costs, mode: Mode, window: Window, places: Mapping[str, int]) 
         seconds = passes * teacher + costs.steps * step + measured * step / 3
     reuse = 1 if mode != "replay" else window.reuse
     alive = peak(costs, on_device, reuse, Allocator())
-    found = peak(costs, on_device, reuse)
+    found = peak(costs, on_device, reuse) + _read(costs, places.get("disk", 0))
     return Choice(mode, window, places, passes, alive, found, places.get("disk", 0), seconds)
 
 
@@ -189,9 +202,16 @@ def _held_out(costs: Costs) -> int:
 def choose(costs: Costs, wanted: Wanted, machine: Machine) -> Choice:
     """Mode, window and places of a group.
 
+    What was seen while steps were run is in what is told, not in what is chosen: a dry run and a run choose the same.
     Raises GraftError: settings that make no sense (G590), or that do not fit (G592, with the next
     smaller one).
     """
+    rough = replace(costs, allocator=costs.allocator.unmeasured())
+    made = _chosen(rough, wanted, machine)
+    return choice(costs, made.mode, made.window, made.places)
+
+
+def _chosen(costs: Costs, wanted: Wanted, machine: Machine) -> Choice:
     if wanted.reuse is not None and wanted.reuse != "auto" and wanted.reuse < 1:
         fail("G590", "a teacher batch is used once at least", site="--reuse",
              found=str(wanted.reuse))  # fmt: skip
