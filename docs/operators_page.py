@@ -46,7 +46,7 @@ holds both. `--device cuda`, `--dtype bf16` and `--to onnx` (or `tensorrt`) say 
 rule forces one.
 
 - `flex` is FlexAttention: one kernel on a GPU, in eager mode and under `torch.compile`; masks, rotary positions, groups of heads and softcap are in it.
-  On a CPU in eager mode, and in an export, the operator's own blocks compute the same, so that a student of this form trains, exports and runs anywhere.
+  On a CPU in eager mode, in an export, and where memory is planned, the operator's own blocks compute the same, so that a student of this form trains, exports and runs anywhere.
 - `shifts` writes a short convolution as shifted multiplies, which `torch.compile` fuses with the gates into one kernel
   (`tests/operators/test_compiled.py` counts inductor's kernels on a CPU). In eager mode a convolution is faster.
 - `mamba_ssm`, `fla` and `causal_conv1d` call the kernels of these packages on a GPU, and the operator's own form elsewhere. The first two are chosen only on a

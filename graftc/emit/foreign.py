@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import re
+import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +16,7 @@ from graftc.diagnostics import fail
 
 # Names that the file itself brings.
 _GIVEN = {"torch", "nn", "F", "Tensor", "math"}
+_GIVEN_IN_ANNOTATIONS = {"Any", "Path"}
 
 
 @dataclass
@@ -35,8 +39,8 @@ class Foreign:
         self._names[cls] = renamed[cls.__name__]
 
     def _copy(self, name: str, thing: Any, taken: set[str], renamed: dict[str, str]) -> None:
-        text = _source(thing, name)
         module = inspect.getmodule(thing)
+        text = _source(thing, name, module)
         renamed[name] = name
         for inner in _free_names(text):
             if inner in renamed or inner == name or inner in _GIVEN:
@@ -52,10 +56,31 @@ class Foreign:
                 renamed[inner] = self._place(inner, f"{inner} = {value!r}", taken, False)
             else:
                 self._import_from(inner, value, name)
+        for inner in _annotation_names(text):
+            if inner not in renamed and inner not in _GIVEN | _GIVEN_IN_ANNOTATIONS:
+                self._annotate(inner, module, taken, renamed)
         for old, new in renamed.items():
             if old != new:
                 text = _with_name(text, old, new)
         renamed[name] = self._place(name, text, taken, inspect.isclass(thing))
+
+    def _annotate(self, name: str, module: Any, taken: set[str], renamed: dict[str, str]) -> None:
+        """Bring what annotations alone name, if it is an import or an alias of torch's types.
+
+        Nothing reads them when the file runs: what would need more is left as it stands.
+        """
+        value = getattr(module, name, None)
+        if inspect.ismodule(value):
+            if _is_allowed(value.__name__):
+                self._import(name, value, name)
+            return
+        home = str(getattr(value, "__module__", ""))
+        if _is_allowed(home) and getattr(sys.modules.get(home), name, None) is value:
+            self._import_from(name, value, name)
+            return
+        alias = _assignment(module, name)
+        if alias is not None and set(_free_names(alias)) <= _GIVEN | set(dir(builtins)):
+            renamed[name] = self._place(name, alias, taken, False)
 
     def _place(self, name: str, text: str, taken: set[str], is_class: bool) -> str:
         """Put a source into the file, under another name if its own is taken by something else."""
@@ -79,14 +104,16 @@ class Foreign:
         self.imports.add(f"from {module} import {name}")
 
     def _allowed(self, module: str, user: str) -> None:
-        import sys
-
-        if module.split(".")[0] not in ({"torch"} | set(sys.stdlib_module_names)):
+        if not _is_allowed(module):
             fail(
                 "G603", f"the source of `{user}` needs `{module}`", site=user,
                 wanted="an operator that imports torch and the standard library alone",
                 help="move what it uses into its own file",
             )  # fmt: skip
+
+
+def _is_allowed(module: str) -> bool:
+    return module.split(".")[0] in ({"torch"} | set(sys.stdlib_module_names))
 
 
 def _is_own(value: Any, module: Any) -> bool:
@@ -103,24 +130,63 @@ def _with_name(text: str, old: str, new: str) -> str:
     return re.sub(rf"(?<![\w.]){re.escape(old)}\b(?!\s*=[^=])", new, head)
 
 
-def _source(thing: Any, name: str) -> str:
+def _source(thing: Any, name: str, module: Any) -> str:
+    """What defines `name`: the source of a class or function, or, of another value, the assignment in its file."""
     try:
-        return textwrap.dedent(inspect.getsource(thing)).rstrip()
+        text = textwrap.dedent(inspect.getsource(thing)).rstrip()
+        if name in _defined(ast.parse(text).body[0]):
+            return text
     except (OSError, TypeError):
         fail("G603", f"no source of `{name}` is to be found", site=name,
              help="define the operator in a file, not in an interactive session")  # fmt: skip
+    if (assigned := _assignment(module, name)) is not None:
+        return assigned
+    fail("G603", f"no source of `{name}` is to be found", site=name,
+         wanted="a class, a function or an assignment at the level of its file",
+         help=f"define `{name}` by `def` or `class`")  # fmt: skip
+
+
+def _assignment(module: Any, name: str) -> str | None:
+    """The statement that gives `name` its value at the level of a file."""
+    try:
+        whole = inspect.getsource(module)
+    except (OSError, TypeError):
+        return None
+    for statement in ast.parse(whole).body:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and name in _defined(statement):
+            return ast.get_source_segment(whole, statement)
+    return None
+
+
+def _defined(statement: ast.stmt) -> set[str]:
+    """The names that a statement of a file gives a value."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {statement.name}
+    if isinstance(statement, ast.Assign):
+        return {t.id for t in statement.targets if isinstance(t, ast.Name)}
+    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+        return {statement.target.id}
+    return set()
 
 
 def _free_names(text: str) -> list[str]:
     """Names that a piece of source reads, in order of appearance, annotations left out."""
     tree = ast.parse(text)
-    skip: set[int] = set()
+    skip = {id(n) for n in _annotations(tree)}
+    return list(dict.fromkeys(n.id for n in _reads(ast.walk(tree)) if id(n) not in skip))
+
+
+def _annotation_names(text: str) -> list[str]:
+    """Names that the annotations of a piece of source read."""
+    return list(dict.fromkeys(n.id for n in _reads(_annotations(ast.parse(text)))))
+
+
+def _reads(nodes: Iterable[ast.AST]) -> Iterable[ast.Name]:
+    return (n for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+
+
+def _annotations(tree: ast.AST) -> Iterable[ast.AST]:
     for node in ast.walk(tree):
         for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if annotation is not None:
-                skip |= {id(n) for n in ast.walk(annotation)}
-    found: dict[str, None] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and id(node) not in skip and isinstance(node.ctx, ast.Load):
-            found[node.id] = None
-    return list(found)
+                yield from ast.walk(annotation)

@@ -26,14 +26,26 @@ BLOCK = 128
 def uses_flex(*given: Tensor) -> bool:
     """Whether FlexAttention computes this call: on a GPU, and in a compiled forward pass on a CPU.
 
-    Not in an export, which has no op for it; nor in eager mode on a CPU, where it makes all scores, nor where it
-    would have to be differentiated there, which it cannot be. The operator's own blocks compute the same.
+    Not in an export, which has no op for it, nor on tensors without values (where memory is planned), which a kernel
+    cannot read. The operator's own blocks compute the same.
 
     >>> uses_flex(torch.zeros(1))
     False
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or any(type(t) is not Tensor for t in given):
         return False
+    return has_kernel(*given)
+
+
+def has_kernel(*given: Tensor) -> bool:
+    """Whether FlexAttention has a kernel for these tensors, where they are and as they are used.
+
+    Not in eager mode on a CPU, where it makes all scores, nor where it would have to be differentiated there, which
+    it cannot be.
+
+    >>> has_kernel(torch.zeros(1))
+    False
+    """
     if given[0].device.type == "cuda":
         return True
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
@@ -98,11 +110,23 @@ def _table(
     )
 
 
-kept_window = functools.lru_cache(maxsize=64)(window_blocks)
-"""A window's table, made once a length and device: for eager mode."""
+@functools.lru_cache(maxsize=64)
+def kept_window(tokens: int, before: int, after: int, device: torch.device) -> BlockMask:
+    """A window's table, made once a length and device: for eager mode.
 
-kept_disc = functools.lru_cache(maxsize=64)(disc_blocks)
-"""A grid's table, likewise."""
+    What inference mode makes could not be used in training after it.
+    """
+    with torch.inference_mode(False):
+        return window_blocks(tokens, before, after, device)
+
+
+@functools.lru_cache(maxsize=64)
+def kept_disc(
+    height: int, width: int, radius: int, first: int, tokens: int, device: torch.device
+) -> BlockMask:
+    """A grid's table, likewise."""
+    with torch.inference_mode(False):
+        return disc_blocks(height, width, radius, first, tokens, device)
 
 
 @functools.lru_cache(maxsize=1)

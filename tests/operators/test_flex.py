@@ -6,12 +6,18 @@ Run here by FlexAttention's own eager implementation; its kernels are for `pytes
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import graftc.verbs as verbs
+from graftc.emit.build import Build
 from graftc.operators import flex
 from graftc.operators.flex import (
     FlexJointLocalAttention2d,
@@ -22,6 +28,8 @@ from graftc.operators.flex import (
 )
 from graftc.operators.local_2d import JointLocalAttention2d, LocalAttention2d
 from graftc.operators.sliding_window import SlidingWindow
+from graftc.program.model import Model
+from graftc.tasks.base import Prepared
 
 DIM, HEADS = 16, 4
 
@@ -29,8 +37,12 @@ DIM, HEADS = 16, 4
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention in eager mode on the CPU: all scores and the mask, and gradients, which torch has but refuses."""
-    monkeypatch.setattr(flex, "uses_flex", lambda *given: True)
-    monkeypatch.setattr(flex, "compiled", lambda: torch_flex.flex_attention)
+    as_on_a_gpu(monkeypatch, flex)
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setattr(module, "has_kernel", lambda *given: True)
+    monkeypatch.setattr(module, "compiled", lambda: torch_flex.flex_attention)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *given: None, raising=False)
 
@@ -184,10 +196,95 @@ def test_a_compiled_forward_pass_goes_through_flex_attention_whole() -> None:
     torch.testing.assert_close(run(x), own(x), rtol=1e-5, atol=1e-6)
 
 
-def test_in_eager_mode_a_table_is_made_once_a_length() -> None:
-    made = [flex.kept_window(n, 9, 9, torch.device("cpu")) for n in (300, 300, 301)]
-    assert made[0] is made[1]
-    assert made[1] is not made[2]
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FlexWindow(DIM, HEADS, 9),
+        lambda: FlexLocalAttention2d(DIM, HEADS, 3, 20, 18),
+    ],
+    ids=["window", "discs"],
+)
+@pytest.mark.usefixtures("eager")
+def test_a_table_of_one_mode_does_for_the_next(make: Any) -> None:
+    """A plan on tensors without values, then evaluation, then training: each of one length, the table made once."""
+    flex.kept_window.cache_clear()
+    flex.kept_disc.cache_clear()
+    torch.manual_seed(0)
+    op, x = make(), torch.randn(1, 360, DIM)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert op(torch.empty(1, 360, DIM)).shape == (1, 360, DIM)
+    with torch.inference_mode():
+        evaluated = op(x)
+    found = op(x)
+    found.square().mean().backward()
+    assert torch.equal(found, evaluated)
+    assert all(p.grad.isfinite().all() for p in op.parameters())
+    kept = [f.cache_info() for f in (flex.kept_window, flex.kept_disc)]
+    assert sum(k.misses for k in kept) == 1
+    (table,) = (
+        f(*given)
+        for f, given in (
+            (flex.kept_window, (360, 9, 9, x.device)),
+            (flex.kept_disc, (20, 18, 3, 0, 360, x.device)),
+        )
+        if f.cache_info().misses
+    )
+    assert not table.kv_indices.is_inference()
+    assert type(table.kv_indices) is Tensor
+
+
+class Rebuild:
+    """The input is the target."""
+
+    def prepare(self, sample: Any, generator: torch.Generator) -> Prepared:
+        return Prepared({"src": sample["x"]}, {"y": sample["x"]})
+
+    def loss(self, outputs: Any, prepared: Any) -> Tensor:
+        return (outputs - prepared.targets["y"]).square().mean()
+
+    def metrics(self, outputs: Any, prepared: Any) -> dict[str, float]:
+        return {"loss": float(self.loss(outputs, prepared))}
+
+
+RULE = """
+rule near {
+    match   a = self_attention
+    replace a with sliding_window(window = 4, form = flex)
+    distill l2, steps = 2, batch = 2
+}
+"""
+
+
+def test_a_printed_student_is_distilled_through_flex_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan on tensors without values, the steps and the evaluation, as on a GPU."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 1, 32, batch_first=True, norm_first=True).eval()
+    model = Model(torch.nn.ModuleList([layer])[0], {"src": torch.randn(2, 40, 16)}, task=Rebuild())
+    (tmp_path / "near.graft").write_text(RULE)
+    made = verbs.compile(tmp_path / "near.graft", model, tmp_path / "build", copy_teacher=True)
+    calls: list[int] = []
+
+    def student(build: Build, *given: Any, **named: Any) -> Any:
+        found = loaded(build, *given, **named)
+        for module in found.modules():
+            if type(module).__name__ == "FlexWindow":
+                file = sys.modules[type(module).__module__]
+                as_on_a_gpu(monkeypatch, file)
+                monkeypatch.setattr(file, "compiled", lambda: counted)
+        return found
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return torch_flex.flex_attention(*given, **named)
+
+    loaded = Build.student
+    monkeypatch.setattr(Build, "student", student)
+    samples = [{"x": torch.randn(40, 16)} for _ in range(8)]
+    report = verbs.distill(made, samples, task=Rebuild(), announce=lambda plan: None)
+    assert calls
+    assert report.steps == 2
 
 
 @pytest.mark.slow
