@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,16 @@ def as_model(model: str | Model, *, on_meta: bool, weights: str | Path | None = 
 def machine_of(device: str, dtype: str, to: str) -> Machine:
     """Where a student is to run, from the words for it; G823 for another word.
 
-    >>> machine_of("cuda", "bf16", "torch")
+    Of a device with its number, as `distill` takes it, the kind alone counts.
+
+    >>> machine_of("cuda:1", "bf16", "torch")
     Machine(device='cuda', dtype='bf16', to='torch')
     """
     from graftc.operators.spec import Machine
 
+    kind = device.partition(":")[0] if re.fullmatch(r"(cpu|cuda):\d+", device) else device
     words = {
-        "device": (device, ("cpu", "cuda")),
+        "device": (kind, ("cpu", "cuda")),
         "dtype": (dtype, ("fp32", "fp16", "bf16")),
         "to": (to, ("torch", "onnx", "tensorrt")),
     }
@@ -49,7 +53,7 @@ def machine_of(device: str, dtype: str, to: str) -> Machine:
                 wanted=", ".join(wanted),
                 found=found,
             )
-    return Machine(device, dtype, to)
+    return Machine(kind, dtype, to)
 
 
 def as_build(build: str | Path | Build) -> Build:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import graftc.verbs as verbs
 from graftc.diagnostics import GraftError
 from graftc.emit.package import load_package
+from graftc.loading import machine_of
 from graftc.operators.build import arguments_at, build
 from graftc.operators.forms import choose
 from graftc.operators.spec import CPU, Machine
@@ -131,6 +132,16 @@ def test_all_pairs_are_never_made_where_blocks_make_fewer(window, causal):
         made = arguments_at(SPECS["sliding_window"], site, {"window": window, "causal": causal})
         cut = (max(window, 16) + (1 if causal else 2) * window) * tokens
         assert made["form"] == "blocks" or tokens * tokens < cut + 112 * tokens
+
+
+def test_a_device_may_have_its_number():
+    assert machine_of("cuda:1", "fp32", "torch") == machine_of("cuda", "fp32", "torch")
+    assert machine_of("cpu:0", "fp32", "torch") == CPU
+    for wrong in ("cuda:", "cuda:x", "cuda:-1", ":0", "0", "tpu:0", "cuda:0:0"):
+        with pytest.raises(GraftError) as error:
+            machine_of(wrong, "fp32", "torch")
+        (found,) = error.value.diagnostics
+        assert (found.code, found.found) == ("G823", wrong)
 
 
 def test_a_student_for_a_gpu_holds_flex_attention_and_runs_alone(tmp_path: Path):

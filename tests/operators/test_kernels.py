@@ -6,6 +6,7 @@ The packages are stood in for by modules that compute by those signatures; `pyte
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,7 +108,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
             monkeypatch.setitem(sys.modules, path, made[path])
         setattr(made[name], function.__name__, function)
     monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
-    agreement._found.cache_clear()
+    agreement.errors.cache_clear()
     return made
 
 
@@ -168,20 +169,85 @@ def test_a_kernel_is_chosen_where_it_agrees_and_not_where_it_does_not(
         return (made[0] * 2, None) if isinstance(made, tuple) else made * 2
 
     setattr(stand_ins[name], function.__name__, another)
-    agreement._found.cache_clear()
+    agreement.errors.cache_clear()
     choice = choose(spec, given, Machine("cuda", "bf16"), 64, here)
     assert choice.form == spec.forms[-1].name
     assert "off here, wanted at most" in choice.why
 
     setattr(stand_ins[name], function.__name__, lambda q: q)
-    agreement._found.cache_clear()
+    agreement.errors.cache_clear()
     choice = choose(spec, given, Machine("cuda", "bf16"), 64, here)
     assert choice.form == spec.forms[-1].name
     assert "it does not run here: " in choice.why
 
 
+@pytest.mark.parametrize(
+    ("error", "own", "said"),
+    [
+        (1e-5, 1e-6, None),
+        (1e-3, 6e-4, None),  # the own form is not better
+        (1e-3, 4e-4, "1.0e-03 off here, wanted at most 0.0008"),
+        (0.3, 0.2, "wanted at most 0.1"),  # whatever the own form does
+        (float("inf"), 1e-6, "inf off here"),
+        (float("inf"), float("inf"), "the operator's own form gives no finite numbers"),
+        (1e-6, float("inf"), "the operator's own form gives no finite numbers"),
+    ],
+)
+def test_how_far_off_a_kernel_may_be(
+    error: float, own: float, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreement.errors.cache_clear()
+    monkeypatch.setattr(agreement, "_errors", lambda *given: (error, own))
+    spec, given = arguments("mamba_ssm", "mamba_ssm")
+    why = disagreement(spec, spec.form("mamba_ssm"), given, Machine())
+    assert why is None if said is None else said in why
+    agreement.errors.cache_clear()
+
+
+def test_a_comparison_that_failed_once_is_made_again(stand_ins: dict[str, ModuleType]) -> None:
+    """The GPU may have been full."""
+    file = stand_ins["mamba_ssm.ops.triton.ssd_combined"]
+    spec, given = arguments("mamba_ssm", "mamba_ssm")
+    calls: list[int] = []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def free(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return mamba_chunk_scan_combined(*args, **kwargs)
+
+    file.mamba_chunk_scan_combined = full
+    why = disagreement(spec, spec.form("mamba_ssm"), given, Machine())
+    assert why == "it does not run here: CUDA out of memory"
+    file.mamba_chunk_scan_combined = free
+    assert disagreement(spec, spec.form("mamba_ssm"), given, Machine()) is None
+    count = len(calls)
+    assert disagreement(spec, spec.form("mamba_ssm"), given, Machine()) is None
+    assert count == len(calls) > 0  # what was made is kept
+
+
+@pytest.mark.parametrize(("factor", "ends"), [(1.0, None), (1.0005, "skip"), (2.0, "fail")])
+def test_the_test_of_a_gpu_forgives_in_float32_what_tf32_costs_and_no_more(
+    factor: float,
+    ends: str | None,
+    stand_ins: dict[str, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tests.gpu import test_operators_gpu as on_a_gpu
+
+    def near(*args: Any, **kwargs: Any) -> Any:
+        return mamba_chunk_scan_combined(*args, **kwargs) * factor
+
+    stand_ins["mamba_ssm.ops.triton.ssd_combined"].mamba_chunk_scan_combined = near
+    monkeypatch.setattr(on_a_gpu, "DEVICE", "cpu")
+    wanted: Any = {"skip": pytest.skip.Exception, "fail": AssertionError}.get(str(ends))
+    with pytest.raises(wanted) if wanted else nullcontext():
+        on_a_gpu.test_an_installed_kernel_agrees("mamba2", "mamba_ssm", {}, "fp32")
+
+
 def test_without_a_gpu_or_the_package_the_reason_is_said() -> None:
-    agreement._found.cache_clear()
+    agreement.errors.cache_clear()
     spec, given = arguments("mamba_ssm", "auto")
     choice = choose(spec, {**given, "form": "auto"}, Machine("cuda"), 64)
     assert choice.form == "chunks"
