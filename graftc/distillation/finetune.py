@@ -157,12 +157,27 @@ def plan_finetune(
     *,
     run: str | None = None,
     model: Which = "student",
+    seed: int | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    warmup: int | None = None,
+    ema: float | None = None,
+    clip: float | None = None,
+    samples: int | None = None,
+    task_weight: float | None = None,
+    teacher_weight: float | None = None,
+    features_weight: float | None = None,
+    train: str | None = None,
+    precision: str | None = None,
+    checkpointing: bool | None = None,
+    preview: int | None = None,
+    preview_options: Mapping[str, Any] | None = None,
     validation: Any = None,
     device: str = "cpu",
     threads: int | None = None,
-    **options: Any,
 ) -> Stage2Plan:
-    """What `finetune` with these options would take; one step is run, to time it, and nothing is written.
+    """What `finetune` with these options would take; a step is run a few times, to time it, and nothing is written.
 
     Raises GraftError as `finetune`, and where the sizes of a step cannot be computed (G841).
     """
@@ -171,8 +186,25 @@ def plan_finetune(
     room = memory_told("--device", lambda: loading_advice(device))
     with using_threads(threads or torch.get_num_threads()), room:
         module = _module(build, model, parent)
-        named = {name.removesuffix("_weight"): value for name, value in options.items()}
-        given = _arguments(build, from_dict(build.targets), {"seed": 0} | named, model)
+        chosen: dict[str, Any] = {
+            "seed": 0 if seed is None else seed,
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "warmup": warmup,
+            "ema": ema,
+            "clip": clip,
+            "samples": samples,
+            "task": task_weight,
+            "teacher": teacher_weight,
+            "features": features_weight,
+            "train": train,
+            "precision": precision,
+            "checkpointing": checkpointing,
+            "preview": preview,
+            "preview_options": preview_options,
+        }
+        given = _arguments(build, from_dict(build.targets), chosen, model)
         return plan_module(module, task, data, **given, validation=validation, device=device)
 
 

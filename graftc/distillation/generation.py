@@ -290,7 +290,8 @@ class Generation:
         shares = {s.site.name: share_at(s, step, self.plans[s.site.name].steps) for s in students}
         fed = self._fed(students, values, shares, taken.inputs)
         ranks = self.setting.ranks
-        with random_of(self.setting.seed, self.phase, step, *ranks.key()):
+        key = (self.setting.seed, self.phase, step, *ranks.key())
+        with random_of(*key, device=self.setting.device):
             found = losses(students, fed, self.state.scales, stacks)
         weights = [s.site.loss.weight for s in students]
         optimiser.zero()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +21,7 @@ from graftc.diagnostics import fail
 from graftc.distillation.planner import Machine, bytes_of
 from graftc.distillation.recompute import blocks_of, recomputed
 from graftc.distillation.resident import MEASURED_STEPS, Allocator, Bytes, allocator_of
-from graftc.distillation.scopes import random_of
+from graftc.distillation.scopes import keeping_buffers, random_of
 from graftc.distillation.sizes import Live
 from graftc.distillation.terms import Terms
 
@@ -147,7 +147,7 @@ def stage2_costs(
 
     was_training = module.training
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with keeping_buffers(module), FakeTensorMode(allow_non_fake_inputs=True):
             module.train()
             made = most(terms.checkpointing)
             other = None if terms.checkpointing or not blocks_of(module) else most(again=True)
@@ -173,14 +173,14 @@ def seconds_of(
     parameters: Sequence[nn.Parameter],
     prepared: Any,
     seed: int,
+    device: str = "cpu",
 ) -> float:
     """Seconds of a forward and a backward pass: run a few times, and nothing is learned from it."""
-    buffers: list[tuple[Tensor, Tensor]] = [(b, b.detach().clone()) for b in module.buffers()]
     seconds, was_training = 0.0, module.training
     again = recomputed(module, loss.graphs) if loss.stage2.checkpointing else nullcontext()
     module.train()
     try:
-        with random_of(seed, "measure"), again:
+        with keeping_buffers(module), random_of(seed, "measure", device=device), again:
             for _ in range(MEASURED_STEPS):
                 started = time.perf_counter()
                 value, _parts = loss(prepared)
@@ -189,7 +189,4 @@ def seconds_of(
                 seconds = time.perf_counter() - started
     finally:
         module.train(was_training)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
     return seconds

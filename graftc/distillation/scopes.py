@@ -6,13 +6,14 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from graftc.diagnostics import fail
-from graftc.distillation.sources import seeded
+from graftc.distillation.sources import seed_of, seeded
 from graftc.distillation.students import Student
 from graftc.program.dropout_rate import KEPT
 
@@ -45,11 +46,45 @@ def usable_device(device: str) -> str:
 
 
 @contextmanager
-def random_of(*key: int | str) -> Generator[None]:
-    """torch's global generator as a function of `key`, and as it was afterwards (dropout)."""
-    with torch.random.fork_rng(devices=[]):
+def random_of(*key: int | str, device: str = "cpu") -> Generator[None]:
+    """torch's global generators, of the CPU and of `device`, as a function of `key`, and as they were afterwards (dropout)."""
+    with torch.random.fork_rng(devices=[]), _random_of_device(seed_of(*key), torch.device(device)):
         torch.set_rng_state(seeded(*key).get_state())
         yield
+
+
+@contextmanager
+def _random_of_device(seed: int, device: torch.device) -> Generator[None]:
+    """What a device draws is of a generator of its own, which the CPU's state does not reach."""
+    if device.type == "cpu":
+        yield
+        return
+    own = torch.get_device_module(device)
+    with _current(own, device):
+        before = own.get_rng_state()
+        own.manual_seed(seed)
+    try:
+        yield
+    finally:
+        with _current(own, device):
+            own.set_rng_state(before)
+
+
+def _current(own: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """`device` as the one that its module's functions mean, where it has a number."""
+    return nullcontext() if device.index is None else own.device(device.index)
+
+
+@contextmanager
+def keeping_buffers(*modules: nn.Module) -> Generator[None]:
+    """What steps write into buffers inside (BatchNorm's means and counts) is undone; fake tensors write counts too."""
+    kept = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
 
 
 _TRIM, _MMAP = -1, -3

@@ -184,7 +184,7 @@ def _opened(
     ranks.enough(plan.batch)
     was_training = module.training
     if isinstance(terms.train, Lora):
-        with random_of(seed, "lora"):
+        with random_of(seed, "lora", device=device):
             names = lora.inject(module, terms.train)
     else:
         names = [

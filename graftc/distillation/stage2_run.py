@@ -155,7 +155,7 @@ class Stage2Run:
         trained = list(self.parameters.values())
         # Run first: what is wrong with model, task or DATA is told as itself, not as sizes that are not known.
         with heap_seen(allocator_of(self.device)) as seen:
-            seconds = seconds_of(self.module, loss, trained, prepared, self.seed)
+            seconds = seconds_of(self.module, loss, trained, prepared, self.seed, self.device)
             allocator = seen()
         costs = replace(self._costs(prepared), seconds=seconds, allocator=allocator)
         folder = Path.cwd() if self.run is None else self.run.path
@@ -194,7 +194,7 @@ class Stage2Run:
             self.data.prepared(self.task, step, self.plan.batch, PHASE, self.rows), f"step {step}"
         )
         self.optimiser.zero()
-        with random_of(self.seed, PHASE, step, *self.ranks.key()):
+        with random_of(self.seed, PHASE, step, *self.ranks.key(), device=self.device):
             loss, parts = self.loss(prepared)
             (loss * self.ranks.size).backward()  # DDP and FSDP2 take the mean
         self.own.collect()

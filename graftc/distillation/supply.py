@@ -6,6 +6,8 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from graftc.distillation.pending import MEMORY, SAMPLES
 from graftc.distillation.planner import Choice, Costs, Wanted, bytes_of
 from graftc.distillation.replay import Replay
 from graftc.distillation.resident import MEASURED_STEPS, allocator_of, heap_seen
-from graftc.distillation.scopes import random_of, training_only
+from graftc.distillation.scopes import keeping_buffers, random_of, training_only
 from graftc.distillation.sizes import pass_cost, student_cost
 from graftc.distillation.students import Student, losses
 from graftc.distillation.targets import Cut
@@ -50,7 +52,7 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
     trained = [s for s in students if s.parameters and generation.plans[s.site.name].steps]
     try:
         teacher = pass_cost(generation.teacher, cuts, one, own)
-        with training_only(trained):
+        with _untouched(trained):
             student = student_cost(trained, teacher.layout, setting.device, _loss)
     except GraftError:
         raise
@@ -89,6 +91,13 @@ def costs_of(work: Work, generation: Generation, *, measured: bool = False) -> C
         return replace(costs, seconds=seconds, allocator=seen())
 
 
+@contextmanager
+def _untouched(trained: list[Student]) -> Generator[None]:
+    """Only these students' parameters take gradients, and a step leaves nothing in their buffers."""
+    with training_only(trained), keeping_buffers(*(s.region for s in trained)):
+        yield
+
+
 def _loss(students: Any, values: Any, scales: Any = None) -> Tensor:
     # Any scale that is not zero has the same cost.
     known = {s.site.name: Scale(1.0, 1.0) for s in students}
@@ -99,7 +108,7 @@ def _seconds(generation: Generation, trained: list[Student]) -> tuple[float, flo
     """Seconds of a teacher pass, and of the students' forward and backward passes."""
     found = (0.0, 0.0)
     setting = generation.setting
-    with training_only(trained), random_of(setting.seed, "measure"):
+    with _untouched(trained), random_of(setting.seed, "measure", device=setting.device):
         for _ in range(MEASURED_STEPS):
             prepared = generation.train_batch(0, generation.phase)
             start = _now(setting.device)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from inspect import signature
 
 import pytest
+import torch
 
 from graftc.cli.plans import show_stage2_plan
 from graftc.diagnostics import GraftError
-from graftc.distillation import finetune, plan_finetune
+from graftc.distillation import finetune, plan_distill, plan_finetune
 from graftc.distillation.resident import Allocator
 from graftc.distillation.sizes import Live
+from graftc.distillation.stage2_run import Stage2Run
 from graftc.units import size_text
 from tests.distillation import tiny
 
@@ -18,16 +21,16 @@ SITES = (tiny.attention_site(1), tiny.attention_site(3))
 WAYS = {
     "whole": {},
     "checkpointed": {"checkpointing": True},
-    "teacher and features": {"teacher": 1.0, "features": 1.0},
+    "teacher and features": {"teacher_weight": 1.0, "features_weight": 1.0},
     "inserted": {"train": "inserted"},
     "adapters": {"train": "lora(2)"},
 }
 
 
-def build(path):
+def build(path, change=lambda student: student):
     """A build whose models are there before the run: the run's own bytes are what is counted."""
     path.mkdir(exist_ok=True)
-    models = {"teacher": tiny.teacher(), "student": tiny.hyena((1, 3))}
+    models = {"teacher": tiny.teacher(), "student": change(tiny.hyena((1, 3)))}
     return tiny.FakeBuild(
         path,
         tiny.targets(*SITES),
@@ -41,12 +44,8 @@ def test_peak_memory_of_stage_2_is_predicted_within_a_fifth(tmp_path, way):
     data, given = tiny.latents(600), {"batch": 256, "steps": 3, "threads": 1}
     costs = plan_finetune(build(tmp_path / "a"), data, tiny.Denoise(), **given, **WAYS[way]).costs
     assert not (tmp_path / "a" / "runs").exists()
-    options = {
-        {"teacher": "teacher_weight", "features": "features_weight"}.get(n, n): v
-        for n, v in WAYS[way].items()
-    }
     with Live() as live:
-        finetune(build(tmp_path / "b"), data, tiny.Denoise(), **given, **options)
+        finetune(build(tmp_path / "b"), data, tiny.Denoise(), **given, **WAYS[way])
     assert live.peak == pytest.approx(costs.peak(allocator=Allocator()) - costs.weights, rel=0.2)
 
 
@@ -68,13 +67,73 @@ def test_blocks_that_are_computed_again_take_less_and_the_plan_says_so(tmp_path,
         assert word in said
 
 
-def test_planning_leaves_the_model_and_the_run_as_they_were(tmp_path):
-    data, given = tiny.latents(40), {"batch": 16, "steps": 4, "threads": 1}
-    alone = finetune(build(tmp_path / "a"), data, tiny.Denoise(), **given)
+GIVEN = {"batch": 16, "steps": 4, "threads": 1}
+
+
+def test_planning_leaves_the_model_and_the_generator_as_they_were(tmp_path):
+    made = build(tmp_path, tiny.noisy)
+    student = made.student()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    state = torch.get_rng_state()
+    plan_finetune(made, tiny.latents(40), tiny.Denoise(), **GIVEN)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert student.state_dict().keys() == before.keys()
+    assert [n for n, v in student.state_dict().items() if not torch.equal(v, before[n])] == []
+
+
+def test_planning_stage_1_leaves_the_sites_and_the_generator_as_they_were(tmp_path):
+    student = tiny.hyena((1,))
+    student.blocks[1].attn = torch.nn.Sequential(student.blocks[1].attn, tiny.Noisy())
+    site = tiny.targets(tiny.attention_site(1))
+    teacher = tiny.teacher()
+    made = tiny.FakeBuild(tmp_path, site, lambda: student, lambda: teacher)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    state = torch.get_rng_state()
+    plan_distill(made, tiny.latents(40), tiny.Denoise(), **GIVEN)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [n for n, v in student.state_dict().items() if not torch.equal(v, before[n])] == []
+
+
+def test_a_run_that_told_its_plan_ends_with_the_bytes_of_one_that_did_not(tmp_path):
+    data = tiny.latents(40)
+    alone = finetune(build(tmp_path / "a", tiny.noisy), data, tiny.Denoise(), **GIVEN)
     plans = []
-    told = finetune(build(tmp_path / "b"), data, tiny.Denoise(), **given, announce=plans.append)
+    made = build(tmp_path / "b", tiny.noisy)
+    told = finetune(made, data, tiny.Denoise(), **GIVEN, announce=plans.append)
     assert plans[0].costs.steps == 4
-    assert alone.weights.read_bytes()[-4096:] == told.weights.read_bytes()[-4096:]
+    assert alone.weights.read_bytes() == told.weights.read_bytes()
+
+
+def test_planning_takes_the_options_of_finetune_and_no_other(tmp_path):
+    planned, trained = signature(plan_finetune).parameters, signature(finetune).parameters
+    of_a_run = {
+        "tensorboard",
+        "resume",
+        "checkpoint_every",
+        "parallel",
+        "sources",
+        "progress",
+        "announce",
+    }
+    assert set(trained) - set(planned) == of_a_run
+    assert all(trained[name].default == one.default for name, one in planned.items())
+    with pytest.raises(TypeError, match="precison"):
+        plan_finetune(build(tmp_path), tiny.latents(40), tiny.Denoise(), precison="bfloat16")
+
+
+def test_every_option_of_planning_reaches_the_plan(tmp_path, monkeypatch):
+    given = {"seed": 3, "steps": 5, "batch": 8, "lr": 0.5, "warmup": 2, "ema": 0.5, "clip": 2.0, "samples": 30,
+             "task_weight": 0.5, "teacher_weight": 0.25, "features_weight": 0.75, "train": "inserted",
+             "precision": "bfloat16", "checkpointing": True, "preview": 9}  # fmt: skip
+    monkeypatch.setattr(
+        Stage2Run, "planned", lambda self: vars(self.terms) | {"seed": self.seed, "plan": self.plan}
+    )
+    seen = plan_finetune(build(tmp_path), tiny.latents(40), tiny.Denoise(), **given)
+    plan = seen["plan"]
+    assert (plan.steps, plan.batch, plan.lr) == (5, 8, 0.5)
+    for name, value in given.items():
+        if name not in ("steps", "batch", "lr"):
+            assert seen[name.removesuffix("_weight")] == value, name
 
 
 def test_a_task_whose_sizes_hang_on_values_is_said_and_trains_all_the_same(tmp_path):

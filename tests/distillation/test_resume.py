@@ -152,6 +152,21 @@ def test_stage_2_killed_and_resumed(tmp_path, train):
     same(stage2(made, resume="0001-finetune"), expected)
 
 
+def test_stage_2_with_dropout_killed_and_resumed(tmp_path):
+    """The random numbers of a step are a function of the step, and BatchNorm's buffers are in the checkpoint."""
+
+    def noisy(path):
+        made = build(path)
+        made.make_student = lambda: tiny.noisy(tiny.paired((1, 2)))
+        return made
+
+    expected, made = stage2(noisy(tmp_path / "a")), noisy(tmp_path / "b")
+    with pytest.raises(Killed):
+        stage2(made, progress=killer(13))
+    torch.rand(7)  # what else the second process drew
+    same(stage2(made, resume="0001-finetune"), expected)
+
+
 def test_a_finished_run_resumed_is_its_result(tmp_path):
     made = build(tmp_path)
     done = stage2(made)

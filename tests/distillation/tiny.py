@@ -151,7 +151,26 @@ def hyena(which: tuple[int, ...] = (1, 2)) -> nn.Module:
     return model
 
 
+class Noisy(nn.Module):
+    """Of train mode alone: dropout draws random numbers, and BatchNorm keeps what it saw in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(DIM)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def noisy(student: nn.Module) -> nn.Module:
+    """The student with dropout and BatchNorm in its first block."""
+    student.blocks[0].norm = nn.Sequential(student.blocks[0].norm, Noisy())
+    return student
+
+
 def paired(which: tuple[int, ...] = ()) -> nn.Module:
+    torch.manual_seed(7)
     model = PairedDiT()
     model.load_state_dict(teacher().state_dict(), strict=False)
     torch.manual_seed(7)
