@@ -37,7 +37,7 @@ class SiteCheck:
     `self_graft`: of the teacher's own region with copied weights, which is 0 if the cut is whole. `steps`: after
     how many the loss was below `wanted`, or all. `error_end`: ‖student − teacher‖² / ‖teacher‖² there. `samples`: on
     how many; fewer than 8 where the site has no two parameters for each of their numbers, and of a single sample `rows`
-    alone where it has not that many for one (0: all; `note` says so). `reason`: why the site did not get there; empty
+    alone where it has not that many for one (0: all; `note` says so, and where DATA gave fewer). `reason`: why the site did not get there; empty
     where it did.
     """
 
@@ -79,7 +79,8 @@ def check_distill(
             "G580", "this build has no site to distil", site="targets.yaml", help="nothing to check"
         )
     torch.manual_seed(seed)
-    inputs = next(work.batches(data, batch=samples or SAMPLES, seed=seed))
+    asked = samples or SAMPLES
+    inputs, given = _different(next(work.batches(data, batch=asked, seed=seed)), asked)
     # The teacher's own region may take more than the student's call does: a mask.
     cuts = {n: with_all_inputs(work.teacher, s.site.teacher) for n, s in work.students.items()}
     values = Capture(work.teacher, cuts)(**inputs)
@@ -87,8 +88,25 @@ def check_distill(
     for names in work.generations():
         for name in names:
             forced = samples is not None
-            found[name] = _check(work, name, cuts[name], values[name], steps, optimiser, forced)
+            check = _check(work, name, cuts[name], values[name], steps, optimiser, forced)
+            notes = [given, check.note]
+            found[name] = replace(check, note="; ".join(note for note in notes if note))
     return tuple(found[name] for name in work.students)
+
+
+def _different(inputs: Values, asked: int) -> tuple[Values, str]:
+    """The samples of a batch without repetitions, and what is to be said of it: a short DATA begins again, and what
+    differs by its noise alone is another sample."""
+    rows = {n: v for n, v in inputs.items() if v.ndim and len(v) == asked}
+    first: dict[bytes, int] = {}
+    for i in range(asked):
+        row = [v[i].detach().cpu().contiguous().reshape(-1) for v in rows.values()]
+        first.setdefault(b"".join(v.view(torch.uint8).numpy().tobytes() for v in row), i)
+    if not rows or len(first) == asked:
+        return inputs, ""
+    kept = list(first.values())
+    said = f"DATA gives {len(kept)} different sample{'s' if len(kept) > 1 else ''} where {asked} are taken"
+    return {n: v[kept] if n in rows else v for n, v in inputs.items()}, said
 
 
 @dataclass(frozen=True)
@@ -140,7 +158,8 @@ def _fitting(parameters: int, target: Tensor) -> _Part:
     samples = min(count, parameters // (FREE * each))
     if samples == count:
         return _Part(count)
-    many = f"{parameters:,} parameters, and {count} samples have {target.numel():,} numbers"
+    all_of_them = f"{count} samples have" if count > 1 else "one sample has"
+    many = f"{parameters:,} parameters, and {all_of_them} {target.numel():,} numbers"
     if samples:
         return _Part(samples, note=f"checked on {samples} of them: {many}")
     # One parameter a number at least: a scale of its own for each channel knows a token.
@@ -162,9 +181,10 @@ def _check(
     student, target, loss = work.students[name], values[OUTPUT], work.losses[name]
     site, count = student.site, len(target)
     parameters = sum(p.numel() for p in student.trainable())
-    part = _Part(count) if forced or not parameters else _fitting(parameters, target)
 
-    def verdict(fit: _Fit, *, copied: float = math.nan, start: float = math.nan, reason: str = "") -> SiteCheck:  # fmt: skip
+    def verdict(
+        fit: _Fit, *, copied: float = math.nan, start: float = math.nan, reason: str = "", part: _Part = _Part(count)
+    ) -> SiteCheck:  # fmt: skip
         return SiteCheck(
             name, site.operator, copied, start, fit.loss, fit.error, fit.steps, part.samples, part.rows,
             note=part.note, reason=reason,
@@ -187,10 +207,11 @@ def _check(
     if _error(output, target) <= EXACT or not student.named or site.budget.steps == 0:
         # exact from the start, or solved and not trained
         return verdict(_Fit(start, _error(output, target), 0), copied=copied, start=start)
+    part = _Part(count) if forced or not parameters else _fitting(parameters, target)
     fit = _overfit(loss, student, part, values, steps, kind)
     numbers = int(part.seen(part.of(values)[OUTPUT]).sum()) * target.shape[-1]
     few = f"{parameters:,} parameters for {numbers:,} numbers" if parameters < numbers else ""
-    return verdict(fit, copied=copied, start=start, reason=_likely(fit, steps, few))
+    return verdict(fit, copied=copied, start=start, reason=_likely(fit, steps, few), part=part)
 
 
 def _unusable(values: Values) -> str:

@@ -213,3 +213,55 @@ def test_a_student_of_another_shape_is_told(tmp_path):
 
 def test_the_verb_is_public():
     assert graftc.check_distill is graftc.verbs.check_distill
+
+
+class Clean(tiny.Denoise):
+    """A task without noise: a sample that comes twice is the same sample."""
+
+    def prepare(self, sample, generator):
+        x = sample["latent"]
+        return tiny.Made({"x": x, "t": torch.zeros(len(x), dtype=torch.long)}, {"clean": x})
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_data_of_one_sample_is_checked_on_that_sample_once(tmp_path, count):
+    site = tiny.attention_site(1, loss=Loss("l1"))
+    made = tiny.FakeBuild(tmp_path, tiny.targets(site), make_student=lambda: tiny.hyena((1,)))
+    work = Distillation(made, Clean())
+    (check,) = check_distill(work, tiny.latents(1), samples=count, steps=400)
+    assert (check.passed, check.samples, check.rows) == (True, 1, 0), check
+    assert check.note == f"DATA gives 1 different sample where {count or 8} are taken"
+    work = Distillation(with_operator(tmp_path, Filter), Clean())
+    (small,) = check_distill(work, tiny.latents(1), samples=None, steps=1000)
+    assert (small.samples, small.rows) == (1, 2), small
+    assert "64 parameters, and one sample has 128 numbers" in small.note
+    assert "DATA gives 1 different sample where 8 are taken" in small.note
+
+
+def test_samples_that_repeat_are_counted_once(tmp_path):
+    made = tiny.FakeBuild(tmp_path, tiny.targets(tiny.attention_site(1)))
+    data = tiny.latents(2)  # one of them is held out
+    data = [*data, *data]
+    (check,) = check_distill(Distillation(made, Clean()), data, samples=None, steps=1)
+    assert check.note.startswith("DATA gives 2 different samples where 8 are taken")
+
+
+def test_where_nothing_was_trained_no_part_of_the_samples_is_named(tmp_path):
+    made = with_operator(tmp_path, Filter)
+
+    def constant():
+        model = tiny.teacher()
+        model.blocks[1].attn.qkv.weight.data.zero_()
+        model.blocks[1].attn.qkv.bias.data.fill_(1.0)
+        return model
+
+    made.make_teacher = constant
+    (check,) = checked(made, None, 100)
+    assert (check.passed, check.steps, check.samples, check.rows, check.note) == (
+        False,
+        0,
+        8,
+        0,
+        "",
+    )
+    assert "the same for each of these samples" in check.reason
