@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from graftc.diagnostics import fail
+from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop, gradient_norm
 from graftc.distillation.planner import Machine, bytes_of
 from graftc.distillation.recompute import blocks_of, recomputed
 from graftc.distillation.resident import MEASURED_STEPS, Allocator, Bytes, allocator_of
@@ -29,12 +30,17 @@ _VALIDATIONS = 10
 """Measurements on the held-out samples in a run: eight on the way, one before it and one of the average."""
 
 
+_COPIED = 16 * 10**6
+"""Bytes of parameters on whose copies an update is timed; beside them stand gradients, moments and an average, as large."""
+
+
 @dataclass(frozen=True)
 class Stage2Costs:
     """Bytes of tensors by what they are, and FLOPs of a step.
 
     `weights`: of the student, and of the teacher where a term needs it. `trained`: of the parameters that train;
-    each has a gradient, AdamW's two moments and an average. `step`: what is alive at most in a forward and
+    each has a gradient, AdamW's two moments and an average. `seconds`: of a forward and backward pass; `update`: of what
+    follows it, clipping, AdamW and the average. `step`: what is alive at most in a forward and
     backward pass, its gradients too, besides all these; `forward`: without a backward pass. `others`: `step` with
     every block checkpointed, where it is not asked for and there are blocks.
     """
@@ -52,6 +58,7 @@ class Stage2Costs:
     previews: bool = False
     ranks: int = 1
     seconds: float | None = None
+    update: float = 0.0
 
     @property
     def stays(self) -> int:
@@ -84,11 +91,12 @@ class Stage2Plan:
 
     @property
     def seconds(self) -> float | None:
+        """Of the steps and the measurements; not of reading DATA, of the task's `prepare`, of checkpoints and previews."""
         costs = self.costs
         if costs.seconds is None:
             return None
         measured = _VALIDATIONS * math.ceil(costs.held_out / costs.batch)
-        return (costs.steps + measured / 3) * costs.seconds
+        return (costs.steps + measured / 3) * costs.seconds + costs.steps * costs.update
 
     @property
     def parts(self) -> dict[str, int]:
@@ -190,3 +198,39 @@ def seconds_of(
     finally:
         module.train(was_training)
     return seconds
+
+
+def update_seconds(parameters: Sequence[nn.Parameter], copied: int = _COPIED) -> float:
+    """Seconds of clipping, a step of AdamW and of the average, on copies of at most about `copied` bytes, scaled to all.
+
+    All of it goes element by element, so that pieces of tensors tell of the whole.
+
+    >>> update_seconds([nn.Parameter(torch.ones(8))]) > 0
+    True
+    """
+    copies: dict[str, nn.Parameter] = {}
+    taken = 0
+    for parameter in parameters:
+        count = min(parameter.numel(), max(0, copied - taken) // parameter.element_size())
+        if count:
+            copies[str(len(copies))] = nn.Parameter(parameter.detach().reshape(-1)[:count].clone())
+            taken += count * parameter.element_size()
+    if not copies:
+        return 0.0
+    own = list(copies.values())
+    average: list[Tensor] = [p.detach().clone() for p in own]
+    schedule = Schedule(MEASURED_STEPS, shape="constant")
+    optimiser = Optimiser("adamw", [Group("model", copies, None, schedule)])
+    seconds = 0.0
+    for step in range(MEASURED_STEPS):
+        for parameter in own:
+            parameter.grad = torch.ones_like(parameter)
+        gradient_norm(own).item()  # a device has made them
+        started = time.perf_counter()
+        clip_or_drop(own, float(gradient_norm(own)), 1.0)
+        optimiser.step(step)
+        newest: list[Tensor] = [p.detach() for p in own]
+        torch._foreach_lerp_(average, newest, 0.1)
+        average[-1].sum().item()  # a device has done its work
+        seconds = time.perf_counter() - started
+    return seconds * sum(p.nbytes for p in parameters) / taken

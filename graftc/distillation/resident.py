@@ -23,10 +23,11 @@ from graftc.distillation.scopes import (
 )
 
 CODE = 32 * 10**6
-"""What a run takes beside tensors: pages of torch's and Python's own code that are read the first time, and their data."""
+"""What a run takes beside tensors: pages of torch's and Python's own code that are read the first time, and their data.
+No command prints this number or the next: both were set by hand, to fit rows of `benchmarks/memory.py` on one machine."""
 
 HOLES = 1.8
-"""How much glibc's heap grows for a byte of the tensors that come and go in it, where no step was run: a rough mean."""
+"""How much glibc's heap grows for a byte of the tensors that come and go in it, where no step was run: rough."""
 
 MEASURED_STEPS = 3
 """Steps that are run to time them and to see what the heap grows to; it grows little afterwards."""

@@ -24,7 +24,13 @@ from graftc.distillation.inputs import check_inputs
 from graftc.distillation.optim import Group, Optimiser, Schedule, clip_or_drop
 from graftc.distillation.pieces import Rows, Whole
 from graftc.distillation.planner import Machine
-from graftc.distillation.planner2 import Stage2Costs, Stage2Plan, seconds_of, stage2_costs
+from graftc.distillation.planner2 import (
+    Stage2Costs,
+    Stage2Plan,
+    seconds_of,
+    stage2_costs,
+    update_seconds,
+)
 from graftc.distillation.preview import Preview, draw, write_sheet
 from graftc.distillation.resident import allocator_of, heap_seen
 from graftc.distillation.run import CHECKPOINT, Progress, Run
@@ -157,7 +163,12 @@ class Stage2Run:
         with heap_seen(allocator_of(self.device)) as seen:
             seconds = seconds_of(self.module, loss, trained, prepared, self.seed, self.device)
             allocator = seen()
-        costs = replace(self._costs(prepared), seconds=seconds, allocator=allocator)
+        costs = replace(
+            self._costs(prepared),
+            seconds=seconds,
+            update=update_seconds(trained),
+            allocator=allocator,
+        )
         folder = Path.cwd() if self.run is None else self.run.path
         return Stage2Plan(costs, Machine.read(self.device, folder))
 

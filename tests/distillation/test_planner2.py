@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from inspect import signature
+from itertools import count
 
 import pytest
 import torch
 
 from graftc.cli.plans import show_stage2_plan
 from graftc.diagnostics import GraftError
-from graftc.distillation import finetune, plan_distill, plan_finetune
+from graftc.distillation import finetune, plan_distill, plan_finetune, planner2
 from graftc.distillation.resident import Allocator
 from graftc.distillation.sizes import Live
 from graftc.distillation.stage2_run import Stage2Run
@@ -65,6 +67,28 @@ def test_blocks_that_are_computed_again_take_less_and_the_plan_says_so(tmp_path,
         size_text(plan.peak),
     ):
         assert word in said
+
+
+def test_seconds_of_a_run_are_of_its_steps_with_their_updates_and_of_its_measurements(tmp_path):
+    plan = plan_finetune(build(tmp_path), tiny.latents(40), tiny.Denoise(), batch=16, steps=100)
+    assert plan.costs.update > 0
+    costs = replace(plan.costs, seconds=3.0, update=1.0, held_out=20)
+    # Ten measurements of two batches, each a third of a forward and backward pass.
+    assert replace(plan, costs=costs).seconds == pytest.approx(100 * (3 + 1) + 20 / 3 * 3)
+
+
+def test_an_update_is_timed_on_a_part_of_the_parameters_and_scaled_to_all(monkeypatch):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(10, 10)), torch.nn.Parameter(torch.randn(50, 6))]
+    before = [p.detach().clone() for p in parameters]
+    ticks = count()
+    monkeypatch.setattr(planner2.time, "perf_counter", lambda: float(next(ticks)))
+    assert planner2.update_seconds(parameters) == 1
+    assert planner2.update_seconds(parameters, copied=4 * 200) == 2  # 200 of 400 numbers
+    assert planner2.update_seconds(parameters, copied=4 * 50) == 8
+    assert all(
+        torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True)
+    )
 
 
 GIVEN = {"batch": 16, "steps": 4, "threads": 1}
