@@ -45,6 +45,9 @@ and `graftc compile` choose one at each site by where the student is to run and 
 holds both. `--device cuda`, `--dtype bf16` and `--to onnx` (or `tensorrt`) say where; without them it is torch on a CPU in fp32. `form = …` in a
 rule forces one.
 
+A token all of whose keys a mask hides (padding) gets zeros before the output map in `sliding_window` and `local_attention_2d`, in every form and in an
+ONNX file; a mask hides by False, by -inf, or by the lowest number of its dtype.
+
 - `flex` is FlexAttention: one kernel on a GPU, in eager mode and under `torch.compile`; masks, rotary positions, groups of heads and softcap are in it.
   On a CPU in eager mode, in an export, and where memory is planned, the operator's own blocks compute the same, so that a student of this form trains, exports and runs anywhere.
 - `shifts` writes a short convolution as shifted multiplies, which `torch.compile` fuses with the gates into one kernel

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from graftc.operators.heads import four_dimensions
+from graftc.operators.heads import four_dimensions, shut
 from graftc.operators.local_2d import DiscMixer, JointLocalAttention2d, LocalAttention2d
 from graftc.operators.sliding_window import SlidingWindow
 
@@ -146,7 +146,8 @@ def flex(
 ) -> Tensor:
     """softmax(capped(scale · q kᵀ) + mask) v over what `blocks` shows; q, k, v: [batch, tokens, heads, head_dim].
 
-    k and v may have fewer heads, shared by groups of q's. A mask is one that `four_dimensions` takes.
+    k and v may have fewer heads, shared by groups of q's. A mask is one that `four_dimensions` takes. A query all of
+    whose keys are hidden gets zeros.
     """
     given = None if mask is None else four_dimensions(mask)
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of q and k gives float32
@@ -161,9 +162,8 @@ def flex(
             i if given.shape[2] > 1 else 0,
             j if given.shape[3] > 1 else 0,
         ]
-        # The lowest number stands for -inf, as in `hide`.
-        lowest = torch.finfo(s.dtype).min
-        return torch.where(own, s, lowest) if given.dtype == torch.bool else s + own
+        added = s if given.dtype == torch.bool else s + own
+        return torch.where(shut(own), float("-inf"), added)
 
     run: Any = flex_attention if torch.compiler.is_compiling() else compiled()
     y = run(

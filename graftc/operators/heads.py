@@ -123,6 +123,31 @@ def hide(scores: Tensor, mask: Tensor | None) -> Tensor:
     return (scores + mask).clamp(min=torch.finfo(scores.dtype).min)
 
 
+def shut(mask: Tensor) -> Tensor:
+    """Where a mask hides: False, or, of one that is added, -inf or the lowest number of its dtype.
+
+    >>> shut(torch.tensor([0.0, -1e4, -torch.inf, torch.finfo(torch.float32).min])).tolist()
+    [False, False, True, True]
+    """
+    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+
+
+def weights(scores: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Softmax of scores with a mask over the keys that are not hidden; zeros for a query that sees no key.
+
+    So it is in `scaled_dot_product_attention` too. `hidden` holds what `mask` hides.
+
+    >>> hidden = torch.tensor([[False, True], [True, True]])
+    >>> weights(torch.zeros(2, 2), hidden, ~hidden).tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
+    """
+    if mask.dtype != torch.bool:
+        scores = scores + mask
+    lowest = torch.finfo(scores.dtype).min  # not -inf, which would make such a row NaN
+    scores = scores.clamp(min=lowest / 2).masked_fill(hidden, lowest)
+    return scores.softmax(dim=-1).masked_fill(hidden, 0.0)
+
+
 def four_dimensions(mask: Tensor) -> Tensor:
     """A mask as [batch, heads, queries, keys]: of three it is of all heads, of two of all samples.
 
@@ -140,7 +165,10 @@ def also_causal(mask: Tensor, tokens: int) -> Tensor:
     seen = step.unsqueeze(1) >= step
     if mask.dtype == torch.bool:
         return mask & seen
-    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    lowest = torch.finfo(
+        mask.dtype
+    ).min  # below what the mask hides: a token that sees nothing reads no later one
+    return mask.clamp(min=lowest / 2).masked_fill(~seen, lowest)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -164,7 +192,8 @@ def attend(
     """softmax(capped(scale · q kᵀ) + mask) v; q and the result: [batch, tokens, heads, width].
 
     k, v: [batch, keys, kv_heads, width], each of their heads serving heads / kv_heads of q's. A mask is
-    one that `four_dimensions` takes.
+    one that `four_dimensions` takes; a query all of whose keys it hides, by False or -inf, gets zeros, as torch has
+    it (where `causal`, and the mask is added: the mean of the keys before it).
 
     >>> q, k = torch.zeros(1, 3, 4, 2), torch.ones(1, 5, 2, 2)
     >>> attend(q, k, k, 1.0).shape, attend(q, k, k, 1.0).sum().item()
@@ -184,8 +213,14 @@ def attend(
         return y.transpose(1, 2)
     if causal and mask is None:
         mask = also_causal(torch.ones(1, 1, dtype=torch.bool, device=q.device), q.shape[2])
-    scores = hide(capped(scale * (q @ k.transpose(-1, -2)), softcap), mask)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    scores = capped(scale * (q @ k.transpose(-1, -2)), softcap)
+    if mask is None:
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    if mask.dtype == torch.bool:
+        hidden = ~mask
+    else:
+        hidden = shut(mask) if causal else mask == float("-inf")
+    return (weights(scores, hidden, mask) @ v).transpose(1, 2)
 
 
 def broadcast_mask(mask: Tensor, batch: int, heads: int, tokens: int) -> Tensor:

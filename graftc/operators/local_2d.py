@@ -10,10 +10,11 @@ from graftc.operators.heads import (
     attend,
     capped,
     four_dimensions,
-    hide,
     make_norm,
     normalise,
     one_form,
+    shut,
+    weights,
 )
 
 
@@ -78,17 +79,23 @@ def disc_attention(
     queries, keys, seen = tiles(height, width, radius, q.device)
     tokens = q.shape[2]
     own = q[:, :, queries]  # [batch, heads, tiles, n, d]
-    near = capped(own @ k[:, :, keys].transpose(-1, -2), softcap)
-    if masks is not None:
-        near = hide(near, masks[0][:, :, queries.unsqueeze(2), keys.unsqueeze(1)])
-    near = near.masked_fill(~seen, torch.finfo(q.dtype).min)
-    if others is None:
-        y = near.softmax(dim=-1) @ v[:, :, keys]
-    else:
+    scores = capped(own @ k[:, :, keys].transpose(-1, -2), softcap)
+    mask = None if masks is None else masks[0][:, :, queries.unsqueeze(2), keys.unsqueeze(1)]
+    hidden = ~seen if mask is None else ~seen | shut(mask)
+    if mask is None:
+        scores = scores.masked_fill(hidden, torch.finfo(q.dtype).min)
+    if others is not None:
         far = capped(own @ others[0].unsqueeze(2).transpose(-1, -2), softcap)
-        far = far if masks is None else hide(far, masks[1][:, :, queries])
-        weight, count = torch.cat((near, far), dim=-1).softmax(dim=-1), keys.shape[1]
-        y = weight[..., :count] @ v[:, :, keys] + weight[..., count:] @ others[1].unsqueeze(2)
+        scores = torch.cat((scores, far), dim=-1)
+        if mask is not None and masks is not None:
+            beside = masks[1][:, :, queries]
+            hidden = torch.cat((hidden, shut(beside)), dim=-1)
+            mask = torch.cat((mask, beside), dim=-1)
+    weight = scores.softmax(dim=-1) if mask is None else weights(scores, hidden, mask)
+    count = keys.shape[1]
+    y = weight[..., :count] @ v[:, :, keys]
+    if others is not None:
+        y = y + weight[..., count:] @ others[1].unsqueeze(2)
     # Where each token of the grid stands among the tiles' queries.
     side = min(max(4, radius), max(height, width))
     columns = -(-width // side)
@@ -163,7 +170,17 @@ class DiscMixer(HeadMixer):
         if tokens == grid:
             return local
         full = q.split(sizes, dim=1)[there]
-        full = attend(full, k, v, self.scale, others, softcap=self.softcap)
+        if others is None:
+            full = attend(full, k, v, self.scale, softcap=self.softcap)
+        else:
+            hidden = shut(others)
+            # The lowest number, not -inf, of which an exported softmax makes NaN.
+            lowest = torch.finfo(q.dtype).min
+            boolean = others.dtype == torch.bool
+            added = torch.zeros_like(others, dtype=q.dtype) if boolean else others
+            added = added.masked_fill(hidden, lowest)
+            full = attend(full, k, v, self.scale, added, softcap=self.softcap)
+            full = full.masked_fill(hidden.all(dim=-1).transpose(1, 2).unsqueeze(-1), 0.0)
         return torch.cat((local, full) if first else (full, local), dim=1)
 
 
@@ -177,7 +194,8 @@ class LocalAttention2d(DiscMixer):
 
     `groups`, `text: full, image: local`, says that other tokens stand before the grid's (or after, where they
     are named last), as many as there are: they see all tokens, and all see them. A mask is added to the
-    scores, or hides where it is False; `rotary`, `qk_norm`, `scale` and `softcap` are those of `Attention`.
+    scores, or hides where it is False; a token all of whose keys it hides gets y = out(0). `rotary`, `qk_norm`,
+    `scale` and `softcap` are those of `Attention`.
 
     >>> LocalAttention2d(dim=8, heads=2, radius=2, height=4, width=6)(torch.zeros(1, 24, 8)).shape
     torch.Size([1, 24, 8])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftc.operators.chunks import cut, filled
-from graftc.operators.heads import HeadMixer, broadcast_mask, capped, hide, one_form
+from graftc.operators.heads import HeadMixer, broadcast_mask, capped, one_form, shut, weights
 
 
 class SlidingWindow(HeadMixer):
@@ -18,8 +18,9 @@ class SlidingWindow(HeadMixer):
     shared by groups of query heads. The tokens are cut into blocks, and a block of queries sees
     its own keys and `window` of each neighbour's: the cost grows linearly with the tokens. `form =
     dense` computes the same from all pairs, which is faster where there are few tokens. A mask
-    is added to the scores, or hides where it is False; cos and sin turn q and k where `rotary`
-    says how, after `qk_norm` (see `Attention`, as for `scale` and `softcap`).
+    is added to the scores, or hides where it is False; a token all of whose keys it hides gets y = out(0).
+    cos and sin turn q and k where `rotary` says how, after `qk_norm` (see `Attention`, as for `scale`
+    and `softcap`).
 
     >>> SlidingWindow(dim=8, heads=2, window=4)(torch.zeros(1, 50, 8)).shape
     torch.Size([1, 50, 8])
@@ -134,14 +135,16 @@ class SlidingWindow(HeadMixer):
         q = q[sample, query.clamp(max=tokens - 1), head]
         k = k[sample, key.clamp(0, tokens - 1), kv_head]
         v = v[sample, key.clamp(0, tokens - 1), kv_head]
-        # The lowest number, not -inf: a padded query sees nothing, and must not become NaN.
         scores = capped(q @ k.transpose(1, 2), self.softcap)
-        if mask is not None:
+        if mask is None:
+            # The lowest number, not -inf: a padded query sees nothing, and must not become NaN.
+            y = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(dim=-1) @ v
+        else:
             whole = broadcast_mask(mask, batch, self.heads, tokens)
             rows = query.clamp(max=tokens - 1).unsqueeze(2)
             columns = key.clamp(0, tokens - 1).unsqueeze(1)
-            scores = hide(scores, whole[sample.unsqueeze(2), head.unsqueeze(2), rows, columns])
-        y = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(dim=-1) @ v
+            mask = whole[sample.unsqueeze(2), head.unsqueeze(2), rows, columns]
+            y = weights(scores, ~seen | shut(mask), mask) @ v
 
         token = torch.arange(tokens, device=q.device).unsqueeze(1)
         first = torch.arange(batch * self.heads, device=q.device) * blocks
@@ -154,10 +157,12 @@ class SlidingWindow(HeadMixer):
         k = k.repeat_interleave(heads // self.kv_heads, dim=2)
         v = v.repeat_interleave(heads // self.kv_heads, dim=2)
         scores = capped(q.transpose(1, 2) @ k.permute(0, 2, 3, 1), self.softcap)
-        if mask is not None:
-            scores = hide(scores, broadcast_mask(mask, batch, heads, tokens))
         at = torch.arange(tokens, device=q.device)
         distance = at.unsqueeze(0) - at.unsqueeze(1)
         seen = (distance >= -self.window) & (distance <= (0 if self.causal else self.window))
-        scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min)
-        return (scores.softmax(dim=-1) @ v.transpose(1, 2)).transpose(1, 2)
+        if mask is None:
+            weight = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(dim=-1)
+        else:
+            mask = broadcast_mask(mask, batch, heads, tokens)
+            weight = weights(scores, ~seen | shut(mask), mask)
+        return (weight @ v.transpose(1, 2)).transpose(1, 2)

@@ -73,12 +73,8 @@ def test_a_mask_hides_the_same_in_both():
     blocks, dense = (_made("sliding_window", f, {"window": 3}) for f in ("blocks", "dense"))
     x, mask = torch.randn(2, 20, DIM), torch.rand(2, 1, 1, 20) > 0.3
     mask[..., 0] = True
-    seen = torch.arange(20)
     a, b = blocks(x, mask), dense(x, mask)
-    # A query all of whose keys are hidden attends to what the form holds: no answer is right there.
-    near = (seen[:, None] - seen[None]).abs() <= 3
-    some = (near[None] & mask[:, 0]).any(-1)
-    torch.testing.assert_close(a[some], b[some], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def _model(tokens: int) -> Model:
