@@ -56,6 +56,13 @@ def _training(
         print_json(run_dict(result)) if as_json else show_run(result)
 
 
+def _tell_unplanned(running: dict[str, Any]) -> None:
+    """Say which options a dry run does not count."""
+    said = [f"--{name.replace('_', '-')}" for name, value in running.items() if value is not None]
+    if said:
+        print(f"not in this plan: {', '.join(said)}", file=sys.stderr)
+
+
 StepsOption = Annotated[
     int | None, typer.Option(help="optimiser steps; default: the file's, or the engine's")
 ]
@@ -132,22 +139,18 @@ def distill(
     options: dict[str, Any] = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
     kept: dict[str, Any] = {"reuse": _reuse(reuse), "memory": memory, "disk": disk, "cache": cache}
     kept |= {"site_by_site": site_by_site or None, "device": device}
+    options |= kept
+    running: dict[str, Any] = {
+        "resume": resume, "bank": bank, "tensorboard": tensorboard or None, "compile": compile_teacher or None,
+        "parallel": parallel, "shard_teacher": shard_teacher or None,
+    }  # fmt: skip
     if dry_run:
-        given = {k: v for k, v in (options | kept).items() if v is not None}
+        _tell_unplanned(running)
+        given = {k: v for k, v in options.items() if v is not None}
         plan = verbs.plan_distill(directory, data, task=task, **given)
         print_json(plan.to_dict()) if format == "json" else show_training_plan(plan)
         return
-    announce = partial(show_training_plan, to_stderr=True)
-    options |= {
-        **kept,
-        "resume": resume,
-        "announce": announce,
-        "bank": bank,
-        "tensorboard": tensorboard or None,
-        "compile": compile_teacher or None,
-        "parallel": parallel,
-        "shard_teacher": shard_teacher or None,
-    }
+    options |= {**running, "announce": partial(show_training_plan, to_stderr=True)}
     _training("distill", directory, data, task, options, as_json=format == "json")
 
 
@@ -226,17 +229,14 @@ def finetune(
         "checkpointing": checkpointing or None, "preview": preview,
         "preview_options": None if preview_steps is None else {"steps": preview_steps},
     }  # fmt: skip
+    running = {"resume": resume, "tensorboard": tensorboard or None, "parallel": parallel}
     if dry_run:
+        _tell_unplanned(running)
         given = {k: v for k, v in options.items() if v is not None}
         plan = verbs.plan_finetune(directory, data, task=task, **given)
         print_json(plan.to_dict()) if format == "json" else show_stage2_plan(plan)
         return
-    options |= {
-        "resume": resume,
-        "announce": partial(show_stage2_plan, to_stderr=True),
-        "tensorboard": tensorboard or None,
-        "parallel": parallel,
-    }
+    options |= {**running, "announce": partial(show_stage2_plan, to_stderr=True)}
     _training("finetune", directory, data, task, options, as_json=format == "json")
 
 

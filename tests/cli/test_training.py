@@ -93,6 +93,14 @@ def test_a_dry_run_writes_nothing(capsys, build) -> None:
 
 
 @pytest.mark.parametrize("verb", ["distill", "finetune"])
+def test_a_dry_run_says_what_it_does_not_count(capsys, build, verb) -> None:
+    words = ["--dry-run", "--tensorboard", "--parallel", "data"]
+    code, _, err = run(capsys, verb, str(build), "-d", DATA, *words)
+    assert code == 0
+    assert "not in this plan: --tensorboard, --parallel\n" in err
+
+
+@pytest.mark.parametrize("verb", ["distill", "finetune"])
 @pytest.mark.parametrize("device", ["nonsense", "cuda:x"])
 def test_a_device_that_is_not_there(capsys, build, verb, device) -> None:
     before = count(build)
